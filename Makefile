@@ -1,0 +1,49 @@
+# Every target sets up what it needs: a bare machine with Python >= 3.11 and pip is enough.
+PYTHON ?= python3
+TORCH := $(shell grep '^torch==' constraints.txt)
+OLDEST_TRANSFORMERS := 5.17.0
+
+.PHONY: help demo test test-oldest lint clean
+
+help:
+	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
+	@echo "make test         run all tests on the pinned versions"
+	@echo "make test-oldest  run them on transformers $(OLDEST_TRANSFORMERS), the oldest that is supported"
+	@echo "make lint         check the style with ruff"
+	@echo "make clean        remove the environments and caches that the targets above made"
+
+demo: .venv/.ready
+	.venv/bin/python examples/demo.py
+
+test: .venv/.ready
+	.venv/bin/pytest -n 2
+
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/pytest -n 2
+
+lint: .venv/.ready
+	.venv/bin/ruff check .
+
+clean:
+	rm -rf .venv .venv-oldest .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted set-up is taken up again by the next call.
+.venv/.ready: constraints.txt
+.venv-oldest/.ready: .venv-oldest/constraints.txt
+
+# torch goes first and alone: left to the resolver, a range may bring a build of several gigabytes for another device.
+%/.ready: pyproject.toml
+	@echo "Setting up $* (the first time takes some minutes)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "video-ma2mba needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet $(TORCH)
+	$*/bin/python -m pip install --quiet --constraint $(filter %constraints.txt,$^) --editable '.[dev]'
+	touch $@
+
+# transformers before 5.18 wants huggingface_hub 1.x; everything else stays as pinned.
+.venv-oldest/constraints.txt: constraints.txt
+	mkdir -p $(@D)
+	grep -v -e '^transformers==' -e '^huggingface_hub==' $< > $@
+	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> $@
+	echo 'huggingface_hub==1.33.0' >> $@
