@@ -1,0 +1,465 @@
+"""Reads a video file frame by frame, at a chosen rate, without ever holding more than the frame at hand.
+
+The paper watches every video at 1 FPS (section 4, implementation details), for hours. So frames are picked while the file is
+decoded, shrunk at once, and handed on one at a time: memory depends neither on the length nor on the resolution of the source.
+
+    for frame in read_frames("talk.mp4", fps=1.0, resize=(336, 336)):
+        frame.timestamp_s, frame.pixels      # float, (336, 336, 3) uint8
+
+Rules, cited in the code below:
+
+1. Time zero is the first frame of the video stream. The frame *shown* at time t is the last one whose presentation time is
+   at most t; for k = 0, 1, 2, ... the frame shown at `start_s + k / fps` is picked. This is right for variable frame rates too.
+2. All comparisons are between integers, in ticks of the stream's time base, so that no rounding moves a pick.
+3. Decoding is sequential, unless keyframes come at least about as often as the picks: then each pick is sought.
+4. What does not decode is left out. Missing seconds are warned about, or raised with `strict=True`.
+
+Only PyAV and NumPy are needed here.
+"""
+
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+
+try:
+    import av
+    from av.video.reformatter import VideoReformatter
+except ImportError:  # the folder must stay loadable without PyAV: frames may also come as arrays
+    av = None
+
+Size = tuple[int, int]  # height, width
+
+# A keyframe gap up to this many sampling steps still makes seeking cheaper than decoding everything: 29.97 fps with a keyframe
+# every 30 frames has a gap of 1.001 s.
+_SEEK_MARGIN = Fraction(11, 10)
+# Containers round durations, and sound may end a little after the pictures: less than this is not "missing".
+_TRUNCATION_TOLERANCE_S = 0.5
+
+
+class VideoReadError(ValueError):
+    """A video that cannot be read as asked. The message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What `probe_video` finds out about a file.
+
+    Attributes:
+        path: The file or URL.
+        duration_s: Seconds from the first frame to the end, as the file declares them (a truncated file holds less).
+        width, height: Pixels of a frame as displayed, that is after rotation.
+        average_fps: Frames per second on average, or None where the file does not tell.
+        num_frames: Number of frames in the file, or None where the container does not tell.
+        keyframe_interval_s: The largest gap between keyframes near the beginning, or None if there are fewer than two.
+    """
+
+    path: str
+    duration_s: float
+    width: int
+    height: int
+    average_fps: float | None
+    num_frames: int | None
+    keyframe_interval_s: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class VideoFrame:
+    """One picked frame.
+
+    Attributes:
+        timestamp_s: When the frame is first shown, in seconds from the first frame of the video.
+        pixels: (height, width, 3) uint8, RGB.
+    """
+
+    timestamp_s: float
+    pixels: np.ndarray
+
+
+class VideoFrames(Iterator[VideoFrame]):
+    """The iterator `read_frames` returns: decodes on demand, closes the file at the end or on `close()`.
+
+    Attributes:
+        info: The file's `VideoInfo`.
+        num_frames: How many frames will come, for progress bars and for allocating; a truncated file yields fewer.
+    """
+
+    def __init__(self, info: VideoInfo, num_frames: int, frames: Iterator[VideoFrame]):
+        self.info = info
+        self.num_frames = num_frames
+        self._frames = frames
+
+    def __next__(self) -> VideoFrame:
+        return next(self._frames)
+
+    def close(self) -> None:
+        """Stops early and closes the file."""
+        self._frames.close()
+
+
+def probe_video(path: str | os.PathLike) -> VideoInfo:
+    """Looks at the header, the first frame and the first keyframes of a file; decodes one frame only.
+
+    Raises:
+        VideoReadError: The file is missing, empty, a folder, not a video, has no pictures, or its first frame is damaged.
+    """
+    with _Source(path) as source:
+        return source.info(gap_limit=None)
+
+
+def read_frames(
+    path: str | os.PathLike,
+    fps: float = 1.0,
+    *,
+    max_frames: int | None = None,
+    start_s: float = 0.0,
+    end_s: float | None = None,
+    resize: Size | Callable[[int, int], Size] | None = None,
+    strict: bool = False,
+) -> VideoFrames:
+    """Picks the frames shown at `start_s`, `start_s + 1/fps`, `start_s + 2/fps`, ... before `end_s`, lazily.
+
+    The arguments and the file's header are checked at once; decoding begins with the first `next()`. There is always at
+    least one frame, however short the clip.
+
+    Args:
+        path: A local path, a `file://` URL, or any URL FFmpeg can stream (`https://...`).
+        fps: Frames per second of video time: any positive finite number. Above the source's own rate frames repeat.
+        max_frames: If `fps` would pick more than this, that many frames are spread evenly over the range instead: at
+            `start_s + k * (end - start_s) / max_frames`.
+        start_s: Where to begin, in seconds from the first frame.
+        end_s: Where to stop (exclusive), in seconds; None, or anything beyond the end, means the end of the video.
+        resize: (height, width) of the pixels handed on, or a function from the displayed (height, width) to it, or None to
+            keep the source's size. libswscale's bicubic filter, widened when it shrinks.
+        strict: Raise if the file ends before its declared end, instead of warning how many seconds are missing. The
+            error comes where the file breaks off, after the frames before it.
+
+    Returns:
+        An iterator of `VideoFrame`, with `info` and `num_frames`.
+
+    Raises:
+        VideoReadError: As `probe_video`; also if `start_s` lies beyond the end, or (while iterating) if nothing decodes.
+        ValueError: `fps` not positive and finite, `max_frames` below 1, `start_s` negative, `end_s` not after `start_s`.
+    """
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps must be a positive finite number, got {fps}. Use fps=1.0 for one frame per second.")
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames must be at least 1, got {max_frames}. Use None for no limit.")
+    if not (math.isfinite(start_s) and start_s >= 0):
+        raise ValueError(f"start_s must be zero or a positive number of seconds, got {start_s}.")
+    if end_s is not None and not end_s > start_s:
+        raise ValueError(f"end_s must lie after start_s, got start_s={start_s} and end_s={end_s}.")
+
+    step = 1 / _as_fraction(fps)
+    start = _as_fraction(start_s)
+    with _Source(path) as source:
+        duration = source.duration
+        if start >= duration:
+            raise VideoReadError(
+                f"{source.name}: start_s={start_s} lies beyond the end of the video, which lasts {float(duration):.3f} s. "
+                "Choose an earlier start."
+            )
+        end = duration if end_s is None or end_s >= duration else _as_fraction(end_s)
+        num_frames = math.ceil((end - start) / step)
+        if max_frames is not None and num_frames > max_frames:
+            num_frames = max_frames
+            step = (end - start) / max_frames
+        info = source.info(gap_limit=step * _SEEK_MARGIN)
+
+    gap = info.keyframe_interval_s
+    seek = num_frames > 1 and gap is not None and gap <= step * _SEEK_MARGIN
+    times = (start + k * step for k in range(num_frames))
+    return VideoFrames(info, num_frames, _decode(path, times, resize, seek, strict))
+
+
+def _as_fraction(number: float) -> Fraction:
+    """A nearby simple fraction: 0.1 becomes 1/10, so that ten seconds at 0.1 FPS give one frame and not two."""
+    return Fraction(number).limit_denominator(1_000_000) or Fraction(number)
+
+
+def _decode(path, times: Iterator[Fraction], resize, seek: bool, strict: bool) -> Iterator[VideoFrame]:
+    """Opens the file anew and yields the frame shown at each of the ascending `times` (seconds)."""
+    with _Source(path) as source:
+        # Frame threads keep the cores busy in a sequential run, but delay the first frame after every seek.
+        source.stream.thread_type = "SLICE" if seek else "AUTO"
+        reformatter = VideoReformatter()
+        last = pixels = None
+        for frame in _pick(source, map(source.ticks, times), seek, strict):
+            if frame is not last:
+                last, pixels = frame, _to_pixels(frame, resize, reformatter)
+            yield VideoFrame(source.seconds(frame.pts), pixels)
+
+
+def _pick(source: "_Source", targets: Iterator[int], seek: bool, strict: bool) -> Iterator["av.VideoFrame"]:
+    """Yields the frame shown at each of the ascending `targets` (ticks)."""
+    for target in targets:
+        frame = source.frame_at(target) if seek else None
+        if frame is None:  # from here on in order, which also knows how to deal with a damaged end
+            yield from _pick_in_order(source, itertools.chain([target], targets), strict)
+            return
+        yield frame
+
+
+def _pick_in_order(source: "_Source", targets: Iterator[int], strict: bool) -> Iterator["av.VideoFrame"]:
+    target = next(targets)
+    shown, picked, end = None, False, source.origin
+    for frame in source.frames_from(target):
+        while frame.pts > target:
+            yield frame if shown is None else shown
+            picked = True
+            target = next(targets, None)
+            if target is None:
+                return
+        shown = frame
+        end = max(end, frame.pts + (frame.duration or source.frame_ticks))
+    if shown is None:
+        raise VideoReadError(f"{source.name}: not one frame could be decoded. {_DAMAGED_REMEDY}")
+
+    # The file is at its end: the last frame is shown until it has lasted its time.
+    missing_s = float(source.duration) - source.seconds(end)
+    truncated = missing_s > _TRUNCATION_TOLERANCE_S
+    while target is not None and (target < end or not (picked or truncated)):
+        yield shown
+        picked = True
+        target = next(targets, None)
+    if target is not None and truncated:
+        message = (
+            f"{source.name}: the last {missing_s:.1f} s of {float(source.duration):.1f} s are missing or damaged. "
+            f"{_DAMAGED_REMEDY}"
+        )
+        if strict or not picked:
+            raise VideoReadError(message)
+        warnings.warn(f"{message} Going on with what could be decoded.", stacklevel=2)
+
+
+def _to_pixels(frame: "av.VideoFrame", resize, reformatter: "VideoReformatter") -> np.ndarray:
+    """Scales, converts to RGB and turns upright one frame: (height, width, 3) uint8."""
+    transpose, flip_x, flip_y = _orientation(frame)
+    height, width = (frame.width, frame.height) if transpose else (frame.height, frame.width)
+    if resize is not None:
+        height, width = resize(height, width) if callable(resize) else resize
+    if transpose:
+        height, width = width, height
+    pixels = reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+    if not (transpose or flip_x or flip_y):
+        return pixels
+    if transpose:
+        pixels = pixels.swapaxes(0, 1)
+    return np.ascontiguousarray(pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+
+
+def _orientation(frame: "av.VideoFrame") -> tuple[bool, bool, bool]:
+    """How the display matrix turns a stored frame: (transpose, then flip left-right, then flip upside down).
+
+    The matrix maps stored (x, y) to displayed (a x + c y, b x + d y), fixed point, y pointing down.
+    """
+    try:
+        matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), dtype=np.int32)
+    except KeyError:
+        return False, False, False
+    a, b, _, c, d = (int(value) for value in matrix[:5])
+    if abs(b) > abs(a):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
+
+
+class _Source:
+    """An open file and its one video stream. Times are integers, in ticks of the stream's time base (rule 2)."""
+
+    def __init__(self, path: str | os.PathLike):
+        if av is None:
+            raise ImportError("Reading video files needs PyAV: pip install av")
+        self.path = _local_path(path)
+        self.name = f"'{self.path}'"
+        self.container = self._open()
+        try:
+            self.stream = self._video_stream()
+            self.origin = self.stream.start_time or 0  # rule 1
+            self.duration = self._declared_duration()
+            rate = self.stream.average_rate or self.stream.guessed_rate
+            self.average_fps = float(rate) if rate else None
+            self.frame_ticks = round(1 / (rate * self.stream.time_base)) if rate else 0
+        except BaseException:
+            self.container.close()
+            raise
+        self._fresh = True  # nothing read yet: the beginning needs no seek
+
+    def __enter__(self) -> "_Source":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.container.close()
+
+    def ticks(self, seconds: Fraction) -> int:
+        """The last tick at or before a time."""
+        return self.origin + math.floor(seconds / self.stream.time_base)
+
+    def seconds(self, ticks: int) -> float:
+        return float((ticks - self.origin) * self.stream.time_base)
+
+    def info(self, gap_limit: Fraction | None) -> VideoInfo:
+        """Decodes the first frame and looks for keyframes until a gap exceeds `gap_limit` (seconds), or for a while."""
+        window = self.ticks(max(Fraction(30), 4 * (gap_limit or 0)))
+        limit = None if gap_limit is None else self.ticks(gap_limit) - self.origin
+        frame, last_key, gap = None, None, None
+        for packet in self._packets():
+            if frame is None:
+                frame = next(iter(self._frames_of(packet)), None)
+            if packet is None or packet.pts is None:
+                continue
+            if last_key is not None and (packet.is_keyframe or (limit is not None and packet.pts - last_key > limit)):
+                gap = max(gap or 0, packet.pts - last_key)
+            if packet.is_keyframe:
+                last_key = packet.pts
+            if frame is not None and (packet.pts > window or (limit is not None and gap is not None and gap > limit)):
+                break
+        if frame is None:
+            raise VideoReadError(f"{self.name}: not one frame could be decoded. {_DAMAGED_REMEDY}")
+        transposed = _orientation(frame)[0]
+        return VideoInfo(
+            path=self.path,
+            duration_s=float(self.duration),
+            width=frame.height if transposed else frame.width,
+            height=frame.width if transposed else frame.height,
+            average_fps=self.average_fps,
+            num_frames=self.stream.frames or None,
+            keyframe_interval_s=None if gap is None else float(gap * self.stream.time_base),
+        )
+
+    def frames_from(self, target: int) -> Iterator["av.VideoFrame"]:
+        """Decodes in order, beginning at or before the frame shown at `target` (at the first frame, if need be)."""
+        back = 0
+        while True:
+            at_origin = target - back <= self.origin
+            self._seek(max(target - back, self.origin))
+            frames = (frame for packet in self._packets() for frame in self._frames_of(packet))
+            first = next(frames, None)
+            if at_origin or (first is not None and first.pts <= target):
+                break
+            # Indexes hold decoding times: with B-frames a seek can land on a keyframe shown after its target.
+            back = 2 * back or math.ceil(1 / self.stream.time_base)
+        if first is not None:
+            yield first
+            yield from frames
+
+    def frame_at(self, target: int) -> "av.VideoFrame | None":
+        """Seeks and decodes no more than needed for the frame shown at `target`; None where that did not work out."""
+        self._seek(target)
+        shown = None
+        for packet in self._packets():
+            for frame in self._frames_of(packet):
+                if frame.pts > target:
+                    return shown
+                shown = frame
+            # Later packets cannot hold an earlier frame: what the decoder still keeps back is all that is needed.
+            if packet is not None and (packet.pts == target or (packet.dts is not None and packet.dts > target)):
+                kept_back = (frame for frame in self._frames_of(None) if frame.pts <= target)
+                return max(kept_back, key=lambda frame: frame.pts, default=shown)
+        return None
+
+    def _packets(self) -> Iterator["av.Packet | None"]:
+        """The stream's packets in order, then None. A read error counts as the end."""
+        self._fresh = False
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size:  # PyAV ends with an empty packet
+                    yield packet
+        except av.FFmpegError:
+            pass  # rule 4: a file cut off inside a packet
+        yield None
+
+    def _frames_of(self, packet: "av.Packet | None") -> list["av.VideoFrame"]:
+        """The whole frames a packet brings out of the decoder; None brings out all it kept back."""
+        try:
+            frames = self.stream.codec_context.decode(packet)
+        except av.FFmpegError:  # rule 4
+            return []
+        return [frame for frame in frames if frame.pts is not None and not frame.is_corrupt]
+
+    def _seek(self, target: int) -> None:
+        if self._fresh and target <= self.origin:
+            return
+        try:
+            self.container.seek(target, stream=self.stream)
+        except av.FFmpegError:  # cannot seek: begin again
+            thread_type = self.stream.thread_type
+            self.container.close()
+            self.container = self._open()
+            self.stream = self._video_stream()
+            self.stream.thread_type = thread_type
+
+    def _open(self) -> "av.container.InputContainer":
+        try:
+            if "://" not in self.path:
+                with open(self.path, "rb") as file:
+                    header = file.read(12)
+                if not header:
+                    raise VideoReadError(f"{self.name}: the file is empty. Copy or download it again.")
+            # Titles in unknown encodings are no reason to refuse a video.
+            return av.open(self.path, metadata_errors="ignore")
+        except FileNotFoundError as error:
+            raise VideoReadError(f"{self.name}: there is no such file. Check the path.") from error
+        except IsADirectoryError as error:
+            raise VideoReadError(f"{self.name}: this is a folder. Name a video file in it.") from error
+        except PermissionError as error:
+            raise VideoReadError(f"{self.name}: no permission to read this file. Change its access rights.") from error
+        except (av.FFmpegError, OSError) as error:
+            if "://" not in self.path and header[4:8] == b"ftyp":
+                raise VideoReadError(
+                    f"{self.name}: an mp4 file without a readable index, most likely cut off while it was recorded or "
+                    "downloaded. Copy or download it again."
+                ) from error
+            raise VideoReadError(
+                f"{self.name}: this is not a video that FFmpeg can read ({error.strerror}). "
+                "Check that it plays in a video player, or convert it to mp4."
+            ) from error
+
+    def _video_stream(self) -> "av.VideoStream":
+        for stream in self.container.streams.video:
+            # The cover picture of a song counts as a video stream in FFmpeg, not here.
+            if not stream.disposition & av.stream.Disposition.attached_pic:
+                return stream
+        kinds = sorted({stream.type for stream in self.container.streams})
+        raise VideoReadError(
+            f"{self.name}: there are no pictures in this file, only {', '.join(kinds)}. Name a video file."
+        )
+
+    def _declared_duration(self) -> Fraction:
+        """Seconds from the first frame to the end of the last, as declared; where nothing is declared, as found."""
+        if self.stream.duration:
+            return self.stream.duration * self.stream.time_base
+        hours_minutes_seconds = self.stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:01:02.345000000
+        try:
+            hours, minutes, seconds = map(Fraction, hours_minutes_seconds)
+            return hours * 3600 + minutes * 60 + seconds
+        except ValueError:
+            pass
+        if self.container.duration:
+            return Fraction(self.container.duration, av.time_base)
+        # A stream written live may declare nothing. Reading its packets, without decoding them, is quick.
+        timed = (packet for packet in self._packets() if packet is not None and packet.pts is not None)
+        end = max((packet.pts + (packet.duration or 0) for packet in timed), default=None)
+        self.container.close()
+        self.container = self._open()
+        self.stream = self._video_stream()
+        if end is None:
+            raise VideoReadError(
+                f"{self.name}: the frames carry no times. Put them into a container: ffmpeg -i INPUT -c copy OUTPUT.mp4"
+            )
+        return (end - self.origin) * self.stream.time_base
+
+
+_DAMAGED_REMEDY = "Copy or download the file again, or repair it with FFmpeg."
+
+
+def _local_path(path: str | os.PathLike) -> str:
+    path = os.fspath(path)
+    if path.startswith("file://"):
+        return unquote(urlparse(path).path)
+    return path
