@@ -1,7 +1,7 @@
 """Two ways to keep less for the backward pass, used inside one layer.
 
-`recompute_segments` runs a recurrent function over a sequence and keeps only what went in. `saved_as_recipe` lets a module
-that wants to keep its input (a linear layer does) keep the way to compute that input instead.
+`recompute_segments` runs a recurrent function over a sequence and keeps only what went in. `saved_as_recipe` lets a
+module that wants to keep its input (a linear layer does) keep the way to compute that input instead.
 """
 
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ def recompute_segments(fn, segment, sequence, states=(), params=()):
     """Run `fn` over segments of a sequence, handing its states on, and recompute each segment in the backward pass.
 
     Args:
-        fn: `fn(sequence, states, params) -> (y, states)`, where the sequence tensors are slices along dimension 1. It must be
-            deterministic and is run with autocast off.
+        fn: `fn(sequence, states, params) -> (y, states)`, where the sequence tensors are slices along dimension 1. It must
+            be deterministic and is run with autocast off.
         segment: tokens of one segment, which bounds what `fn` holds at any time.
         sequence: tuple of (batch, tokens, ...) tensors or None. states, params: tuples of tensors or None.
 
@@ -29,8 +29,8 @@ def recompute_segments(fn, segment, sequence, states=(), params=()):
         return y
 
     if not torch.is_grad_enabled():
-        y, states, _ = _forward(fn, segment, sequence, states, params)
-        return y, states, again
+        y, states_out, _ = _forward(fn, segment, sequence, states, params)
+        return y, tuple(states_out), again
     y, *states_out = _RecomputeSegments.apply(
         fn, segment, len(sequence), len(states), borders, *sequence, *states, *params
     )
@@ -69,13 +69,20 @@ class _RecomputeSegments(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(grad_y.device.type, enabled=False):
                 y, states = ctx.fn(*_split(local, ctx.parts))
             inputs = [i for i, want in enumerate(wanted) if want]
-            found = dict(
-                zip(
-                    inputs,
-                    torch.autograd.grad((y, *states), [local[i] for i in inputs], (grad_y[:, span], *carried)),
-                    strict=True,
-                )
+            # a state may depend on nothing that is trained, and an input may be left unused by this segment
+            outputs = [
+                (out, grad)
+                for out, grad in zip((y, *states), (grad_y[:, span], *carried), strict=True)
+                if out.requires_grad and grad is not None
+            ]
+            gradients = torch.autograd.grad(
+                [out for out, _ in outputs],
+                [local[i] for i in inputs],
+                [grad for _, grad in outputs],
+                allow_unused=True,
+                materialize_grads=True,
             )
+            found = dict(zip(inputs, gradients, strict=True))
             carried = [found.get(i) for i in range(num_sequence, num_carried)]
             for i in inputs:
                 if i < num_sequence:
