@@ -3,10 +3,11 @@
     <|system|>You are a helpful assistant.<|endoftext|><|user|>[frames]
     question<|endoftext|><|assistant|>answer<|endoftext|><|user|>next question<|endoftext|><|assistant|>...
 
-`<|system|>`, `<|user|>` and `<|assistant|>` are ordinary text. A byte-level BPE may fuse their closing `|>` with the next
-character: GPT-NeoX does so before `(`, `"`, `=` and `>`. Then an answer "(A)" would be trained on ids that generation, which
-stops to read after `<|assistant|>`, never sees. So tags and bodies are tokenised apart, everywhere: `render` is the one place
-that knows where they meet, and `chat_template` states the same schema in Jinja for all who only want the text.
+`<|system|>`, `<|user|>` and `<|assistant|>` are ordinary text. A byte-level BPE may fuse their closing `|>` with the
+character after it: GPT-NeoX does so before `(`, `"`, `=` and `>`. An answer "(A)" would then be trained on ids that never
+occur in generation, where the prompt ends with `<|assistant|>`. So tags and bodies are tokenised apart, everywhere:
+`render` is the one place that knows where they meet, and `chat_template` states the same schema in Jinja for all who
+only want the text.
 """
 
 import json
@@ -57,8 +58,8 @@ class ChatSchema:
 
         Args:
             conversation: Messages {"role", "content"}. Roles are "system" (first message only), "user" and "assistant".
-                Content is a string, or a list of {"type": "text", "text"}, {"type": "video", "video" | "path" | "url"} and
-                {"type": "image", "image" | "path" | "url"}, kept in the order given. Media belong to user turns.
+                Content is a string, or a list of {"type": "text", "text"}, {"type": "video", "video" | "path" | "url"}
+                and {"type": "image", "image" | "path" | "url"}, kept in the order given. Media belong to user turns.
             add_generation_prompt: End with the tag after which the model answers.
 
         Raises:
@@ -88,8 +89,8 @@ class ChatSchema:
                 for token in (self.video_token, self.image_token):
                     if token in piece:
                         raise ValueError(
-                            f"The text {_shorten(piece)} holds the placeholder {token}. Remove it, and give the medium as an "
-                            'entry of its own: {"type": "video", "path": ...}.'
+                            f"The text {_shorten(piece)} holds the placeholder {token}. Remove it, and give the medium "
+                            'as an entry of its own: {"type": "video", "path": ...}.'
                         )
                 if piece and not text and segments:
                     text = self.media_separator

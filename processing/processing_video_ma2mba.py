@@ -20,12 +20,13 @@ class VideoMa2mbaProcessorOptions(TypedDict, total=False):
     """What `VideoMa2mbaProcessor` takes in every call.
 
     Attributes:
-        fps, max_frames, start_s, end_s, strict: Which frames of video files to take; see `read_frames`. The first four may
-            also stand in a video's own content entry, for that video alone.
+        fps, max_frames, start_s, end_s, strict: Which frames of video files to take; see `read_frames`. The first four
+            may also stand in a video's own content entry, for that video alone.
         padding: Bring all rows to the length of the longest (default True).
         padding_side: "left" (default), as generation needs it, or "right".
         return_tensors: "pt" (default), "np", or None for lists of ids.
-        return_labels: Also return `labels` (chats only): the ids of the answers and of the end of their turns, -100 elsewhere.
+        return_labels: Also return `labels` (chats only): the ids of the answers and of the end of their turns, -100
+            elsewhere.
         return_timestamps: Also return `video_timestamps`: per row, per video, the seconds of its frames (or None).
     """
 
@@ -59,9 +60,9 @@ class _Row:
 class VideoMa2mbaProcessor(ProcessorMixin):
     """Tokenizer, video processor and the paper's chat schema (Table 5) in one.
 
-    The tokenizer is changed where it must be: `<image>`, `<video>` and `<|padding|>` are added if it does not know them (ids
-    50277 and 50278 for GPT-NeoX), and padding gets a token of its own, because padding with the end-of-turn token would hide
-    the end of turns from the loss.
+    The tokenizer is changed where it must be: `<image>`, `<video>` and `<|padding|>` are added if it does not know them
+    (ids 50277 and 50278 for GPT-NeoX), and padding gets a token of its own, because padding with the end-of-turn token
+    would hide the end of turns from the loss.
 
     Args:
         tokenizer: Any fast tokenizer with an end-of-sequence token.
@@ -100,7 +101,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
 
     @property
     def tokens_per_frame(self) -> int:
-        """144 for CLIP-L/14-336 (24 x 24 patches pooled to 12 x 12), 196 for SigLIP-so400m/14-384 (27 x 27 to 14 x 14)."""
+        """144 for CLIP-L/14-336 (24 x 24 patches become 12 x 12), 196 for SigLIP-so400m/14-384 (27 x 27, 14 x 14)."""
         patches = self.video_processor.side // self.patch_size
         return (-(-patches // self.spatial_pool_stride)) ** 2
 
@@ -122,8 +123,9 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         """Renders conversations, and by `tokenize=True` makes the model's inputs of them.
 
         Args:
-            conversation: One list of messages, or a batch of such lists; see `ChatSchema.render` for what they may hold. A
-                video may bring "timestamps" (if its frames are in memory) and its own "fps", "max_frames", "start_s", "end_s".
+            conversation: One list of messages, or a batch of such lists; see `ChatSchema.render` for what they may
+                hold. A video may bring "timestamps" (if its frames are in memory) and its own "fps", "max_frames",
+                "start_s", "end_s".
             chat_template: Another Jinja template, for text only: tokenising must know where tags and bodies meet.
             add_generation_prompt: End with `<|assistant|>`; the last user turn must then hold a text.
             tokenize: False (as in transformers) gives text, with one placeholder per video and image.
@@ -135,7 +137,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             A text (or one per conversation), or a BatchFeature as of `__call__`.
 
         Raises:
-            ValueError: Not a conversation of this schema, an empty question, or a `chat_template` that says something else.
+            ValueError: Not a conversation of this schema, an empty question, or a `chat_template` that says something
+                else.
             VideoReadError: A video cannot be read.
         """
         is_batch = bool(conversation) and not isinstance(conversation[0], dict)
@@ -151,8 +154,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             return texts if is_batch else texts[0]
         if texts != ["".join(segment.text for segment in segments) for segments in rendered]:
             raise ValueError(
-                "The chat template gives another text than the schema of Video-Ma2mba, which tokenising follows. Use the "
-                "template of the checkpoint, or render with tokenize=False and pass the text to the processor."
+                "The chat template gives another text than the schema of Video-Ma2mba, which tokenising follows. Use "
+                "the template of the checkpoint, or render with tokenize=False and pass the text to the processor."
             )
         batch = self._encode(rendered, split_special_tokens=True, **{**(processor_kwargs or {}), **options})
         return batch if return_dict else batch["input_ids"]
@@ -177,9 +180,10 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         Returns:
             BatchFeature with
             `input_ids`, `attention_mask`: (batch, tokens) int64;
-            `pixel_values_videos`: (batch, frames, 3, side, side) uint8 (float32 if the video processor rescales): all videos of
-            a row one after the other, rows with fewer frames filled with zeros at the end. How many frames are real follows
-            from the ids: the number of video placeholders over `tokens_per_frame`. Absent if no row has a video;
+            `pixel_values_videos`: (batch, frames, 3, side, side) uint8 (float32 if the video processor rescales): all
+            videos of a row one after the other, rows with fewer frames filled with zeros at the end. How many frames
+            are real follows from the ids: the number of video placeholders over `tokens_per_frame`. Absent if no row
+            has a video;
             `pixel_values`: (batch, images, 3, side, side), likewise.
 
         Raises:
@@ -198,8 +202,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             placeholders = sum(each.count(token) for each in texts)
             if placeholders != len(media[kind]):
                 raise ValueError(
-                    f"The text has {placeholders} {token} placeholder(s) for {len(media[kind])} {kind}(s). There must be one "
-                    f"for each {kind}."
+                    f"The text has {placeholders} {token} placeholder(s) for {len(media[kind])} {kind}(s). "
+                    f"Give one for each {kind}."
                 )
         queues = {kind: iter(items) for kind, items in media.items()}
         rows = [self._split(each, queues) for each in texts]

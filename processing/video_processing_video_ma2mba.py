@@ -1,10 +1,11 @@
 """Turns videos and images into square uint8 frames for the vision tower.
 
-The paper feeds 336 x 336 frames to CLIP-ViT-L/14 (section 4, implementation details) and does not say how a frame becomes
-square: `resize_mode` chooses. Frames stay uint8, a quarter of the memory of float32: for two hours of video 2.3 GiB against
-9.1. The model rescales and normalises them on its own device, a few frames at a time.
+The paper feeds 336 x 336 frames to CLIP-ViT-L/14 (section 3.5) and does not say how a frame becomes square:
+`resize_mode` chooses. Frames stay uint8, a quarter of the memory of float32: for two hours of video 2.3 GiB against 9.1.
+The model rescales and normalises them on its own device, a few frames at a time.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,10 +54,11 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         do_rescale, do_normalize: Off by default: frames stay uint8, and the model does both. `do_rescale=True` gives
             float32 x / 255; `do_normalize=True` gives float32 (x / 255 - image_mean) / image_std.
         image_mean, image_std: One number per channel, those of the vision tower. CLIP's by default.
-        fps: Frames per second of video time taken from files where a call does not say otherwise. The paper's rate by default.
+        fps: Frames per second of video time taken from files where a call does not say otherwise. The paper's rate by
+            default.
 
-    Files are scaled by libswscale while they are decoded, frames in memory by torch's antialiased bicubic filter. Both are the
-    same filter up to rounding, but libswscale scales the colour planes before they become RGB.
+    Files are scaled by libswscale while they are decoded, frames in memory by torch's antialiased bicubic filter. Both
+    are the same filter up to rounding, but libswscale scales the colour planes before they become RGB.
     """
 
     valid_kwargs = VideoMa2mbaVideoKwargs
@@ -118,8 +120,8 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             return_timestamps: Also return `video_timestamps`, a list with one list of seconds (or None) per video.
 
         Returns:
-            `pixel_values_videos`: (videos, frames, 3, side, side), uint8, or float32 after rescaling. Shorter videos end in
-            zero frames.
+            `pixel_values_videos`: (videos, frames, 3, side, side), uint8, or float32 after rescaling. Shorter videos
+            end in zero frames.
         """
         options = {"fps": fps, "max_frames": max_frames, "start_s": start_s, "end_s": end_s, "strict": strict}
         loaded = [self.load(video, **options) for video in flatten_videos(videos)]
@@ -161,15 +163,17 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         """Loads one video.
 
         Args:
-            video: A path or URL; or frames in memory: an array or tensor (frames, height, width, 3) or (frames, 3, height,
-                width), uint8, or a list of single frames as arrays, tensors or PIL images.
-            fps, start_s, end_s, strict: Which frames of a file to take; see `read_frames`. Frames in memory are all taken.
+            video: A path or URL; or frames in memory: an array or tensor (frames, height, width, 3) or (frames, 3,
+                height, width), uint8, or a list of single frames as arrays, tensors or PIL images.
+            fps, start_s, end_s, strict: Which frames of a file to take; see `read_frames`. Frames in memory are all
+                taken.
             max_frames: At most so many frames, spread evenly.
             timestamps: For frames in memory: when each is shown, in seconds, ascending.
 
         Raises:
             VideoReadError: The file cannot be read; see `read_frames`.
-            ValueError: Frames of the wrong rank, dtype or number; timestamps for a file, or `start_s` / `end_s` for frames.
+            ValueError: Frames of the wrong rank, dtype or number; timestamps for a file, or `start_s` / `end_s` for
+                frames.
         """
         if is_path(video):
             if timestamps is not None:
@@ -186,7 +190,7 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         num_frames = sum(len(chunk) for chunk in chunks)
         if timestamps is not None:
             timestamps = [float(second) for second in timestamps]
-            if len(timestamps) != num_frames or any(a > b for a, b in zip(timestamps, timestamps[1:], strict=False)):
+            if len(timestamps) != num_frames or any(a > b for a, b in itertools.pairwise(timestamps)):
                 raise ValueError(
                     f"timestamps must be one ascending number of seconds per frame: got {len(timestamps)} for "
                     f"{num_frames} frames."

@@ -1,15 +1,16 @@
 """Reads a video file frame by frame, at a chosen rate, without ever holding more than the frame at hand.
 
-The paper watches every video at 1 FPS (section 4, implementation details), for hours. So frames are picked while the file is
-decoded, shrunk at once, and handed on one at a time: memory depends neither on the length nor on the resolution of the source.
+The paper watches every video at 1 FPS (section 3.5), for hours. So frames are picked while the file is decoded, shrunk
+at once, and handed on one at a time: memory depends neither on the length nor on the resolution of the source.
 
     for frame in read_frames("talk.mp4", fps=1.0, resize=(336, 336)):
         frame.timestamp_s, frame.pixels      # float, (336, 336, 3) uint8
 
 Rules, cited in the code below:
 
-1. Time zero is the first frame of the video stream. The frame *shown* at time t is the last one whose presentation time is
-   at most t; for k = 0, 1, 2, ... the frame shown at `start_s + k / fps` is picked. This is right for variable frame rates too.
+1. Time zero is the first frame of the video stream. The frame *shown* at time t is the last one whose presentation time
+   is at most t; for k = 0, 1, 2, ... the frame shown at `start_s + k / fps` is picked. This is right for variable frame
+   rates too.
 2. All comparisons are between integers, in ticks of the stream's time base, so that no rounding moves a pick.
 3. Decoding is sequential, unless keyframes come at least about as often as the picks: then each pick is sought.
 4. What does not decode is left out. Missing seconds are warned about, or raised with `strict=True`.
@@ -36,8 +37,8 @@ except ImportError:  # the folder must stay loadable without PyAV: frames may al
 
 Size = tuple[int, int]  # height, width
 
-# A keyframe gap up to this many sampling steps still makes seeking cheaper than decoding everything: 29.97 fps with a keyframe
-# every 30 frames has a gap of 1.001 s.
+# A keyframe gap up to this many sampling steps still makes seeking cheaper than decoding everything: 29.97 fps with a
+# keyframe every 30 frames has a gap of 1.001 s.
 _SEEK_MARGIN = Fraction(11, 10)
 # Containers round durations, and sound may end a little after the pictures: less than this is not "missing".
 _TRUNCATION_TOLERANCE_S = 0.5
@@ -107,7 +108,8 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
     """Looks at the header, the first frame and the first keyframes of a file; decodes one frame only.
 
     Raises:
-        VideoReadError: The file is missing, empty, a folder, not a video, has no pictures, or its first frame is damaged.
+        VideoReadError: The file is missing, empty, a folder, not a video, has no pictures, or its first frame is
+            damaged.
     """
     with _Source(path) as source:
         return source.info(gap_limit=None)
@@ -135,8 +137,8 @@ def read_frames(
             `start_s + k * (end - start_s) / max_frames`.
         start_s: Where to begin, in seconds from the first frame.
         end_s: Where to stop (exclusive), in seconds; None, or anything beyond the end, means the end of the video.
-        resize: (height, width) of the pixels handed on, or a function from the displayed (height, width) to it, or None to
-            keep the source's size. libswscale's bicubic filter, widened when it shrinks.
+        resize: (height, width) of the pixels handed on, or a function from the displayed (height, width) to it, or None
+            to keep the source's size. libswscale's bicubic filter, widened when it shrinks.
         strict: Raise if the file ends before its declared end, instead of warning how many seconds are missing. The
             error comes where the file breaks off, after the frames before it.
 
@@ -144,8 +146,10 @@ def read_frames(
         An iterator of `VideoFrame`, with `info` and `num_frames`.
 
     Raises:
-        VideoReadError: As `probe_video`; also if `start_s` lies beyond the end, or (while iterating) if nothing decodes.
-        ValueError: `fps` not positive and finite, `max_frames` below 1, `start_s` negative, `end_s` not after `start_s`.
+        VideoReadError: As `probe_video`; also if `start_s` lies beyond the end, or (while iterating) if nothing
+            decodes.
+        ValueError: `fps` not positive and finite, `max_frames` below 1, `start_s` negative, `end_s` not after
+            `start_s`.
     """
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps must be a positive finite number, got {fps}. Use fps=1.0 for one frame per second.")
@@ -162,8 +166,8 @@ def read_frames(
         duration = source.duration
         if start >= duration:
             raise VideoReadError(
-                f"{source.name}: start_s={start_s} lies beyond the end of the video, which lasts {float(duration):.3f} s. "
-                "Choose an earlier start."
+                f"{source.name}: start_s={start_s} lies beyond the end of the video, which lasts {float(duration):.3f} "
+                "s. Choose an earlier start."
             )
         end = duration if end_s is None or end_s >= duration else _as_fraction(end_s)
         num_frames = math.ceil((end - start) / step)
