@@ -1,7 +1,7 @@
 """Turns videos and images into square uint8 frames for the vision tower.
 
 The paper feeds 336 x 336 frames to CLIP-ViT-L/14 (section 3.5) and does not say how a frame becomes square:
-`resize_mode` chooses. Frames stay uint8, a quarter of the memory of float32: for two hours of video 2.3 GiB against 9.1.
+`resize_mode` chooses. Frames stay uint8, a quarter of the memory of float32: for two hours of video 2.3 GiB, not 9.1.
 The model rescales and normalises them on its own device, a few frames at a time.
 """
 

@@ -205,6 +205,8 @@ def _pick(source: "_Source", targets: Iterator[int], seek: bool, strict: bool) -
     for target in targets:
         frame = source.frame_at(target) if seek else None
         if frame is None:  # from here on in order, which also knows how to deal with a damaged end
+            if seek:
+                source.reopen("AUTO")
             yield from _pick_in_order(source, itertools.chain([target], targets), strict)
             return
         yield frame
@@ -284,6 +286,8 @@ class _Source:
         self.container = self._open()
         try:
             self.stream = self._video_stream()
+            self._fresh = True  # nothing read yet: the beginning needs no seek
+            self._landing, self._same_landings = None, 0
             self.origin = self.stream.start_time or 0  # rule 1
             self.duration = self._declared_duration()
             rate = self.stream.average_rate or self.stream.guessed_rate
@@ -292,7 +296,6 @@ class _Source:
         except BaseException:
             self.container.close()
             raise
-        self._fresh = True  # nothing read yet: the beginning needs no seek
 
     def __enter__(self) -> "_Source":
         return self
@@ -302,10 +305,19 @@ class _Source:
 
     def ticks(self, seconds: Fraction) -> int:
         """The last tick at or before a time."""
-        return self.origin + math.floor(seconds / self.stream.time_base)
+        # The thousandth lets a time that was a tick before it became a float be that tick again.
+        return self.origin + math.floor(seconds / self.stream.time_base + Fraction(1, 1000))
 
     def seconds(self, ticks: int) -> float:
         return float((ticks - self.origin) * self.stream.time_base)
+
+    def reopen(self, thread_type: str) -> None:
+        """Begins anew, with other threads."""
+        self.container.close()
+        self.container = self._open()
+        self.stream = self._video_stream()
+        self.stream.thread_type = thread_type
+        self._fresh = True
 
     def info(self, gap_limit: Fraction | None) -> VideoInfo:
         """Decodes the first frame and looks for keyframes until a gap exceeds `gap_limit` (seconds), or for a while."""
@@ -353,10 +365,23 @@ class _Source:
             yield from frames
 
     def frame_at(self, target: int) -> "av.VideoFrame | None":
-        """Seeks and decodes no more than needed for the frame shown at `target`; None where that did not work out."""
-        self._seek(target)
-        shown = None
+        """Seeks and decodes no more than needed for the frame shown at `target`; None where that does not pay."""
+        for back in (0, self.frame_ticks * 16):  # see frames_from: 16 is the most frames H.264 and H.265 reorder
+            self._seek(max(target - back, self.origin))
+            shown = self._shown_at(target)
+            if shown is not None:
+                return shown
+        return None
+
+    def _shown_at(self, target: int) -> "av.VideoFrame | None":
+        shown, landing = None, None
         for packet in self._packets():
+            if landing is None and packet is not None:
+                landing = packet.pts
+                self._same_landings = self._same_landings + 1 if landing == self._landing else 0
+                self._landing = landing
+                if self._same_landings > 2:  # keyframes are rarer here than where they were counted
+                    return None
             for frame in self._frames_of(packet):
                 if frame.pts > target:
                     return shown
@@ -392,13 +417,10 @@ class _Source:
         try:
             self.container.seek(target, stream=self.stream)
         except av.FFmpegError:  # cannot seek: begin again
-            thread_type = self.stream.thread_type
-            self.container.close()
-            self.container = self._open()
-            self.stream = self._video_stream()
-            self.stream.thread_type = thread_type
+            self.reopen("AUTO")
 
     def _open(self) -> "av.container.InputContainer":
+        header = b""
         try:
             if "://" not in self.path:
                 with open(self.path, "rb") as file:
@@ -414,7 +436,7 @@ class _Source:
         except PermissionError as error:
             raise VideoReadError(f"{self.name}: no permission to read this file. Change its access rights.") from error
         except (av.FFmpegError, OSError) as error:
-            if "://" not in self.path and header[4:8] == b"ftyp":
+            if header[4:8] == b"ftyp":
                 raise VideoReadError(
                     f"{self.name}: an mp4 file without a readable index, most likely cut off while it was recorded or "
                     "downloaded. Copy or download it again."
@@ -449,9 +471,7 @@ class _Source:
         # A stream written live may declare nothing. Reading its packets, without decoding them, is quick.
         timed = (packet for packet in self._packets() if packet is not None and packet.pts is not None)
         end = max((packet.pts + (packet.duration or 0) for packet in timed), default=None)
-        self.container.close()
-        self.container = self._open()
-        self.stream = self._video_stream()
+        self.reopen("AUTO")
         if end is None:
             raise VideoReadError(
                 f"{self.name}: the frames carry no times. Put them into a container: ffmpeg -i INPUT -c copy OUTPUT.mp4"
