@@ -5,9 +5,9 @@
 
 `<|system|>`, `<|user|>` and `<|assistant|>` are ordinary text. A byte-level BPE may fuse their closing `|>` with the
 character after it: GPT-NeoX does so before `(`, `"`, `=` and `>`. An answer "(A)" would then be trained on ids that
-never occur in generation, where the prompt ends with `<|assistant|>`. So tags and bodies are tokenised apart, everywhere:
-`render` is the one place that knows where they meet, and `chat_template` states the same schema in Jinja for all who
-only want the text.
+never occur in generation, where the prompt ends with `<|assistant|>`. So tags and bodies are tokenised apart: `render`
+is the one place that knows where they meet, and `chat_template` states the same schema in Jinja for all who only want
+the text.
 """
 
 import json
