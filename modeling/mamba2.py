@@ -1,9 +1,6 @@
-"""Mamba-2 with its past in plain sight: layers that take states and hand on states, and one primitive built of them.
+"""Mamba-2 with its past in plain sight: layers that take states and hand on states.
 
-The whole past of a layer is a `LayerState` of fixed size. `run_layers` runs layers [i:j] on tokens [a:b] from given states and
-hands on the hidden states and the new states, differentiable in both. Chunked prefill, streaming and Multi-Axis Gradient
-Checkpointing are loops over it.
-
+The whole past of a layer is a `LayerState` of fixed size. The backbone is a loop of `run_layers` over chunks of tokens.
 Parameter names are those of transformers' Mamba2, so that its checkpoints load.
 """
 
@@ -16,7 +13,9 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from .checkpointing import run_checkpointed
 from .recompute import recompute_segments, saved_as_recipe
+from .run_layers import kept_tokens, run_layers
 from .ssd import causal_conv1d, ssd_scan, ssd_step
 
 # Tokens a mixer works on at a time: bounds what the convolution and the scan hold, whatever the length of the call.
@@ -205,25 +204,6 @@ class Mamba2Block(nn.Module):
         return hidden_states + mixed, state
 
 
-def run_layers(blocks, hidden_states, states, mask=None):
-    """The one primitive: layers [i:j] on tokens [a:b], starting from states.
-
-    Args:
-        blocks: the layers [i:j], each `block(hidden_states, state, mask) -> hidden_states, state`.
-        hidden_states: (batch, tokens, hidden) of tokens [a:b] entering layer i.
-        states: one state per block, left by the tokens before a.
-        mask: (batch, tokens) bool or None.
-
-    Returns:
-        (batch, tokens, hidden) leaving layer j - 1, and the list of states after token b - 1.
-    """
-    new_states = []
-    for block, state in zip(blocks, states, strict=True):
-        hidden_states, state = block(hidden_states, state, mask)
-        new_states.append(state)
-    return hidden_states, new_states
-
-
 class Mamba2Backbone(nn.Module):
     """Embeddings, layers and final norm.
 
@@ -243,35 +223,44 @@ class Mamba2Backbone(nn.Module):
         """The `Mamba2Cache` before the first token."""
         return Mamba2Cache([layer.mixer.new_state(batch_size) for layer in self.layers])
 
-    def forward(self, inputs_embeds, cache, mask=None, keep=None, chunk_size=None):
+    def forward(self, inputs_embeds, cache, mask=None, keep=None, chunk_size=None, plan=None):
         """
         Args:
             inputs_embeds: (batch, tokens, hidden).
             cache: `Mamba2Cache` left by the tokens before; it is moved on in place.
             mask: (batch, tokens) bool, real tokens first in each row; None if all are real.
-            keep: (batch, tokens) int64, the row of the result that the token's hidden state becomes, -1 for none;
-                None gives all of them out.
+            keep: (batch, tokens) int64 on the CPU, the row of the result that the token's hidden state becomes, -1 for
+                none; None gives all of them out.
             chunk_size: tokens per step without gradient; None means `prefill_chunk_size`.
+            plan: `CheckpointPlan` to carry out; None for no checkpointing.
 
         Returns:
             (kept, hidden), or (batch, tokens, hidden) where `keep` is None: after the final norm.
         """
+        if plan is not None:
+            hidden_states, cache.layers = run_checkpointed(self.layers, plan, inputs_embeds, cache.layers, mask, keep)
+        else:
+            hidden_states = self._loop(inputs_embeds, cache, mask, keep, chunk_size or self.prefill_chunk_size)
+        cache.num_tokens += inputs_embeds.shape[1]
+        return self.norm_f(hidden_states if keep is None else hidden_states[None]).view_as(hidden_states)
+
+    def _loop(self, inputs_embeds, cache, mask, keep, chunk_size):
         num_tokens = inputs_embeds.shape[1]
-        step = num_tokens if torch.is_grad_enabled() else chunk_size or self.prefill_chunk_size
-        kept = []
+        step = num_tokens if torch.is_grad_enabled() else chunk_size
+        kept, kept_rows = [], []
         for start in range(0, num_tokens, step):
             span = slice(start, start + step)
             hidden_states, cache.layers = run_layers(
                 self.layers, inputs_embeds[:, span], cache.layers, None if mask is None else mask[:, span]
             )
-            kept.append(hidden_states if keep is None else hidden_states[keep[:, span] >= 0])
-        cache.num_tokens += num_tokens
+            if keep is not None:
+                positions, rows = kept_tokens(keep, span)
+                kept_rows.append(rows)
+                hidden_states = hidden_states.flatten(0, 1)[positions.to(hidden_states.device)]
+            kept.append(hidden_states)
         if keep is None:
-            return self.norm_f(torch.cat(kept, dim=1))
-        rows = torch.cat(
-            [keep[:, a : a + step].masked_select(keep[:, a : a + step] >= 0) for a in range(0, num_tokens, step)]
-        )
-        return self.norm_f(torch.cat(kept)[rows.argsort()][None])[0]
+            return torch.cat(kept, dim=1)
+        return torch.cat(kept)[torch.cat(kept_rows).argsort().to(inputs_embeds.device)]
 
 
 @torch.no_grad()

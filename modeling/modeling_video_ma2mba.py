@@ -6,15 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
+from .checkpoint_plan import check_options, plan_checkpoints
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, init_mamba2_weights
 from .recompute import recompute_segments
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -71,6 +75,87 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear) and module.bias is not None:
             init.zeros_(module.bias)
 
+    # --- Multi-Axis Gradient Checkpointing --------------------------------------------------------------------------
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs=None,
+        axes=("layer", "sequence"),
+        layer_interval=None,
+        sequence_interval=None,
+        order=None,
+        offload=False,
+        memory_budget_bytes=None,
+        host_memory_budget_bytes=None,
+        every_n_layers=1,
+    ):
+        """Train with Multi-Axis Gradient Checkpointing: keep little, compute it again in the backward pass.
+
+        Args:
+            gradient_checkpointing_kwargs: dict that may carry every argument below, as `TrainingArguments` passes it.
+            axes: any non-empty subset of "layer" and "sequence"; ("layer",) is the ordinary kind.
+            layer_interval, sequence_interval: layers and tokens of a cell; None lets the planner decide.
+            order: "layer_major" (the paper's grid) or "sequence_major"; None lets the planner decide.
+            offload: what crosses a chunk border waits in host memory.
+            memory_budget_bytes: None for the least memory at one recompute; a number for the fastest plan that fits.
+            host_memory_budget_bytes: bounds what `offload` may hold.
+            every_n_layers: transformers' name for `layer_interval`; 1 leaves it alone.
+
+        Raises:
+            ValueError, TypeError: nonsense or unknown arguments. `InfeasibleMemoryBudget`, at the first forward pass of a
+            shape: no plan fits.
+        """
+        options = {
+            "axes": axes, "layer_interval": layer_interval, "sequence_interval": sequence_interval, "order": order,
+            "offload": offload, "memory_budget_bytes": memory_budget_bytes,
+            "host_memory_budget_bytes": host_memory_budget_bytes,
+        }  # fmt: skip
+        for name, value in (gradient_checkpointing_kwargs or {}).items():
+            if name == "use_reentrant":
+                continue  # speaks of torch's checkpoint function, which is not used here
+            if name == "every_n_layers":
+                every_n_layers = value
+            elif name not in options:
+                raise ValueError(f"unknown gradient_checkpointing_kwargs key {name!r}; known are {', '.join(options)}")
+            else:
+                options[name] = value
+        if every_n_layers != 1 and options["layer_interval"] is None:
+            options["layer_interval"] = every_n_layers
+        options["axes"] = tuple(options["axes"])
+        check_options(self.config, **options)
+        base = self._base()
+        base.checkpoint_options, base.gradient_checkpointing, base._plans = options, True, {}
+
+    def gradient_checkpointing_disable(self):
+        """Back to keeping everything."""
+        self._base().gradient_checkpointing = False
+
+    def enable_input_require_grads(self):
+        """Nothing to do: no checkpoint of this model needs a gradient at its inputs, so a frozen tower builds no graph."""
+
+    def disable_input_require_grads(self):
+        """As `enable_input_require_grads`."""
+
+    def is_checkpointing(self):
+        """Whether a forward pass now would be checkpointed."""
+        base = self._base()
+        return base.gradient_checkpointing and base.training
+
+    def checkpoint_plan(self, batch_size, sequence_length):
+        """The `CheckpointPlan` for a batch of this shape: chosen once per shape, and said in one line."""
+        base = self._base()
+        key = batch_size, sequence_length
+        if key not in base._plans:
+            base._plans[key] = plan_checkpoints(
+                self.config, *key, dtype_bytes=base.language_model.embeddings.weight.element_size(),
+                **base.checkpoint_options,
+            )  # fmt: skip
+            logger.info(f"MA-GC, batch {batch_size} x {sequence_length} tokens: {base._plans[key]}")
+        return base._plans[key]
+
+    def _base(self):
+        return getattr(self, self.base_model_prefix, self)
+
 
 class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
     """The model without a head: frames and text in, hidden states and recurrent states out."""
@@ -80,6 +165,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         self.vision_tower = _build_tower(config)
         self.multi_modal_projector = VideoMa2mbaProjector(config)
         self.language_model = Mamba2Backbone(config.text_config, config.prefill_chunk_size)
+        self.gradient_checkpointing, self.checkpoint_options, self._plans = False, {}, {}
         self.post_init()
 
     def get_input_embeddings(self):
@@ -88,11 +174,16 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.embeddings = value
 
-    def get_video_features(self, pixel_values_videos, **kwargs):
-        """Encode frames: tower, 2 x 2 bilinear pooling, projector (paper, section 3.1).
+    def get_video_features(self, pixel_values_videos, to_host=False, **kwargs):
+        """Encode frames in micro-batches: tower, 2 x 2 bilinear pooling, projector (paper, section 3.1).
+
+        A frozen tower builds no graph. Under gradient checkpointing, what trains is computed again in the backward pass,
+        one micro-batch at a time.
 
         Args:
-            pixel_values_videos: (frames, 3, height, width) or (batch, frames, 3, height, width): uint8, or float normalised.
+            pixel_values_videos: (frames, 3, height, width) or (batch, frames, 3, height, width): uint8, or float normalised;
+                on any device.
+            to_host: gather the features in host memory.
 
         Returns:
             `BaseModelOutputWithPooling` with `pooler_output` (all frames, tokens_per_frame, hidden).
@@ -100,16 +191,34 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         pixels = pixel_values_videos.flatten(0, -4)
         if pixels.shape[1] != 3:
             raise ValueError(f"frames must be (..., 3, height, width), got shape {tuple(pixel_values_videos.shape)}")
-        features = [self._encode_frames(chunk) for chunk in pixels.split(self.config.vision_chunk_size)]
+        features = []
+        for chunk in pixels.split(self.config.vision_chunk_size):
+            if any(param.requires_grad for param in self.vision_tower.parameters()):
+                encoded = self._again_in_backward(self._encode_frames, chunk)
+            else:
+                with torch.no_grad():
+                    pooled = self._pooled_features(chunk)
+                encoded = self._again_in_backward(self._project, pooled.cpu() if to_host else pooled)
+            features.append(encoded.cpu() if to_host else encoded)
         return BaseModelOutputWithPooling(pooler_output=torch.cat(features))
 
-    def get_image_features(self, pixel_values, **kwargs):
+    def get_image_features(self, pixel_values, to_host=False, **kwargs):
         """As `get_video_features`: an image is a video of one frame."""
-        return self.get_video_features(pixel_values)
+        return self.get_video_features(pixel_values, to_host)
+
+    def _again_in_backward(self, fn, inputs):
+        if self.is_checkpointing() and torch.is_grad_enabled():
+            return checkpoint(fn, inputs, use_reentrant=False)
+        return fn(inputs)
 
     def _encode_frames(self, pixels):
         """(frames, 3, height, width) -> (frames, tokens_per_frame, hidden)"""
+        return self._project(self._pooled_features(pixels))
+
+    def _pooled_features(self, pixels):
+        """(frames, 3, height, width) -> (frames, tokens_per_frame, vision hidden)"""
         config = self.config
+        pixels = pixels.to(self.vision_tower.device)
         if pixels.dtype == torch.uint8:
             mean, std = (
                 pixels.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (config.image_mean, config.image_std)
@@ -122,27 +231,51 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         grid = grid.transpose(1, 2).unflatten(2, (side, side))
         pooled_side = -(-side // config.spatial_pool_stride)
         pooled = F.interpolate(grid, size=(pooled_side, pooled_side), mode=config.spatial_pool_mode)
-        return self.multi_modal_projector(pooled.flatten(2).transpose(1, 2))
+        return pooled.flatten(2).transpose(1, 2)
 
-    def _fill_placeholders(self, inputs_embeds, is_placeholder, pixels, name):
-        """Put the features of each row's frames where the row has placeholders; rows may have padding frames at the end."""
+    def _project(self, features):
+        return self.multi_modal_projector(features.to(self.multi_modal_projector.linear_1.weight.device))
+
+    def _embed(self, input_ids, pixels_by_name, to_host):
+        """Text through the table, frames through the tower: (batch, tokens) ids -> (batch, tokens, hidden).
+
+        Rows may hold padding frames at the end; placeholders say how many are real.
+        """
+        table = self.get_input_embeddings()
+        is_text, parts = torch.ones_like(input_ids, dtype=torch.bool), []
+        for name, token_id, encode in (
+            ("pixel_values_videos", self.config.video_token_id, self.get_video_features),
+            ("pixel_values", self.config.image_token_id, self.get_image_features),
+        ):
+            if (pixels := pixels_by_name[name]) is None:
+                continue
+            is_placeholder = input_ids == token_id
+            counts = self._frames_per_row(is_placeholder, pixels, name)
+            frames = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
+            parts.append((is_placeholder, encode(frames, to_host=to_host).pooler_output.flatten(0, 1)))
+            is_text &= ~is_placeholder
+        text = table(input_ids[is_text])
+        if not parts and not to_host:
+            return text.view(*input_ids.shape, -1)
+        parts.append((is_text, text.cpu() if to_host else text))
+        masks, values = zip(*parts, strict=True)
+        return _Interleave.apply(
+            tuple(mask.to(text.device if not to_host else "cpu") for mask in masks), text.dtype, *values
+        )
+
+    def _frames_per_row(self, is_placeholder, pixels, name):
         if pixels.ndim != 5:
             raise ValueError(f"{name} must be (batch, frames, 3, height, width), got shape {tuple(pixels.shape)}")
         tokens_per_frame = self.config.tokens_per_frame
         counts = is_placeholder.sum(dim=1).tolist()
         num_frames = [count // tokens_per_frame for count in counts]
-        if (
-            len(counts) != pixels.shape[0]
-            or any(count % tokens_per_frame for count in counts)
-            or max(num_frames) != pixels.shape[1]
-        ):
+        whole = all(count % tokens_per_frame == 0 for count in counts)
+        if not whole or len(counts) != pixels.shape[0] or max(num_frames) != pixels.shape[1]:
             raise ValueError(
-                f"the rows of input_ids have {counts} placeholders for {name} at {tokens_per_frame} per frame, but {name} holds "
-                f"{pixels.shape[0]} row(s) of {pixels.shape[1]} frame(s); prepare both with the same processor call"
+                f"the rows of input_ids have {counts} placeholders for {name} at {tokens_per_frame} per frame, but {name} "
+                f"holds {pixels.shape[0]} row(s) of {pixels.shape[1]} frame(s); prepare both with the same processor call"
             )
-        frames = torch.cat([row[:count] for row, count in zip(pixels, num_frames, strict=True)])
-        features = self.get_video_features(frames.to(inputs_embeds.device)).pooler_output
-        return inputs_embeds.masked_scatter(is_placeholder[..., None], features.to(inputs_embeds.dtype))
+        return num_frames
 
     def forward(
         self,
@@ -176,22 +309,19 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
+        batch, num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        plan = self.checkpoint_plan(batch, num_tokens) if self.is_checkpointing() and torch.is_grad_enabled() else None
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        for pixels, token_id, name in (
-            (pixel_values_videos, self.config.video_token_id, "pixel_values_videos"),
-            (pixel_values, self.config.image_token_id, "pixel_values"),
-        ):
-            if pixels is not None:
-                if input_ids is None:
-                    raise ValueError(f"{name} needs input_ids, whose placeholders say where the frames go")
-                inputs_embeds = self._fill_placeholders(inputs_embeds, input_ids == token_id, pixels, name)
+            pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
+            inputs_embeds = self._embed(input_ids, pixels, to_host=plan is not None and plan.offload)
+        elif pixel_values_videos is not None or pixel_values is not None:
+            raise ValueError("frames need input_ids, whose placeholders say where they go; got inputs_embeds")
 
-        batch, num_tokens = inputs_embeds.shape[:2]
         if cache_params is None:
             cache_params = self.language_model.new_cache(batch)
         rows = None
         if keep is not None:
+            keep = keep.cpu()
             rows = torch.where(keep, keep.flatten().cumsum(0).view_as(keep) - 1, -1)
         mask = order = None
         if attention_mask is not None:
@@ -201,10 +331,10 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         if mask is not None:
             # The backbone knows one layout, real tokens first. That makes every kind of padding exact, also after a past.
             order = mask.int().argsort(dim=1, descending=True, stable=True)
-            inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
+            inputs_embeds = inputs_embeds.gather(1, order.to(inputs_embeds.device)[..., None].expand_as(inputs_embeds))
             mask = mask.gather(1, order)
-            rows = None if rows is None else rows.gather(1, order)
-        hidden_states = self.language_model(inputs_embeds, cache_params, mask, rows, prefill_chunk_size)
+            rows = None if rows is None else rows.gather(1, order.cpu())
+        hidden_states = self.language_model(inputs_embeds, cache_params, mask, rows, prefill_chunk_size, plan)
         if order is not None and keep is None:
             hidden_states = hidden_states.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden_states))
         use_cache = not self.training if use_cache is None else use_cache
@@ -289,7 +419,6 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             logits_to_keep = torch.arange(first, num_tokens)
         keep = torch.zeros(batch, num_tokens, dtype=torch.bool)
         keep[:, logits_to_keep.cpu()] = True
-        keep = keep.to((input_ids if inputs_embeds is None else inputs_embeds).device)
         outputs = self.model(**inputs, keep=keep)
         hidden_states = outputs.last_hidden_state.view(batch, -1, self.config.text_config.hidden_size)
         return VideoMa2mbaOutput(logits=self.lm_head(hidden_states).float(), cache_params=outputs.cache_params)
@@ -343,6 +472,25 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             model_inputs["input_ids"] = input_ids if first_or_uncached else input_ids[:, -1:]
         model_inputs["attention_mask"] = attention_mask if first_or_uncached else None  # a new token is never padding
         return {**model_inputs, "cache_params": cache_params if use_cache else None, "use_cache": use_cache}
+
+
+class _Interleave(torch.autograd.Function):
+    """Rows of several tensors into one sequence: `out[masks[i]] = values[i]`, each position in exactly one mask."""
+
+    @staticmethod
+    def forward(ctx, masks, dtype, *values):
+        ctx.masks, ctx.dtypes = masks, [value.dtype for value in values]
+        pinned = values[0].device.type == "cpu" and torch.cuda.is_available()
+        out = torch.empty(*masks[0].shape, values[0].shape[-1], dtype=dtype, device=values[0].device, pin_memory=pinned)
+        for mask, value in zip(masks, values, strict=True):
+            out[mask] = value.to(dtype)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        wanted = zip(ctx.masks, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(grad[mask].to(dtype) if need else None for mask, dtype, need in wanted)
 
 
 def _build_tower(config):

@@ -96,7 +96,10 @@ def ssd_scan(x, dt, A, B, C, D, ssm_state, chunk_size=SCAN_CHUNK):
     # 4. What the state at the start of a chunk says at each of its tokens.
     from_state = (C @ at_start.transpose(-1, -2)).view(b, c, g, q, r, p)
     y = y.permute(0, 1, 4, 2, 3, 5) + from_state.transpose(2, 3) * log_decay.exp().permute(0, 1, 4, 2, 3)[..., None]
-    return y.reshape(b, c * q, h, p)[:, :t] + skip, states[:, :, :, -1].reshape(b, h, p, n)
+    last = states[:, :, :, -1].clone(
+        memory_format=torch.contiguous_format
+    )  # a view would keep all chunks' states alive
+    return y.reshape(b, c * q, h, p)[:, :t] + skip, last.view(b, h, p, n)
 
 
 def ssd_step(x, dt, A, B, C, D, ssm_state):
