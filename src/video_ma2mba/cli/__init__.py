@@ -1,0 +1,58 @@
+"""The `video-ma2mba` command.
+
+A command is a module of this folder with `HELP`, `add_arguments(parser)` and `run(args)`. Nothing heavy is imported
+before `run`. Exit codes: 0 done, 2 the user can put it right (a message says how), 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from . import ask, bench
+
+COMMANDS = {"ask": ask, "bench": bench}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="video-ma2mba",
+        description="Ask questions about long videos with Video-Ma2mba, a Mamba-2 video language model.",
+        epilog="VIDEO_MA2MBA_TRACEBACK=1 in the environment shows the whole traceback of an error.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: The arguments without the program's name; None: those of the process.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `video-ma2mba ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        if os.environ.get("VIDEO_MA2MBA_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _print_warning(message: Warning | str, *place: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)

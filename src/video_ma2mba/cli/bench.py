@@ -1,0 +1,53 @@
+"""Run one of the library's benchmarks and print its figures as JSON.
+
+A benchmark is a module of `video_ma2mba.benchmark` with `add_arguments(parser)` and `run(args) -> dict`.
+"""
+
+import argparse
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+HELP = "run a benchmark and print its figures as JSON"
+BENCHMARKS = {
+    "decode": "reading a video's frames against a bare PyAV loop",
+    "scan": "forward and backward of the Mamba-2 scan against transformers' own",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "benchmarks (`video-ma2mba bench NAME --help` lists the options of one):\n" + "\n".join(
+        f"  {name:<8} {text}" for name, text in BENCHMARKS.items()
+    )
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help="which benchmark to run")
+    # Their options are known only once the module is imported, which takes seconds: so only the one that is asked for.
+    parser.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="...", help="its options; every benchmark takes -o FILE"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    module = importlib.import_module(f"video_ma2mba.benchmark.{args.name}")
+    parser = argparse.ArgumentParser(prog=f"video-ma2mba bench {args.name}", description=module.__doc__)
+    module.add_arguments(parser)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the JSON here as well")
+    options = parser.parse_args(args.options)
+    if options.output is not None and not options.output.parent.is_dir():
+        raise ValueError(f"cannot write {options.output}: create the folder {options.output.parent} first")
+    result = module.run(options)
+    print(json.dumps(result, indent=2))
+    if options.output is not None:
+        write_json(options.output, result)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` whole or not at all: an interrupted write leaves the file that was there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

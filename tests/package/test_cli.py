@@ -1,0 +1,111 @@
+"""The command's frame: exit codes, tracebacks on request, benchmarks."""
+
+import importlib
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from video_ma2mba import cli
+from video_ma2mba.cli import bench
+
+
+def fail_with(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(module.HELP in printed for module in cli.COMMANDS.values())
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["sing"], ["ask"], ["ask", "a.mp4", "Why?", "--device", "tpu"], ["bench", "nothing"]]
+)
+def test_misuse_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == cli.EXIT_USER_ERROR
+    assert "usage: video-ma2mba" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("not so"), OSError("not so")])
+def test_user_error(error, monkeypatch, capsys):
+    monkeypatch.setattr(cli.ask, "run", fail_with(error))
+    assert cli.main(["ask", "a.mp4", "Why?"]) == cli.EXIT_USER_ERROR
+    assert capsys.readouterr() == ("", "error: not so\n")
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setattr(cli.ask, "run", fail_with(ValueError("not so")))
+    monkeypatch.setenv("VIDEO_MA2MBA_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="not so"):
+        cli.main(["ask", "a.mp4", "Why?"])
+
+
+def test_our_own_faults_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(cli.ask, "run", fail_with(TypeError("a bug")))
+    with pytest.raises(TypeError, match="a bug"):
+        cli.main(["ask", "a.mp4", "Why?"])
+
+
+def test_interrupt_is_quiet(monkeypatch, capsys):
+    monkeypatch.setattr(cli.ask, "run", fail_with(KeyboardInterrupt()))
+    assert cli.main(["ask", "a.mp4", "Why?"]) == cli.EXIT_INTERRUPTED
+    assert capsys.readouterr() == ("", "")
+
+
+# --- bench ---
+
+
+@pytest.fixture
+def doubling(monkeypatch):
+    """A benchmark in place of `scan` that doubles a number."""
+    module = SimpleNamespace(
+        __doc__="Double a number.",
+        add_arguments=lambda parser: parser.add_argument("--number", type=int, default=1),
+        run=lambda options: {"double": 2 * options.number},
+    )
+    monkeypatch.setitem(sys.modules, "video_ma2mba.benchmark.scan", module)
+
+
+@pytest.mark.parametrize("name", bench.BENCHMARKS)
+def test_benchmarks_are_there(name):
+    module = importlib.import_module(f"video_ma2mba.benchmark.{name}")
+    assert module.__doc__
+    assert callable(module.add_arguments)
+    assert callable(module.run)
+
+
+def test_bench_prints_json(doubling, capsys):
+    assert cli.main(["bench", "scan", "--number", "21"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"double": 42}
+
+
+def test_bench_writes_a_file(doubling, tmp_path):
+    path = tmp_path / "scan.json"
+    path.write_text("what was there")
+    assert cli.main(["bench", "scan", "-o", str(path)]) == 0
+    assert json.loads(path.read_text()) == {"double": 2}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bench_needs_the_folder(doubling, tmp_path, capsys):
+    assert cli.main(["bench", "scan", "-o", str(tmp_path / "no" / "scan.json")]) == cli.EXIT_USER_ERROR
+    assert str(tmp_path / "no") in capsys.readouterr().err
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "scan.json"
+    path.write_text("what was there")
+    with pytest.raises(TypeError):
+        bench.write_json(path, {"not json": object()})
+    assert path.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,214 @@
+"""`video-ma2mba ask`: its answers, its JSON, and what it says to bad input."""
+
+import json
+import subprocess
+import sys
+import wave
+from itertools import islice
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+from video_ma2mba import cli
+from video_ma2mba.cli import ask
+from video_ma2mba.data.synthetic import make_story
+
+QUESTION = "What colour was the circle?"
+
+
+@pytest.fixture
+def run(model_folder, capsys):
+    """Run `ask` with the small model unless another is named; returns (exit code, stdout, stderr)."""
+
+    def run_ask(*arguments: str):
+        if "--model" not in arguments:
+            arguments += ("--model", model_folder)
+        code = cli.main(["ask", *map(str, arguments), "--max-new-tokens", "6"])
+        return code, *capsys.readouterr()
+
+    return run_ask
+
+
+# --- answers ---
+
+
+def test_answers_equal_generate_on_the_whole_input(run, model, processor, video):
+    questions = [QUESTION, "Which shape came first of all?"]
+    code, out, _ = run(video, *questions, "--json")
+    assert code == 0
+    answers = json.loads(out)["answers"]
+    assert [one["question"] for one in answers] == questions
+    for question, one in zip(questions, answers, strict=True):
+        content = [{"type": "video", "path": video}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True
+        )
+        tokens = model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+        assert one["answer"] == processor.decode(tokens, skip_special_tokens=True).strip()
+        assert one["tokens"] == len(tokens)
+
+
+def test_split_prompt_leaves_out_nothing_but_the_frames(processor):
+    head, tail = ask.split_prompt(processor, QUESTION)
+    text = processor.tokenizer.decode(torch.cat([head, tail], dim=1)[0])
+    assert text == (
+        f"<|system|>You are a helpful assistant.<|endoftext|><|user|>\n{QUESTION}<|endoftext|><|assistant|>"
+    )
+
+
+def test_json_schema(run, video, model):
+    code, out, _ = run(video, QUESTION, "--json", "--fps", "2", "--max-frames", "7", "--start", "2", "--end", "9.5")
+    report = json.loads(out)
+    assert code == 0
+    assert set(report) == {
+        "video", "model", "device", "dtype", "answers", "frames", "tokens", "seconds", "peak_bytes"
+    }  # fmt: skip
+    assert [set(one) for one in report["answers"]] == [{"question", "answer", "tokens", "seconds"}]
+    assert (report["device"], report["dtype"], report["frames"]) == ("cpu", "float32", 7)
+    assert report["tokens"]["watched"] > 7 * model.config.tokens_per_frame
+    assert report["tokens"]["answered"] == report["answers"][0]["tokens"]
+    seconds = report["seconds"]
+    assert set(seconds) == {"decode_s", "encode_s", "answer_s", "total_s"}
+    assert all(value > 0 for value in seconds.values())
+    assert seconds["decode_s"] + seconds["encode_s"] + seconds["answer_s"] < seconds["total_s"]
+    assert report["peak_bytes"] > 2**20
+
+
+def test_bfloat16_answers(run, video):
+    code, out, _ = run(video, QUESTION, "--dtype", "bfloat16", "--json")
+    assert (code, json.loads(out)["dtype"]) == (0, "bfloat16")
+
+
+def test_pipe_gets_answers_alone(model_folder, video):
+    command = [sys.executable, "-m", "video_ma2mba.cli", "ask", video, QUESTION, QUESTION]
+    command += ["--model", model_folder, "--max-new-tokens", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, second = done.stdout.split("\n")[:2]
+    assert first == second
+    assert done.stdout == f"{first}\n{second}\n"
+    assert "10/10 frames" in done.stderr
+
+
+# --- the model ---
+
+
+def test_tiny_model_is_the_default(monkeypatch, model_folder, tmp_path):
+    monkeypatch.setattr(ask, "TINY_MODEL", Path(model_folder))
+    assert ask.find_model(None) == model_folder
+    monkeypatch.setattr(ask, "TINY_MODEL", tmp_path)
+    with pytest.raises(ValueError, match="--model"):
+        ask.find_model(None)
+
+
+def test_hub_id_is_left_to_the_hub():
+    assert ask.find_model("owner/some-model.v2") == "owner/some-model.v2"
+
+
+@pytest.mark.parametrize("left_out", ["config.json", "processor_config.json"])
+def test_incomplete_model_folder(run, video, model_folder, tmp_path, left_out):
+    for file in Path(model_folder).iterdir():
+        if file.name != left_out:
+            (tmp_path / file.name).symlink_to(file)
+    assert_refused(run(video, QUESTION, "--model", tmp_path), str(tmp_path), left_out, "save_pretrained")
+
+
+def test_model_of_another_kind(run, video, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "processor_config.json").write_text("{}")
+    assert_refused(run(video, QUESTION, "--model", tmp_path), str(tmp_path), "'llama'", "video_ma2mba")
+
+
+@pytest.mark.parametrize("name", ["./missing", "missing", "no-such-owner/missing"])
+def test_missing_model(run, video, name):
+    assert_refused(run(video, QUESTION, "--model", name), name, "no such folder")
+
+
+def test_no_cuda(run, video, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_refused(run(video, QUESTION, "--device", "cuda"), "--device cuda", "--device cpu")
+
+
+# --- the video ---
+
+
+def assert_refused(result, *said: str):
+    code, out, err = result
+    assert code == cli.EXIT_USER_ERROR
+    assert out == ""
+    assert "Traceback" not in err
+    message = err[err.index("error: ") :]
+    assert all(words in message for words in said), message
+
+
+def test_missing_video(run, tmp_path):
+    assert_refused(run(tmp_path / "no.mp4", QUESTION), str(tmp_path / "no.mp4"), "no such file")
+
+
+def test_folder_as_video(run, tmp_path):
+    assert_refused(run(tmp_path, QUESTION), str(tmp_path), "folder")
+
+
+def test_empty_video(run, tmp_path):
+    path = tmp_path / "empty.mp4"
+    path.touch()
+    assert_refused(run(path, QUESTION), str(path), "empty")
+
+
+def test_text_named_mp4(run, tmp_path):
+    path = tmp_path / "text.mp4"
+    path.write_text("To whom it may concern. " * 50)
+    assert_refused(run(path, QUESTION), str(path), "not a video")
+
+
+def test_audio_only(run, tmp_path):
+    path = tmp_path / "sound.wav"
+    with wave.open(str(path), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(16000))
+    assert_refused(run(path, QUESTION), str(path), "audio")
+
+
+def test_truncated_without_index(run, video, tmp_path):
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(Path(video).read_bytes()[:-2000])
+    assert_refused(run(path, QUESTION), str(path), "cut off")
+
+
+def test_truncated_is_watched_as_far_as_it_goes(run, tmp_path):
+    whole, path = make_story(seed=5, duration_s=20).render(tmp_path / "whole.mp4"), tmp_path / "cut.mp4"
+    # The index moves to the front, as in files made for streaming, so that a cut leaves it whole.
+    with av.open(str(whole)) as source, av.open(str(path), "w", options={"movflags": "faststart"}) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in islice(source.demux(video=0), 80):
+            packet.stream = stream
+            target.mux(packet)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    code, out, err = run(path, QUESTION, "--json")
+    assert code == 0
+    assert 0 < json.loads(out)["frames"] < 20
+    assert "warning: " in err
+    assert str(path) in err
+    assert "missing" in err
+
+
+@pytest.mark.parametrize("fps", ["0", "-1", "nan", "inf"])
+def test_bad_fps(run, video, fps):
+    assert_refused(run(video, QUESTION, "--fps", fps), "fps", "positive")
+
+
+def test_start_beyond_the_end(run, video):
+    assert_refused(run(video, QUESTION, "--start", "10"), video, "beyond the end", "10.0")
+
+
+def test_end_before_start(run, video):
+    assert_refused(run(video, QUESTION, "--start", "5", "--end", "4"), "end_s", "start_s")
+
+
+def test_no_frames_wanted(run, video):
+    assert_refused(run(video, QUESTION, "--max-frames", "0"), "max_frames")
+
+
+def test_empty_question(run, video):
+    assert_refused(run(video, QUESTION, "  "), "question 2", "empty")

@@ -1,0 +1,63 @@
+"""What holds for the repository as a whole: its files, its packages, its README."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = [ROOT / "modeling", ROOT / "processing", ROOT / "src"]
+PYTHON_FILES = sorted(
+    path for folder in [*ROOMS, ROOT / "examples", ROOT / "tests"] for path in folder.rglob("*.py")
+)
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_package_folder_is_installed():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    homes = {ROOT / folder: name for name, folder in setuptools["package-dir"].items()}
+    found = set()
+    for init in (init for room in ROOMS for init in room.rglob("__init__.py")):
+        home = next(home for home in homes if init.is_relative_to(home))
+        found.add(".".join([homes[home], *init.parent.relative_to(home).parts]))
+    assert found == set(setuptools["packages"])
+
+
+def test_folders_with_code_are_packages():
+    assert all((path.parent / "__init__.py").exists() for room in ROOMS for path in room.rglob("*.py"))
+
+
+def test_files_stay_short():
+    lengths = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in PYTHON_FILES}
+    assert {path: length for path, length in lengths.items() if length >= 500} == {}
+
+
+def test_no_pickle_anywhere():
+    for folder in [*ROOMS, ROOT / "examples", ROOT / "tests", ROOT / "model_cards"]:
+        assert not [path for suffix in ("bin", "pt", "pth", "pkl", "ckpt") for path in folder.rglob(f"*.{suffix}")]
+    importing = re.compile(r"^\s*(import|from)\s+(pickle|cPickle|dill|joblib|cloudpickle)\b", re.MULTILINE)
+    users = [path for room in ROOMS for path in room.rglob("*.py") if importing.search(path.read_text("utf-8"))]
+    assert not users
+
+
+def test_readme_names_the_make_targets(readme):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", readme))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_readme_tree_exists(readme):
+    tree = readme.partition("## What is where")[2].partition("```\n")[2].partition("```")[0]
+    paths, folders = [], []
+    for line in tree.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name]
+        paths.append(ROOT.joinpath(*folders))
+    assert len(paths) > 8
+    assert [path for path in paths if not path.exists()] == []
