@@ -58,7 +58,7 @@ class VideoInfo:
         width, height: Pixels of a frame as displayed, that is after rotation.
         average_fps: Frames per second on average, or None where the file does not tell.
         num_frames: Number of frames in the file, or None where the container does not tell.
-        keyframe_interval_s: The largest gap between keyframes near the beginning, or None if there are fewer than two.
+        keyframe_interval_s: The largest gap seen between keyframes near the beginning; None if fewer than two were seen.
     """
 
     path: str
@@ -112,7 +112,7 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
             damaged.
     """
     with _Source(path) as source:
-        return source.info(gap_limit=None)
+        return source.probe(largest_gap=None)[0]
 
 
 def read_frames(
@@ -174,10 +174,9 @@ def read_frames(
         if max_frames is not None and num_frames > max_frames:
             num_frames = max_frames
             step = (end - start) / max_frames
-        info = source.info(gap_limit=step * _SEEK_MARGIN)
+        info, dense = source.probe(largest_gap=step * _SEEK_MARGIN)
 
-    gap = info.keyframe_interval_s
-    seek = num_frames > 1 and gap is not None and gap <= step * _SEEK_MARGIN
+    seek = dense and num_frames > 1
     times = (start + k * step for k in range(num_frames))
     return VideoFrames(info, num_frames, _decode(path, times, resize, seek, strict))
 
@@ -319,26 +318,27 @@ class _Source:
         self.stream.thread_type = thread_type
         self._fresh = True
 
-    def info(self, gap_limit: Fraction | None) -> VideoInfo:
-        """Decodes the first frame and looks for keyframes until a gap exceeds `gap_limit` (seconds), or for a while."""
-        window = self.ticks(max(Fraction(30), 4 * (gap_limit or 0)))
-        limit = None if gap_limit is None else self.ticks(gap_limit) - self.origin
-        frame, last_key, gap = None, None, None
+    def probe(self, largest_gap: Fraction | None) -> tuple[VideoInfo, bool]:
+        """Decodes the first frame, and counts keyframes for a while: are their gaps at most `largest_gap` seconds?"""
+        window = self.ticks(max(Fraction(30), 4 * (largest_gap or 0)))
+        limit = math.inf if largest_gap is None else self.ticks(largest_gap) - self.origin
+        frame, last_key, gap, too_far = None, None, None, False
         for packet in self._packets():
             if frame is None:
                 frame = next(iter(self._frames_of(packet)), None)
             if packet is None or packet.pts is None:
                 continue
-            if last_key is not None and (packet.is_keyframe or (limit is not None and packet.pts - last_key > limit)):
-                gap = max(gap or 0, packet.pts - last_key)
+            if last_key is not None:
+                too_far = too_far or packet.pts - last_key > limit
             if packet.is_keyframe:
+                gap = gap if last_key is None else max(gap or 0, packet.pts - last_key)
                 last_key = packet.pts
-            if frame is not None and (packet.pts > window or (limit is not None and gap is not None and gap > limit)):
+            if frame is not None and (too_far or packet.pts > window):
                 break
         if frame is None:
             raise VideoReadError(f"{self.name}: not one frame could be decoded. {_DAMAGED_REMEDY}")
         transposed = _orientation(frame)[0]
-        return VideoInfo(
+        info = VideoInfo(
             path=self.path,
             duration_s=float(self.duration),
             width=frame.height if transposed else frame.width,
@@ -347,6 +347,7 @@ class _Source:
             num_frames=self.stream.frames or None,
             keyframe_interval_s=None if gap is None else float(gap * self.stream.time_base),
         )
+        return info, gap is not None and not too_far
 
     def frames_from(self, target: int) -> Iterator["av.VideoFrame"]:
         """Decodes in order, beginning at or before the frame shown at `target` (at the first frame, if need be)."""
@@ -412,12 +413,14 @@ class _Source:
         return [frame for frame in frames if frame.pts is not None and not frame.is_corrupt]
 
     def _seek(self, target: int) -> None:
-        if self._fresh and target <= self.origin:
-            return
-        try:
-            self.container.seek(target, stream=self.stream)
-        except av.FFmpegError:  # cannot seek: begin again
-            self.reopen("AUTO")
+        if target > self.origin:
+            try:
+                self.container.seek(target, stream=self.stream)
+                return
+            except av.FFmpegError:
+                pass  # cannot seek in this file: begin again
+        if not self._fresh:  # some formats cannot even be trusted to seek to their beginning
+            self.reopen(self.stream.thread_type)
 
     def _open(self) -> "av.container.InputContainer":
         header = b""
