@@ -1,17 +1,19 @@
 """The executor of a `CheckpointPlan`: Multi-Axis Gradient Checkpointing (paper, section 3.3, algorithms 1 and 2).
 
-Layers and tokens make a grid. The forward pass walks the time blocks from first to last and keeps, without a graph, what
-enters the cells: the states at the left border of each time block and, in `layer_major` order, the hidden states at the
-lower border of each layer block. The backward pass walks the time blocks from last to first and in each the layer blocks
-from last to first, computes the cell again with a graph, goes back through it, and hands the gradient of the hidden states
-down and the gradient of the states left. In `sequence_major` order the lower borders are not kept but computed again, chunk
-by chunk, so nothing but the states at chunk borders grows with the sequence; with `offload` those wait in host memory.
+Layers and tokens make a grid. The forward pass walks the time blocks from first to last and keeps, without a graph,
+what enters the cells: the states at the left border of each time block and, in `layer_major` order, the hidden states at
+the lower border of each layer block. The backward pass walks the time blocks from last to first and in each the layer
+blocks from last to first, computes the cell again with a graph, goes back through it, and hands the gradient of the
+hidden states down and the gradient of the states left. In `sequence_major` order the lower borders are not kept but
+computed again, chunk by chunk, so nothing but the states at chunk borders grows with the sequence; with `offload` those
+wait in host memory.
 
 Rules:
-    1. What crosses a border is kept as it was computed; a cell is computed again with the same cuts, the same autocast, and
-       the random numbers it had.
-    2. Each contribution to a parameter's gradient is added, in float32 or better, the moment it is found. No second set of
-       gradients ever exists, and autograd sees one gradient per parameter, so hooks of data-parallel training fire once.
+    1. What crosses a border is kept as it was computed; a cell is computed again with the same cuts, the same autocast,
+       and the random numbers it had.
+    2. Each contribution to a parameter's gradient is added, in float32 or better, the moment it is found. No second set
+       of gradients ever exists, and autograd sees one gradient per parameter, so hooks of data-parallel training fire
+       once.
     3. Only tokens that the caller asked for leave the loop.
     4. The executor knows blocks and states (see `run_layers`), not Mamba-2.
 """

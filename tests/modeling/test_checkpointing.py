@@ -1,5 +1,6 @@
-"""MA-GC's executor: the loss and every gradient are those of the plain run, the recompute is counted, the grid is the paper's."""
+"""MA-GC's executor: every gradient is that of the plain run, the recompute is counted, the grid is the paper's."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from video_ma2mba.modeling.checkpointing import run_checkpointed
 from video_ma2mba.modeling.run_layers import run_layers
 
@@ -25,7 +27,11 @@ def plan(order="sequence_major", layer_interval=3, sequence_interval=CHUNK, offl
 
 
 def backbone(dtype=torch.float32, layers=3):
-    return tiny_model(dtype, text={"num_hidden_layers": layers}).model.language_model.train()
+    model = tiny_model(dtype, text={"num_hidden_layers": layers}).model.language_model.train()
+    for name, parameter in model.named_parameters():
+        if dtype == torch.bfloat16 and name.endswith(("A_log", "mixer.D", "dt_bias")):
+            parameter.data = parameter.data.float()  # as `from_pretrained` leaves them
+    return model
 
 
 def padding_mask(tokens):
@@ -132,13 +138,18 @@ def test_bf16_is_no_worse_than_plain_bf16(order):
     exact_case.cotangents = [t.double() for t in case.cotangents]
     exact, exact_grads = exact_case.run(None)
     names = ["out", *(f"final state {i}" for i in range(len(exact) - 1)), *case.names]
+    errors = []
     for name, mine, theirs, truth in zip(
         names, [*cut, *cut_grads], [*plain, *plain_grads], [*exact, *exact_grads], strict=True
     ):
         assert truth.norm() > 0, name
         assert mine.dtype == theirs.dtype, name
-        plain_error, cut_error = ((t.double() - truth).norm() / truth.norm() for t in (theirs, mine))
-        assert cut_error <= 1.2 * plain_error + 2**-9, f"{name}: {cut_error:.1e} against {plain_error:.1e}"
+        cut_error, plain_error = ((t.double() - truth).norm() / truth.norm() for t in (mine, theirs))
+        # a tensor of four numbers has a noisy error of its own, so each has some room, and all together have little
+        assert cut_error <= 2.5 * plain_error + 2**-8, f"{name}: {cut_error:.1e} against {plain_error:.1e}"
+        errors.append(torch.stack([cut_error, plain_error]))
+    cut_total, plain_total = torch.stack(errors).square().mean(dim=0).sqrt()
+    assert cut_total <= 1.1 * plain_total
 
 
 def test_frozen_parameters_get_no_gradient_and_build_no_sum():
@@ -206,6 +217,20 @@ def test_parameters_are_back_in_place_after_an_error_in_backward():
     assert all(p is before[name] for name, p in case.model.layers.named_parameters())
 
 
+class Flops(TorchDispatchMode):
+    """Floating-point operations by kind of product. The only `mm` of a block without biases are its projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.of[func._overloadpacket] += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 @pytest.mark.parametrize(
     ("how", "units"),
     [
@@ -219,18 +244,16 @@ def test_parameters_are_back_in_place_after_an_error_in_backward():
     ids=["off", "layer_major l=1", "layer_major l=2", "sequence_major l=L", "sequence_major l=1", "sequence_major l=2"],
 )
 def test_compute_units_by_counted_flops(how, units):
-    """In units of one forward pass through the projections. Two recomputes cost 5, less the last layer block, whose lower
-    border alone is needed and not its output: it is run twice and not three times."""
+    """In units of one forward pass through the projections. Two recomputes cost 5, less the last layer block: only its
+    lower border is needed, not its output, so it is computed again once and not twice."""
     layers, tokens = 4, 24
     case = Case(backbone(layers=layers), tokens, batch=1)
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with Flops() as flops:
         case.run(how)
     projection, inner = 2 * 64 + 2 * 8 + 4, 64
     one_forward = 2 * tokens * layers * (32 * projection + inner * 32)
-    mm = sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    assert mm / one_forward == units
-    print(f"projections {units} units; whole core {counter.get_total_flops() / one_forward:.2f}")
+    assert flops.of[torch.ops.aten.mm] / one_forward == units
+    print(f"projections: {units} units; all products of the model: {sum(flops.of.values()) / one_forward:.2f}")
 
 
 class TracingBlock(nn.Module):
@@ -262,8 +285,8 @@ def cells(time_blocks, layer_blocks, graph):
 
 
 def test_layer_major_visits_the_grid_of_algorithms_1_and_2():
-    """Forward: every layer and token once. Backward: time blocks from last to first, in each the layer blocks from last to
-    first, each cell restored once from its two checkpoints."""
+    """Forward: every layer and token once. Backward: time blocks from last to first, in each the layer blocks from last
+    to first, each cell restored once from its two checkpoints."""
     forward, backward = trace_of(plan("layer_major", 2, 8))
     times, blocks = [(0, 8), (8, 16), (16, 20)], [(0, 1), (2, 3)]
     assert forward == cells(times, blocks, False)
