@@ -25,7 +25,7 @@ def run(model_folder, capsys):
     def run_ask(*arguments: str):
         if "--model" not in arguments:
             arguments += ("--model", model_folder)
-        code = cli.main(["ask", *map(str, arguments), "--max-new-tokens", "6"])
+        code = cli.main(["ask", "--max-new-tokens", "6", *map(str, arguments)])
         return code, *capsys.readouterr()
 
     return run_ask
@@ -74,6 +74,12 @@ def test_json_schema(run, video, model):
     assert all(value > 0 for value in seconds.values())
     assert seconds["decode_s"] + seconds["encode_s"] + seconds["answer_s"] < seconds["total_s"]
     assert report["peak_bytes"] > 2**20
+
+
+def test_repetition_ends_an_answer(run, video, monkeypatch):
+    monkeypatch.setattr(torch, "argmax", lambda scores, dim: torch.full(scores.shape[:dim], 7))  # always the same word
+    code, out, _ = run(video, QUESTION, "--json", "--max-new-tokens", "50")
+    assert (code, json.loads(out)["answers"][0]["tokens"]) == (0, 6)  # one token more than the run of five
 
 
 def test_bfloat16_answers(run, video):

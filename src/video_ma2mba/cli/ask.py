@@ -200,8 +200,15 @@ def answer(
     max_new_tokens: int,
 ) -> dict[str, Any]:
     """Answer one question, `tail` (1, tokens) int64, from the states after the video, which stay as they are."""
+    from ..modeling.stopping import RepetitionStop
+
     begin = time.perf_counter()
-    sequence = model.generate(tail.to(model.device), cache_params=cache, max_new_tokens=max_new_tokens)[0]
+    sequence = model.generate(
+        tail.to(model.device),
+        cache_params=cache,
+        max_new_tokens=max_new_tokens,
+        stopping_criteria=[RepetitionStop(prompt_length=tail.shape[1])],
+    )[0]
     new = sequence[tail.shape[1] :]
     text = processor.decode(new, skip_special_tokens=True).strip()
     return {"answer": text, "tokens": len(new), "seconds": time.perf_counter() - begin}
