@@ -1,12 +1,12 @@
 """The executor of a `CheckpointPlan`: Multi-Axis Gradient Checkpointing (paper, section 3.3, algorithms 1 and 2).
 
 Layers and tokens make a grid. The forward pass walks the time blocks from first to last and keeps, without a graph,
-what enters the cells: the states at the left border of each time block and, in `layer_major` order, the hidden states at
-the lower border of each layer block. The backward pass walks the time blocks from last to first and in each the layer
-blocks from last to first, computes the cell again with a graph, goes back through it, and hands the gradient of the
-hidden states down and the gradient of the states left. In `sequence_major` order the lower borders are not kept but
-computed again, chunk by chunk, so nothing but the states at chunk borders grows with the sequence; with `offload` those
-wait in host memory.
+what enters the cells: the states at the left border of each time block and, in `layer_major` order, the hidden states
+at the lower border of each layer block. The backward pass walks the time blocks from last to first and in each the
+layer blocks from last to first, computes the cell again with a graph, goes back through it, and hands the gradient of
+the hidden states down and the gradient of the states left. In `sequence_major` order the lower borders are not kept
+but computed again, chunk by chunk, so nothing but the states at chunk borders grows with the sequence; with `offload`
+those wait in host memory.
 
 Rules:
     1. What crosses a border is kept as it was computed; a cell is computed again with the same cuts, the same autocast,
@@ -32,10 +32,10 @@ def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, 
     Args:
         blocks: the layers, each `block(hidden_states, state, mask) -> hidden_states, state`.
         plan: has `order`, `layer_interval`, `sequence_interval`, `offload`; a `CheckpointPlan`.
-        inputs_embeds: (batch, tokens, hidden); with `offload` it may lie in host memory, and its gradient then does too.
+        inputs_embeds: (batch, tokens, hidden); with `offload` it may lie in host memory, and its gradient then does.
         states: one tuple of tensors per block.
         mask: (batch, tokens) bool or None.
-        keep: (batch, tokens) int64 on the CPU, the row of the result that a token becomes, -1 for none; None for all tokens.
+        keep: (batch, tokens) int64 on the CPU, the row of the result that a token becomes, -1 for none; None for all.
         store: where borders wait; None for what `plan.offload` says.
 
     Returns:
@@ -235,7 +235,7 @@ class _Run:
 
     @contextmanager
     def summed_gradients(self):
-        """Stand-ins take the parameters' places; yields the list of their gradient sums, filled as they are found (rule 2)."""
+        """Stand-ins take the parameters' places; yields the list of their gradient sums, being filled (rule 2)."""
         sums = [None] * len(self.names)
         with ExitStack() as stack:
             for index, owners in enumerate(self.names):
@@ -264,8 +264,8 @@ class _Checkpointed(torch.autograd.Function):
         run, (inputs_embeds,) = ctx.run, ctx.saved_tensors
         if not run.left_borders:
             raise RuntimeError(
-                "the borders kept for this backward pass are used up: a checkpointed forward pass can be gone back through "
-                "once; call the model again instead of using retain_graph=True"
+                "the borders kept for this backward pass are used up: a checkpointed forward pass can be gone back "
+                "through once; call the model again instead of using retain_graph=True"
             )
         device_type, dtype = run.autocast or (None, None)
         autocast = torch.autocast(device_type, dtype=dtype) if run.autocast else nullcontext()

@@ -16,11 +16,12 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     """Vision tower, pooling, projector and Mamba-2 backbone (paper, section 3.1).
 
     Args:
-        vision_config: `CLIPVisionConfig`, `SiglipVisionConfig` or a dict with a `model_type`; CLIP-ViT-L/14-336 if left out.
+        vision_config: `CLIPVisionConfig`, `SiglipVisionConfig` or a dict with a `model_type`; CLIP-ViT-L/14-336 if left
+            out.
         text_config: `Mamba2Config` or a dict; the 370M backbone if left out.
         image_token_id, video_token_id: ids whose positions are filled with projected features, one id per visual token.
-        vision_feature_layer: which hidden state of the tower is used: -2 is the penultimate layer's output. The layers after
-            it are not built.
+        vision_feature_layer: which hidden state of the tower is used: -2 is the penultimate layer's output. The layers
+            after it are not built.
         vision_feature_select_strategy: "default" drops the class token where the tower has one; "full" is for towers
             that have none and says so.
         spatial_pool_mode: "bilinear", the paper's. spatial_pool_stride: each side of the patch grid is divided by it,

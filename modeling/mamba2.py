@@ -23,14 +23,14 @@ SEGMENT = 512
 
 
 class LayerState(NamedTuple):
-    """The past of one layer. conv_state: (batch, conv_kernel - 1, conv_dim); ssm_state: (batch, heads, head_dim, state)."""
+    """The past of a layer: conv_state (batch, conv_kernel - 1, conv_dim), ssm_state (batch, heads, head_dim, state)."""
 
     conv_state: torch.Tensor
     ssm_state: torch.Tensor
 
 
 class Mamba2Cache:
-    """The states of all layers after the tokens seen so far: what `cache_params` holds. Its size does not depend on them.
+    """The states of all layers after the tokens seen so far: what `cache_params` holds, always of one size.
 
     Args:
         layers: one `LayerState` per layer.
@@ -98,8 +98,8 @@ class MambaRMSNormGated(nn.Module):
 class Mamba2Mixer(nn.Module):
     """in_proj -> causal convolution -> SSD scan -> gated norm -> out_proj, with states in and out.
 
-    For the backward pass it keeps what in_proj gave and the incoming states; the rest is computed again. The projections
-    stay ordinary modules, so adapters and quantised layers may take their place.
+    For the backward pass it keeps what in_proj gave and the incoming states; the rest is computed again. The
+    projections stay ordinary modules, so adapters and quantised layers may take their place.
     """
 
     def __init__(self, config):
@@ -184,7 +184,7 @@ class Mamba2Mixer(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """Pre-norm residual block around a mixer: the `block(hidden_states, state, mask) -> hidden_states, state` of `run_layers`."""
+    """Pre-norm residual around a mixer: a `block(hidden_states, state, mask) -> hidden_states, state`."""
 
     def __init__(self, config):
         super().__init__()
@@ -265,7 +265,7 @@ class Mamba2Backbone(nn.Module):
 
 @torch.no_grad()
 def init_mamba2_weights(module, config):
-    """Initialise a `Mamba2Mixer` as the Mamba-2 authors do: A in 1..heads, dt log-uniform, residual branches scaled down."""
+    """Initialise a `Mamba2Mixer` as its authors do: A in 1..heads, dt log-uniform, residual branches scaled down."""
     heads = torch.arange(1, module.num_heads + 1, dtype=torch.float32, device=module.A_log.device)
     init.copy_(module.A_log, heads.log())
     init.ones_(module.D)

@@ -102,8 +102,8 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
             every_n_layers: transformers' name for `layer_interval`; 1 leaves it alone.
 
         Raises:
-            ValueError, TypeError: nonsense or unknown arguments. `InfeasibleMemoryBudget`, at the first forward pass of a
-            shape: no plan fits.
+            ValueError, TypeError: nonsense or unknown arguments. `InfeasibleMemoryBudget`, at the first forward pass of
+            a shape: no plan fits.
         """
         options = {
             "axes": axes, "layer_interval": layer_interval, "sequence_interval": sequence_interval, "order": order,
@@ -131,7 +131,7 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
         self._base().gradient_checkpointing = False
 
     def enable_input_require_grads(self):
-        """Nothing to do: no checkpoint of this model needs a gradient at its inputs, so a frozen tower builds no graph."""
+        """Nothing to do: no checkpoint of this model needs a gradient at its inputs. A frozen tower builds no graph."""
 
     def disable_input_require_grads(self):
         """As `enable_input_require_grads`."""
@@ -177,12 +177,12 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
     def get_video_features(self, pixel_values_videos, to_host=False, **kwargs):
         """Encode frames in micro-batches: tower, 2 x 2 bilinear pooling, projector (paper, section 3.1).
 
-        A frozen tower builds no graph. Under gradient checkpointing, what trains is computed again in the backward pass,
-        one micro-batch at a time.
+        A frozen tower builds no graph. Under gradient checkpointing, what trains is computed again in the backward
+        pass, one micro-batch at a time.
 
         Args:
-            pixel_values_videos: (frames, 3, height, width) or (batch, frames, 3, height, width): uint8, or float normalised;
-                on any device.
+            pixel_values_videos: (frames, 3, height, width) or (batch, frames, 3, height, width): uint8, or float
+                normalised; on any device.
             to_host: gather the features in host memory.
 
         Returns:
@@ -272,8 +272,9 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         whole = all(count % tokens_per_frame == 0 for count in counts)
         if not whole or len(counts) != pixels.shape[0] or max(num_frames) != pixels.shape[1]:
             raise ValueError(
-                f"the rows of input_ids have {counts} placeholders for {name} at {tokens_per_frame} per frame, but {name} "
-                f"holds {pixels.shape[0]} row(s) of {pixels.shape[1]} frame(s); prepare both with the same processor call"
+                f"the rows of input_ids have {counts} placeholders for {name} at {tokens_per_frame} per frame, but "
+                f"{name} holds {pixels.shape[0]} row(s) of {pixels.shape[1]} frame(s); prepare both with the same "
+                "processor call"
             )
         return num_frames
 
@@ -293,10 +294,10 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         """
         Args:
             input_ids: (batch, tokens) int64. Either these or inputs_embeds (batch, tokens, hidden).
-            attention_mask: (batch, tokens), non-zero for real tokens, anywhere in a row; padding changes neither the real
-                tokens' results nor the states.
-            pixel_values_videos, pixel_values: (batch, frames, 3, height, width), uint8 or normalised float: all the videos
-                (images) of a row, one after another; shorter rows are padded with frames at the end.
+            attention_mask: (batch, tokens), non-zero for real tokens, anywhere in a row; padding changes neither the
+                real tokens' results nor the states.
+            pixel_values_videos, pixel_values: (batch, frames, 3, height, width), uint8 or normalised float: all the
+                videos (images) of a row, one after another; shorter rows are padded with frames at the end.
             cache_params: `Mamba2Cache` of the tokens before; it is moved on in place.
             use_cache: return the states in `cache_params`. Default: yes, but not while training.
             prefill_chunk_size: tokens per step without gradient; None means the config's.
@@ -329,7 +330,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             if mask.all():
                 mask = None
         if mask is not None:
-            # The backbone knows one layout, real tokens first. That makes every kind of padding exact, also after a past.
+            # The backbone knows one layout, real tokens first: so every kind of padding is exact, also after a past.
             order = mask.int().argsort(dim=1, descending=True, stable=True)
             inputs_embeds = inputs_embeds.gather(1, order.to(inputs_embeds.device)[..., None].expand_as(inputs_embeds))
             mask = mask.gather(1, order)
@@ -344,7 +345,9 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, GenerationMixin):
     """Video-Ma2mba with its language head: answers questions about videos and images."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embeddings.weight"}  # noqa: RUF012 - read by transformers
+    _tied_weights_keys = {  # noqa: RUF012 - read by transformers
+        "lm_head.weight": "model.language_model.embeddings.weight"
+    }
 
     def __init__(self, config):
         super().__init__(config)
@@ -389,11 +392,11 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
     ):
         """
         Args:
-            labels: (batch, tokens) int64, -100 where no loss is wanted. Given labels, the head runs on the supervised tokens
-                alone, in chunks, and no logits are returned.
+            labels: (batch, tokens) int64, -100 where no loss is wanted. Given labels, the head runs on the supervised
+                tokens alone, in chunks, and no logits are returned.
             logits_to_keep: int, the last so many tokens (0 for all), or a 1-D int64 tensor of positions.
-            num_items_in_batch: divide the summed loss by this instead of by the supervised tokens (the Trainer's count over
-                an accumulation window).
+            num_items_in_batch: divide the summed loss by this instead of by the supervised tokens (the Trainer's count
+                over an accumulation window).
             The others: as `VideoMa2mbaModel.forward`.
 
         Returns:
@@ -424,7 +427,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         return VideoMa2mbaOutput(logits=self.lm_head(hidden_states).float(), cache_params=outputs.cache_params)
 
     def _loss(self, hidden_states, targets, num_items_in_batch):
-        """Cross-entropy in float32 over (supervised, hidden) and (supervised,), never more than a chunk of logits at a time."""
+        """Cross-entropy in float32 of (supervised, hidden) against (supervised,), a chunk of logits at a time."""
         dtype = hidden_states.dtype
         if torch.is_autocast_enabled(hidden_states.device.type):
             dtype = torch.get_autocast_dtype(hidden_states.device.type)
@@ -447,17 +450,19 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
     # --- generation -------------------------------------------------------------------------------------------------
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        # transformers would build an attention cache here and, asked for a chunked prefill, cut the ids but not the video;
-        # the model cuts its own prefill instead
+        # transformers would build an attention cache here and, asked for a chunked prefill, cut the ids but not the
+        # video; the model cuts its own prefill instead
         if generation_config.prefill_chunk_size is not None:
             model_kwargs["prefill_chunk_size"] = generation_config.prefill_chunk_size
             generation_config.prefill_chunk_size = None
         if model_kwargs.get("cache_params") is not None:
-            model_kwargs["cache_params"] = model_kwargs["cache_params"].copy()  # the caller's stays as it was
+            cache = model_kwargs["cache_params"].copy()  # the caller's stays as it was
+            cache.batch_repeat_interleave(max(generation_config.num_beams, generation_config.num_return_sequences))
+            model_kwargs["cache_params"] = cache
 
     def prepare_inputs_for_generation(
-        self, input_ids, inputs_embeds=None, attention_mask=None, cache_params=None, use_cache=None, is_first_iteration=False,
-        **kwargs,
+        self, input_ids, inputs_embeds=None, attention_mask=None, cache_params=None, use_cache=None,
+        is_first_iteration=False, **kwargs,
     ):  # fmt: skip
         first_or_uncached = is_first_iteration or not use_cache
         model_inputs = {

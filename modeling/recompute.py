@@ -13,8 +13,8 @@ def recompute_segments(fn, segment, sequence, states=(), params=()):
     """Run `fn` over segments of a sequence, handing its states on, and recompute each segment in the backward pass.
 
     Args:
-        fn: `fn(sequence, states, params) -> (y, states)`, where the sequence tensors are slices along dimension 1. It must
-            be deterministic and is run with autocast off.
+        fn: `fn(sequence, states, params) -> (y, states)`, where the sequence tensors are slices along dimension 1. It
+            must be deterministic and is run with autocast off.
         segment: tokens of one segment, which bounds what `fn` holds at any time.
         sequence: tuple of (batch, tokens, ...) tensors or None. states, params: tuples of tensors or None.
 

@@ -1,7 +1,7 @@
 """The one primitive of this library: layers [i:j] on tokens [a:b], starting from states.
 
-Chunked prefill, streaming and Multi-Axis Gradient Checkpointing are loops over it. It knows nothing of Mamba-2: a block is
-anything that obeys `block(hidden_states, state, mask) -> hidden_states, state` with a state that is a tuple of tensors.
+Chunked prefill, streaming and Multi-Axis Gradient Checkpointing are loops over it. It knows nothing of Mamba-2: a block
+obeys `block(hidden_states, state, mask) -> hidden_states, state`, and its state is a tuple of tensors.
 """
 
 

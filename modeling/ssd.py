@@ -1,6 +1,6 @@
 """The two recurrences of a Mamba-2 layer in plain torch: the causal convolution and the state-space (SSD) scan.
 
-Both take the state left by the tokens before and hand on the state left by their own, so a sequence may be cut anywhere.
+Both take the state left by the tokens before and hand on the state left by their own: a sequence may be cut anywhere.
 
 Letters in shapes: b batch, t tokens, c chunks, q tokens of a chunk, h heads, g groups, r heads of a group (h = g * r),
 p head dimension, n state size, d channels of the convolution, w its width.
@@ -10,15 +10,15 @@ The scan computes, for every head, with a_i = exp(dt_i * A):
     state_i = a_i * state_{i-1} + dt_i * x_i B_i^T          # (p, n)
     y_i     = state_i C_i + D * x_i                         # (p,)
 
-Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6. No tensor with both a chunk x chunk and a state
-axis is ever made, and neither is one with a chunk x chunk axis beyond the chunks of one call.
+Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6. No tensor with both a chunk x chunk and a
+state axis is ever made.
 """
 
 import torch
 from torch.nn import functional as F
 
-# Tokens of one block of the matrix form. The work inside a block grows with this length, the number of states handed from
-# block to block shrinks with it; 64 is where a CPU is fastest at the head sizes of the published models.
+# Tokens of one block of the matrix form. The work inside a block grows with this length, the number of states handed
+# from block to block shrinks with it; 64 is where a CPU is fastest at the head sizes of the published models.
 SCAN_CHUNK = 64
 
 
@@ -32,7 +32,7 @@ def causal_conv1d(x, weight, bias, conv_state, mask=None):
         mask: (batch, tokens) bool, True for real tokens, which come first in each row; None if all are real.
 
     Returns:
-        (batch, tokens, channels) in the dtype of `x`, and the new conv state: a copy, never a view that would keep `x` alive.
+        (batch, tokens, channels) in the dtype of `x`, and the new conv state: a copy, not a view that keeps `x` alive.
     """
     num_tokens, num_kept = x.shape[1], weight.shape[1] - 1
     window = torch.cat([conv_state.to(x.dtype), x], dim=1)
@@ -54,8 +54,8 @@ def ssd_scan(x, dt, A, B, C, D, ssm_state, chunk_size=SCAN_CHUNK):
     """The scan in blocks of matrix products; differentiable in every argument but `chunk_size`.
 
     Args:
-        x: (batch, tokens, heads, head_dim). dt: (batch, tokens, heads), after softplus and limits; zero where a token is
-            padding, which then leaves the state as it was.
+        x: (batch, tokens, heads, head_dim). dt: (batch, tokens, heads), after softplus and limits; zero where a token
+            is padding, which then leaves the state as it was.
         A: (heads,), negative. B, C: (batch, tokens, groups, state). D: (heads,).
         ssm_state: (batch, heads, head_dim, state).
 
