@@ -41,7 +41,7 @@ QUESTION_KINDS = ("circle_colour", "first_shape", "last_shape", "ever_appears", 
 DEFAULT_COUNTS = {"circle_colour": 1, "first_shape": 1, "last_shape": 1, "ever_appears": 2, "which_first": 1}
 
 MIN_DURATION_S = 3  # the first shape, the circle, the last shape
-NOISE_BANK_SIZE = 32  # noise pictures of a story; frame i uses number i modulo this
+NOISE_BANK_SIZE = 8  # noise pictures of a story; frame i uses number i modulo this
 
 
 class Question(NamedTuple):
