@@ -18,7 +18,6 @@ Rules, cited in the code below:
 Only PyAV and NumPy are needed here.
 """
 
-import itertools
 import math
 import os
 import warnings
@@ -40,6 +39,7 @@ Size = tuple[int, int]  # height, width
 # A keyframe gap up to this many sampling steps still makes seeking cheaper than decoding everything: 29.97 fps with a
 # keyframe every 30 frames has a gap of 1.001 s.
 _SEEK_MARGIN = Fraction(11, 10)
+_KEYFRAME_WINDOW_S = 30  # how far from the beginning keyframes are counted
 # Containers round durations, and sound may end a little after the pictures: less than this is not "missing".
 _TRUNCATION_TOLERANCE_S = 0.5
 
@@ -58,7 +58,7 @@ class VideoInfo:
         width, height: Pixels of a frame as displayed, that is after rotation.
         average_fps: Frames per second on average, or None where the file does not tell.
         num_frames: Number of frames in the file, or None where the container does not tell.
-        keyframe_interval_s: The largest gap seen between keyframes near the beginning; None if fewer than two were seen.
+        keyframe_interval_s: Largest gap seen between keyframes near the beginning; None if fewer than two were seen.
     """
 
     path: str
@@ -112,7 +112,7 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
             damaged.
     """
     with _Source(path) as source:
-        return source.probe(largest_gap=None)[0]
+        return source.probe(source.measure_duration(), largest_gap=None)[0]
 
 
 def read_frames(
@@ -163,7 +163,7 @@ def read_frames(
     step = 1 / _as_fraction(fps)
     start = _as_fraction(start_s)
     with _Source(path) as source:
-        duration = source.duration
+        duration = source.measure_duration()
         if start >= duration:
             raise VideoReadError(
                 f"{source.name}: start_s={start_s} lies beyond the end of the video, which lasts {float(duration):.3f} "
@@ -174,11 +174,11 @@ def read_frames(
         if max_frames is not None and num_frames > max_frames:
             num_frames = max_frames
             step = (end - start) / max_frames
-        info, dense = source.probe(largest_gap=step * _SEEK_MARGIN)
+        info, dense = source.probe(duration, largest_gap=step * _SEEK_MARGIN)
 
-    seek = dense and num_frames > 1
     times = (start + k * step for k in range(num_frames))
-    return VideoFrames(info, num_frames, _decode(path, times, resize, seek, strict))
+    frames = _decode(info, times, num_frames, resize=resize, seek=dense and num_frames > 1, strict=strict)
+    return VideoFrames(info, num_frames, frames)
 
 
 def _as_fraction(number: float) -> Fraction:
@@ -186,61 +186,56 @@ def _as_fraction(number: float) -> Fraction:
     return Fraction(number).limit_denominator(1_000_000) or Fraction(number)
 
 
-def _decode(path, times: Iterator[Fraction], resize, seek: bool, strict: bool) -> Iterator[VideoFrame]:
-    """Opens the file anew and yields the frame shown at each of the ascending `times` (seconds)."""
-    with _Source(path) as source:
+def _decode(
+    info: VideoInfo, times: Iterator[Fraction], num_frames: int, *, resize, seek: bool, strict: bool
+) -> Iterator[VideoFrame]:
+    """Opens the file anew and yields the frame shown at each of the `num_frames` ascending `times` (seconds)."""
+    with _Source(info.path) as source:
         # Frame threads keep the cores busy in a sequential run, but delay the first frame after every seek.
         source.stream.thread_type = "SLICE" if seek else "AUTO"
         reformatter = VideoReformatter()
-        last = pixels = None
-        for frame in _pick(source, map(source.ticks, times), seek, strict):
+        num_picked, last, pixels = 0, None, None
+        for frame in _pick(source, map(source.ticks, times), seek):
             if frame is not last:
                 last, pixels = frame, _to_pixels(frame, resize, reformatter)
+            num_picked += 1
             yield VideoFrame(source.seconds(frame.pts), pixels)
 
+        missing_s = info.duration_s - source.seconds(source.end)
+        if num_picked == 0 or (num_picked < num_frames and missing_s > _TRUNCATION_TOLERANCE_S):
+            message = (
+                f"{source.name}: the last {missing_s:.1f} s of {info.duration_s:.1f} s are missing or damaged. "
+                "Copy or download the file again, or repair it with FFmpeg."
+            )
+            if strict or num_picked == 0:
+                raise VideoReadError(message)
+            warnings.warn(f"{message} Going on with what could be decoded.", stacklevel=2)
 
-def _pick(source: "_Source", targets: Iterator[int], seek: bool, strict: bool) -> Iterator["av.VideoFrame"]:
-    """Yields the frame shown at each of the ascending `targets` (ticks)."""
+
+def _pick(source: "_Source", targets: Iterator[int], seek: bool) -> Iterator["av.VideoFrame"]:
+    """Yields the frame shown at each of the ascending `targets` (ticks), as far as there are frames."""
     for target in targets:
         frame = source.frame_at(target) if seek else None
         if frame is None:  # from here on in order, which also knows how to deal with a damaged end
             if seek:
                 source.reopen("AUTO")
-            yield from _pick_in_order(source, itertools.chain([target], targets), strict)
+            yield from _pick_in_order(source, target, targets)
             return
         yield frame
 
 
-def _pick_in_order(source: "_Source", targets: Iterator[int], strict: bool) -> Iterator["av.VideoFrame"]:
-    target = next(targets)
-    shown, picked, end = None, False, source.origin
+def _pick_in_order(source: "_Source", target: int | None, targets: Iterator[int]) -> Iterator["av.VideoFrame"]:
+    shown = None
     for frame in source.frames_from(target):
         while frame.pts > target:
             yield frame if shown is None else shown
-            picked = True
             target = next(targets, None)
             if target is None:
                 return
         shown = frame
-        end = max(end, frame.pts + (frame.duration or source.frame_ticks))
-    if shown is None:
-        raise VideoReadError(f"{source.name}: not one frame could be decoded. {_DAMAGED_REMEDY}")
-
-    # The file is at its end: the last frame is shown until it has lasted its time.
-    missing_s = float(source.duration) - source.seconds(end)
-    truncated = missing_s > _TRUNCATION_TOLERANCE_S
-    while target is not None and (target < end or not (picked or truncated)):
-        yield shown
-        picked = True
+    while shown is not None and target is not None and target < source.end:
+        yield shown  # the last frame is shown until it has lasted its time
         target = next(targets, None)
-    if target is not None and truncated:
-        message = (
-            f"{source.name}: the last {missing_s:.1f} s of {float(source.duration):.1f} s are missing or damaged. "
-            f"{_DAMAGED_REMEDY}"
-        )
-        if strict or not picked:
-            raise VideoReadError(message)
-        warnings.warn(f"{message} Going on with what could be decoded.", stacklevel=2)
 
 
 def _to_pixels(frame: "av.VideoFrame", resize, reformatter: "VideoReformatter") -> np.ndarray:
@@ -287,8 +282,7 @@ class _Source:
             self.stream = self._video_stream()
             self._fresh = True  # nothing read yet: the beginning needs no seek
             self._landing, self._same_landings = None, 0
-            self.origin = self.stream.start_time or 0  # rule 1
-            self.duration = self._declared_duration()
+            self.origin = self.end = self.stream.start_time or 0  # rule 1; `end` grows with what is decoded
             rate = self.stream.average_rate or self.stream.guessed_rate
             self.average_fps = float(rate) if rate else None
             self.frame_ticks = round(1 / (rate * self.stream.time_base)) if rate else 0
@@ -318,9 +312,9 @@ class _Source:
         self.stream.thread_type = thread_type
         self._fresh = True
 
-    def probe(self, largest_gap: Fraction | None) -> tuple[VideoInfo, bool]:
+    def probe(self, duration: Fraction, largest_gap: Fraction | None) -> tuple[VideoInfo, bool]:
         """Decodes the first frame, and counts keyframes for a while: are their gaps at most `largest_gap` seconds?"""
-        window = self.ticks(max(Fraction(30), 4 * (largest_gap or 0)))
+        window = self.ticks(max(Fraction(_KEYFRAME_WINDOW_S), 4 * (largest_gap or 0)))
         limit = math.inf if largest_gap is None else self.ticks(largest_gap) - self.origin
         frame, last_key, gap, too_far = None, None, None, False
         for packet in self._packets():
@@ -336,11 +330,11 @@ class _Source:
             if frame is not None and (too_far or packet.pts > window):
                 break
         if frame is None:
-            raise VideoReadError(f"{self.name}: not one frame could be decoded. {_DAMAGED_REMEDY}")
+            raise VideoReadError(f"{self.name}: not one frame could be decoded. Check that it plays in a video player.")
         transposed = _orientation(frame)[0]
         info = VideoInfo(
             path=self.path,
-            duration_s=float(self.duration),
+            duration_s=float(duration),
             width=frame.height if transposed else frame.width,
             height=frame.width if transposed else frame.height,
             average_fps=self.average_fps,
@@ -406,11 +400,16 @@ class _Source:
 
     def _frames_of(self, packet: "av.Packet | None") -> list["av.VideoFrame"]:
         """The whole frames a packet brings out of the decoder; None brings out all it kept back."""
+        if packet is not None and packet.is_corrupt:  # rule 4; it would cost whole frames still in the decoder, too
+            return []
         try:
             frames = self.stream.codec_context.decode(packet)
         except av.FFmpegError:  # rule 4
             return []
-        return [frame for frame in frames if frame.pts is not None and not frame.is_corrupt]
+        frames = [frame for frame in frames if frame.pts is not None and not frame.is_corrupt]
+        for frame in frames:
+            self.end = max(self.end, frame.pts + (frame.duration or self.frame_ticks))
+        return frames
 
     def _seek(self, target: int) -> None:
         if target > self.origin:
@@ -459,30 +458,33 @@ class _Source:
             f"{self.name}: there are no pictures in this file, only {', '.join(kinds)}. Name a video file."
         )
 
-    def _declared_duration(self) -> Fraction:
-        """Seconds from the first frame to the end of the last, as declared; where nothing is declared, as found."""
-        if self.stream.duration:
-            return self.stream.duration * self.stream.time_base
-        hours_minutes_seconds = self.stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:01:02.345000000
-        try:
-            hours, minutes, seconds = map(Fraction, hours_minutes_seconds)
-            return hours * 3600 + minutes * 60 + seconds
-        except ValueError:
-            pass
-        if self.container.duration:
-            return Fraction(self.container.duration, av.time_base)
-        # A stream written live may declare nothing. Reading its packets, without decoding them, is quick.
+    def measure_duration(self) -> Fraction:
+        """Seconds from the first frame to the end of the last: as declared, or later if the last packets say so.
+
+        An mp4 declares the end in decoding order, which with B-frames and a varying frame rate can be early.
+        """
+        declared = self._declared_duration()
+        if declared is not None:
+            self._seek(self.ticks(declared))
+        # A stream written live may declare nothing: then all packets are read, but not decoded.
         timed = (packet for packet in self._packets() if packet is not None and packet.pts is not None)
         end = max((packet.pts + (packet.duration or 0) for packet in timed), default=None)
-        self.reopen("AUTO")
-        if end is None:
+        self.reopen(self.stream.thread_type)
+        if end is None and declared is None:
             raise VideoReadError(
                 f"{self.name}: the frames carry no times. Put them into a container: ffmpeg -i INPUT -c copy OUTPUT.mp4"
             )
-        return (end - self.origin) * self.stream.time_base
+        found = 0 if end is None else (end - self.origin) * self.stream.time_base
+        return max(found, declared or 0)
 
-
-_DAMAGED_REMEDY = "Copy or download the file again, or repair it with FFmpeg."
+    def _declared_duration(self) -> Fraction | None:
+        if self.stream.duration:
+            return self.stream.duration * self.stream.time_base
+        try:  # Matroska: 00:01:02.345000000
+            hours, minutes, seconds = map(Fraction, self.stream.metadata.get("DURATION", "").split(":"))
+            return hours * 3600 + minutes * 60 + seconds
+        except ValueError:
+            return Fraction(self.container.duration, av.time_base) if self.container.duration else None
 
 
 def _local_path(path: str | os.PathLike) -> str:
