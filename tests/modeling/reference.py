@@ -87,17 +87,21 @@ def assert_gradients_match(found, expected, names, *, rtol):
 
 
 class Largest(TorchDispatchMode):
-    """Records the number of elements and the shape of the largest tensor that any operation gives out."""
+    """Records the number of elements and the shape of the largest tensor that any operation gives out.
 
-    def __init__(self):
+    Views of `but` are not counted.
+    """
+
+    def __init__(self, but=None):
         super().__init__()
         self.numel, self.shape = 0, None
+        self.but = None if but is None else but.untyped_storage().data_ptr()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             # an expanded view holds no memory of its own: count what lies behind it
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() != self.but:
                 held = min(leaf.numel(), leaf.untyped_storage().nbytes() // leaf.element_size())
                 if held > self.numel:
                     self.numel, self.shape = held, (func, tuple(leaf.shape))
@@ -121,14 +125,20 @@ def tiny_config(vision=None, text=None, **kwargs):
 
 
 def tiny_model(dtype=torch.float32, seed=0, cls=None, **kwargs):
-    """A `VideoMa2mbaForConditionalGeneration` in eval mode whose outputs depend strongly on all of its inputs."""
+    """A `VideoMa2mbaForConditionalGeneration` in eval mode whose logits depend visibly on all tokens before."""
     torch.manual_seed(seed)
     model = (cls or VideoMa2mbaForConditionalGeneration)(tiny_config(**kwargs)).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "vision_tower" in name:
                 parameter.normal_(std=0.3)
-            elif parameter.ndim < 2 and "A_log" not in name and "dt_bias" not in name:
+            elif name.endswith("A_log"):
+                parameter.normal_(mean=-2)  # a memory of some ten tokens
+            elif name.endswith("dt_bias"):
+                parameter.normal_()
+            elif parameter.ndim < 2:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        model.get_input_embeddings().weight.normal_(std=1.0)  # distinct logits: an argmax must not hang on rounding
+            elif "mixer" in name:
+                parameter.normal_(std=0.5)  # loud enough beside the residual stream
+        model.get_input_embeddings().weight.normal_(std=0.3)
     return model

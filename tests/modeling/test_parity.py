@@ -64,7 +64,9 @@ def test_continuation_is_that_of_mamba2(cut):
         whole = theirs(ids).logits
         first, their_first = model(ids[:, :cut]), theirs(ids[:, :cut], use_cache=True)
         for mine, layer in zip(first.cache_params.layers, their_first.cache_params.layers, strict=True):
-            torch.testing.assert_close(mine.ssm_state, layer.recurrent_states[0].float(), **CLOSE)
+            theirs_now = layer.recurrent_states[0].float()
+            # small entries are differences of large ones: the scale of the whole state bounds the error
+            assert (mine.ssm_state - theirs_now).abs().max() <= 1e-5 * theirs_now.abs().max()
         second = model(ids[:, cut:], cache_params=first.cache_params).logits
     torch.testing.assert_close(torch.cat([first.logits, second], dim=1), whole, **CLOSE)
 
@@ -162,8 +164,8 @@ def test_any_layer_of_the_tower(layer):
 def test_presets_are_the_papers(size, total, backbone):
     """The backbones are exactly state-spaces' 370M, 1.3B and 2.7B.
 
-    The paper adds 0.4 B for CLIP, the size of CLIP with its text half. Here 0.29 B are built: the 23 layers of the vision
-    half that are used. Hence the wide margin.
+    The paper adds 0.4 B for CLIP, the size of CLIP with its text half. Here 0.29 B are built: the 23 layers that are
+    used of the vision half. Hence the wide margin.
     """
     config = VideoMa2mbaConfig.from_preset(size)
     assert config.tokens_per_frame == 144

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from video_ma2mba.modeling import RepetitionStop
 
 from .reference import tiny_model
@@ -42,18 +42,23 @@ def test_five_tokens_are_the_papers_run():
     assert stop(torch.tensor([[3, 4, 3, 4, 3, 4, 3]]), None).tolist() == [False]
 
 
-def test_ends_generation():
-    model = tiny_model()
-    ids = torch.randint(2, 40, (2, 6))
-    options = {"max_new_tokens": 60, "do_sample": False, "suppress_tokens": [0, 46, 47]}
-    freely = model.generate(ids, **options)
-    assert freely.shape[1] == 66
-    stopped = model.generate(ids, **options, stopping_criteria=StoppingCriteriaList([RepetitionStop(6)]))
-    for row, free in zip(stopped[:, 6:].tolist(), freely[:, 6:].tolist(), strict=True):
-        # a greedy model of fixed state need not loop; where it does, the row ends at the first repetition, then padding
-        ends = next((n for n in range(1, 61) if repeats(free[:n], 5)), len(row))
-        assert row == (free[:ends] + [1] * 60)[: len(row)]
-    assert any(repeats(free, 5) for free in freely[:, 6:].tolist())
+def test_ends_each_row_at_its_first_repetition():
+    periods = torch.tensor([7, 9])
+
+    def in_circles(ids, scores):
+        """Row 0 says the same seven tokens over and over, row 1 the same nine."""
+        said = 10 + (ids.shape[1] - 6) % periods
+        return torch.full_like(scores, -torch.inf).scatter(1, said[:, None], 0.0)
+
+    out = tiny_model().generate(
+        torch.randint(2, 40, (2, 6)),
+        max_new_tokens=60,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([in_circles]),
+        stopping_criteria=StoppingCriteriaList([RepetitionStop(6)]),
+    )
+    said = [[10 + i % period for i in range(period + 5)] for period in periods.tolist()]
+    assert out[:, 6:].tolist() == [said[0] + [1, 1], said[1]]  # the shorter row is padded
 
 
 @pytest.mark.parametrize("wrong", [{"prompt_length": -1}, {"prompt_length": 0, "run_length": 0}])
