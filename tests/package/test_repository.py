@@ -1,21 +1,12 @@
-"""What holds for the repository as a whole: its files, its packages, its README."""
+"""What holds for the repository as a whole: its files and its packages."""
 
 import re
 import tomllib
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = [ROOT / "modeling", ROOT / "processing", ROOT / "src"]
-PYTHON_FILES = sorted(
-    path for folder in [*ROOMS, ROOT / "examples", ROOT / "tests"] for path in folder.rglob("*.py")
-)
-
-
-@pytest.fixture(scope="module")
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_FILES = [path for folder in [*ROOMS, ROOT / "examples", ROOT / "tests"] for path in folder.rglob("*.py")]
 
 
 def test_every_package_folder_is_installed():
@@ -43,21 +34,3 @@ def test_no_pickle_anywhere():
     importing = re.compile(r"^\s*(import|from)\s+(pickle|cPickle|dill|joblib|cloudpickle)\b", re.MULTILINE)
     users = [path for room in ROOMS for path in room.rglob("*.py") if importing.search(path.read_text("utf-8"))]
     assert not users
-
-
-def test_readme_names_the_make_targets(readme):
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z-]+)", readme))
-    assert {"demo", "test"} <= named <= targets
-
-
-def test_readme_tree_exists(readme):
-    tree = readme.partition("## What is where")[2].partition("```\n")[2].partition("```")[0]
-    paths, folders = [], []
-    for line in tree.splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        folders[depth:] = [name]
-        paths.append(ROOT.joinpath(*folders))
-    assert len(paths) > 8
-    assert [path for path in paths if not path.exists()] == []

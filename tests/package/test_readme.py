@@ -1,0 +1,45 @@
+"""What the README prints is what works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from video_ma2mba import cli
+from video_ma2mba.data.synthetic import make_story
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_example_runs_as_printed(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")  # the one thing that it takes from the clone
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out == make_story(seed=7, duration_s=60).circle.colour + "\n"
+
+
+@pytest.mark.parametrize("line", re.findall(r"^video-ma2mba .*$", README, re.MULTILINE))
+def test_command_lines_are_understood(line):
+    command = shlex.split(line.partition(" | ")[0])
+    args = cli.build_parser().parse_args(command[1:])
+    assert args.command == command[1]
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_tree_exists():
+    tree = README.partition("## What is where")[2].partition("```\n")[2].partition("```")[0]
+    paths, folders = [], []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [line.split()[0]]
+        paths.append(ROOT.joinpath(*folders))
+    assert len(paths) > 8
+    assert [path for path in paths if not path.exists()] == []
