@@ -87,6 +87,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         media_separator: str = "\n",
         chat_template: str | None = None,
     ):
+        super().__init__(tokenizer, video_processor)
         self.patch_size = patch_size
         self.spatial_pool_stride = spatial_pool_stride
         self.video_token = video_token
@@ -97,7 +98,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
         self._schema = ChatSchema(tokenizer.eos_token, video_token, image_token, system_prompt, media_separator)
-        super().__init__(tokenizer, video_processor, chat_template=chat_template or self._schema.chat_template())
+        self.chat_template = chat_template or self._schema.chat_template()
 
     @property
     def tokens_per_frame(self) -> int:
