@@ -18,11 +18,12 @@ Rules:
     4. The executor knows blocks and states (see `run_layers`), not Mamba-2.
 """
 
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 
+from .autocast import autocast_dtype, autocast_to
 from .run_layers import kept_tokens, run_layers
 
 
@@ -115,8 +116,7 @@ class _Run:
             slice(i, min(i + plan.layer_interval, num_layers)) for i in range(0, num_layers, plan.layer_interval)
         ]
         self.keeps_lower_borders = plan.order == "layer_major"
-        kind = device.type
-        self.autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        self.autocast_dtype = autocast_dtype(device.type)
         self.has_dropout = any(
             isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training
             for block in self.blocks
@@ -136,9 +136,9 @@ class _Run:
         return tensor if tensor.device == self.device else self.store.get(tensor)
 
     def cell(self, time, group, hidden_states, states, span):
-        """One cell of the grid, with the random numbers it had the first time."""
+        """One cell of the grid, with the autocast and the random numbers it had the first time."""
         mask = None if self.mask is None else self.mask[:, span]
-        with self._same_random_numbers((time, group.start)):
+        with self._same_random_numbers((time, group.start)), autocast_to(self.device.type, self.autocast_dtype):
             return run_layers(self.blocks[group], hidden_states, states, mask)
 
     @contextmanager
@@ -267,9 +267,7 @@ class _Checkpointed(torch.autograd.Function):
                 "the borders kept for this backward pass are used up: a checkpointed forward pass can be gone back "
                 "through once; call the model again instead of using retain_graph=True"
             )
-        device_type, dtype = run.autocast or (None, None)
-        autocast = torch.autocast(device_type, dtype=dtype) if run.autocast else nullcontext()
-        with run.summed_gradients() as sums, autocast:
+        with run.summed_gradients() as sums:
             grad_embeds, grad_states = run.backward(
                 inputs_embeds, grad_out, run.unflatten(grad_states), ctx.needs_input_grad[1]
             )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from .autocast import autocast_dtype
 from .checkpointing import run_checkpointed
 from .recompute import recompute_segments, saved_as_recipe
 from .run_layers import kept_tokens, run_layers
@@ -197,8 +198,8 @@ class Mamba2Block(nn.Module):
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         normed = self.norm(hidden_states)
-        if torch.is_autocast_enabled(normed.device.type):  # cast here, so that in_proj saves `normed` and no cast of it
-            normed = normed.to(torch.get_autocast_dtype(normed.device.type))
+        if (dtype := autocast_dtype(normed.device.type)) is not None:
+            normed = normed.to(dtype)  # cast here, so that in_proj saves `normed` and no cast of it
         with saved_as_recipe(normed, lambda dtype=normed.dtype: self.norm(hidden_states).to(dtype)):
             mixed, state = self.mixer(normed, state, mask)
         return hidden_states + mixed, state

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
+from .autocast import autocast_dtype
 from .checkpoint_plan import check_options, plan_checkpoints
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, init_mamba2_weights
@@ -428,9 +429,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
 
     def _loss(self, hidden_states, targets, num_items_in_batch):
         """Cross-entropy in float32 of (supervised, hidden) against (supervised,), a chunk of logits at a time."""
-        dtype = hidden_states.dtype
-        if torch.is_autocast_enabled(hidden_states.device.type):
-            dtype = torch.get_autocast_dtype(hidden_states.device.type)
+        dtype = autocast_dtype(hidden_states.device.type) or hidden_states.dtype
 
         def token_losses(sequence, states, params):
             hidden, target = sequence
@@ -438,7 +437,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             return F.cross_entropy(logits, target[0], reduction="none")[None], states
 
         if targets.numel() == 0:
-            return hidden_states.sum() * 0.0  # nothing supervised: a zero that still has a graph
+            return self.lm_head(hidden_states).float().sum()  # nothing supervised: a zero in which all takes part
         losses, _, _ = recompute_segments(
             token_losses,
             self.config.loss_chunk_size,

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .autocast import autocast_to
+
 
 def recompute_segments(fn, segment, sequence, states=(), params=()):
     """Run `fn` over segments of a sequence, handing its states on, and recompute each segment in the backward pass.
@@ -51,14 +53,16 @@ class _RecomputeSegments(torch.autograd.Function):
     def backward(ctx, grad_y, *grad_states):
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[5:]
         num_sequence, num_carried = ctx.parts
-        if not ctx.borders:
+        if not ctx.borders and not grad_states:
+            ctx.borders[:] = [()] * max(1, -(-grad_y.shape[1] // ctx.segment))  # no states: nothing to find
+        elif not ctx.borders:
             ctx.borders[:] = _forward(ctx.fn, ctx.segment, *_split(tensors, ctx.parts))[2]
         grads = [
             None if not need else torch.empty_like(t) if i < num_sequence else torch.zeros_like(t, dtype=_wide(t.dtype))
             for i, (t, need) in enumerate(zip(tensors, needed, strict=True))
         ]
         carried = list(grad_states)
-        starts = range(0, grad_y.shape[1], ctx.segment)
+        starts = range(0, max(grad_y.shape[1], 1), ctx.segment)
         for start in reversed(starts):
             span = slice(start, start + ctx.segment)
             local = [t if t is None or i >= num_sequence else t[:, span] for i, t in enumerate(tensors)]
@@ -66,7 +70,7 @@ class _RecomputeSegments(torch.autograd.Function):
             # between segments the states' gradient must flow even where the first states need none
             wanted = [need or (start > 0 and num_sequence <= i < num_carried) for i, need in enumerate(needed)]
             local = [t if t is None else t.detach().requires_grad_(want) for t, want in zip(local, wanted, strict=True)]
-            with torch.enable_grad(), torch.autocast(grad_y.device.type, enabled=False):
+            with torch.enable_grad(), autocast_to(grad_y.device.type, None):
                 y, states = ctx.fn(*_split(local, ctx.parts))
             inputs = [i for i, want in enumerate(wanted) if want]
             # a state may depend on nothing that is trained, and an input may be left unused by this segment
@@ -103,15 +107,18 @@ class _RecomputeSegments(torch.autograd.Function):
 def _forward(fn, segment, sequence, states, params):
     """One pass without a graph. Returns y, the final states, and the states entering each segment."""
     num_tokens = sequence[0].shape[1]
-    pieces, borders = [], []
-    with torch.no_grad(), torch.autocast(sequence[0].device.type, enabled=False):
-        for start in range(0, num_tokens, segment):
+    y, borders = None, []
+    with torch.no_grad(), autocast_to(sequence[0].device.type, None):
+        for start in range(0, max(num_tokens, 1), segment):  # no tokens: one empty segment, which says the shapes
             borders.append(states)
-            y, states = fn(
-                tuple(None if s is None else s[:, start : start + segment] for s in sequence), states, params
-            )
-            pieces.append(y)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), states, borders
+            span = slice(start, start + segment)
+            piece, states = fn(tuple(None if s is None else s[:, span] for s in sequence), states, params)
+            if num_tokens <= segment:
+                return piece, states, borders
+            if y is None:
+                y = piece.new_empty(piece.shape[0], num_tokens, *piece.shape[2:])
+            y[:, span] = piece
+    return y, states, borders
 
 
 def _split(tensors, parts):

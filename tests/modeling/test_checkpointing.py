@@ -119,7 +119,8 @@ def test_any_cut(data):
         data.draw(st.integers(1, tokens), label="sequence_interval"),
         data.draw(st.booleans(), label="offload"),
     )
-    Case(backbone(layers=4), tokens, batch=2, kept=data.draw(st.sampled_from([None, 0.2, 0.9]))).assert_equal(how)
+    model = backbone(torch.float64, layers=4)  # any cut is exact; in float32 the order of the sums would show
+    Case(model, tokens, batch=2, kept=data.draw(st.sampled_from([None, 0.2, 0.9]))).assert_equal(how, rtol=1e-10)
 
 
 @pytest.mark.parametrize("order", ["layer_major", "sequence_major"])
