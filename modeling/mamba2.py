@@ -87,7 +87,7 @@ class Mamba2RMSNorm(nn.Module):
         return recompute_segments(norm, SEGMENT, (hidden_states,), params=(self.weight,))[0]
 
 
-class MambaRMSNormGated(nn.Module):
+class Mamba2RMSNormGated(nn.Module):
     """The weight of the norm at the end of a mixer; the mixer computes it together with the scan."""
 
     def __init__(self, intermediate_size, eps):
@@ -123,7 +123,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
-        self.norm = MambaRMSNormGated(self.intermediate_size, config.layer_norm_epsilon)
+        self.norm = Mamba2RMSNormGated(self.intermediate_size, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     def new_state(self, batch_size):

@@ -1,6 +1,7 @@
 """Video-Ma2mba: a vision tower, a projector and a Mamba-2 backbone that reads every frame (arXiv 2411.19460)."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,14 @@ from transformers.utils import ModelOutput, logging
 from .autocast import autocast_dtype
 from .checkpoint_plan import check_options, plan_checkpoints
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, init_mamba2_weights
+from .mamba2 import (
+    Mamba2Backbone,
+    Mamba2Cache,
+    Mamba2Mixer,
+    Mamba2RMSNorm,
+    Mamba2RMSNormGated,
+    init_mamba2_weights,
+)
 from .recompute import recompute_segments
 
 logger = logging.get_logger(__name__)
@@ -73,8 +81,12 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
             init_mamba2_weights(module, self.config.text_config)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.Linear) and module.bias is not None:
-            init.zeros_(module.bias)
+        elif isinstance(module, Mamba2RMSNorm | Mamba2RMSNormGated):
+            init.ones_(module.weight)
+        elif isinstance(module, nn.Linear):  # before the mixer that holds it, which scales its own out_proj
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                init.zeros_(module.bias)
 
     # --- Multi-Axis Gradient Checkpointing --------------------------------------------------------------------------
 

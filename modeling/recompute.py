@@ -94,6 +94,7 @@ class _RecomputeSegments(torch.autograd.Function):
                 elif i >= num_carried:
                     grads[i] += found[i]
         grads[num_sequence:num_carried] = carried
+        del gradients, found, outputs, y, states, local  # before the casts take their place
         return (
             None,
             None,
