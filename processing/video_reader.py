@@ -112,7 +112,7 @@ def probe_video(path: str | os.PathLike) -> VideoInfo:
             damaged.
     """
     with _Source(path) as source:
-        return source.probe(source.measure_duration(), largest_gap=None)[0]
+        return source.examine()
 
 
 def read_frames(
@@ -163,21 +163,23 @@ def read_frames(
     step = 1 / _as_fraction(fps)
     start = _as_fraction(start_s)
     with _Source(path) as source:
-        duration = source.measure_duration()
-        if start >= duration:
+        # Spread over the whole video, even rare keyframes may be dense enough: then they must all be looked at.
+        info = source.examine(stop_at_gap=step * _SEEK_MARGIN if max_frames is None else None)
+        if start >= source.duration:
             raise VideoReadError(
-                f"{source.name}: start_s={start_s} lies beyond the end of the video, which lasts {float(duration):.3f} "
+                f"{source.name}: start_s={start_s} lies beyond the end of the video, which lasts {info.duration_s:.3f} "
                 "s. Choose an earlier start."
             )
-        end = duration if end_s is None or end_s >= duration else _as_fraction(end_s)
+        end = source.duration if end_s is None or end_s >= source.duration else _as_fraction(end_s)
         num_frames = math.ceil((end - start) / step)
         if max_frames is not None and num_frames > max_frames:
             num_frames = max_frames
             step = (end - start) / max_frames
-        info, dense = source.probe(duration, largest_gap=step * _SEEK_MARGIN)
 
     times = (start + k * step for k in range(num_frames))
-    frames = _decode(info, times, num_frames, resize=resize, seek=dense and num_frames > 1, strict=strict)
+    gap = info.keyframe_interval_s
+    seek = num_frames > 1 and gap is not None and gap <= step * _SEEK_MARGIN  # rule 3
+    frames = _decode(info, times, num_frames, resize=resize, seek=seek, strict=strict)
     return VideoFrames(info, num_frames, frames)
 
 
@@ -312,36 +314,41 @@ class _Source:
         self.stream.thread_type = thread_type
         self._fresh = True
 
-    def probe(self, duration: Fraction, largest_gap: Fraction | None) -> tuple[VideoInfo, bool]:
-        """Decodes the first frame, and counts keyframes for a while: are their gaps at most `largest_gap` seconds?"""
-        window = self.ticks(max(Fraction(_KEYFRAME_WINDOW_S), 4 * (largest_gap or 0)))
-        limit = math.inf if largest_gap is None else self.ticks(largest_gap) - self.origin
-        frame, last_key, gap, too_far = None, None, None, False
+    def examine(self, stop_at_gap: Fraction | None = None) -> VideoInfo:
+        """Decodes the first frame, looks for keyframes for a while, and for the end of the last frame.
+
+        Also sets `duration` (seconds). Once keyframes are further apart than `stop_at_gap`, no more are looked for.
+        """
+        window = self.ticks(Fraction(_KEYFRAME_WINDOW_S))
+        limit = math.inf if stop_at_gap is None else self.ticks(stop_at_gap) - self.origin
+        frame, keyframe, gap, end = None, None, None, None
         for packet in self._packets():
             if frame is None:
                 frame = next(iter(self._frames_of(packet)), None)
             if packet is None or packet.pts is None:
                 continue
-            if last_key is not None:
-                too_far = too_far or packet.pts - last_key > limit
+            end = max(end or packet.pts, packet.pts + (packet.duration or 0))
+            since = 0 if keyframe is None else packet.pts - keyframe
+            if gap is not None or (packet.is_keyframe and keyframe is not None):
+                gap = max(gap or 0, since)
             if packet.is_keyframe:
-                gap = gap if last_key is None else max(gap or 0, packet.pts - last_key)
-                last_key = packet.pts
-            if frame is not None and (too_far or packet.pts > window):
+                keyframe = packet.pts
+            if frame is not None and (packet.pts > window or since > limit):
+                end = self._find_end()
                 break
+        self.duration = self._duration(end)
         if frame is None:
             raise VideoReadError(f"{self.name}: not one frame could be decoded. Check that it plays in a video player.")
         transposed = _orientation(frame)[0]
-        info = VideoInfo(
+        return VideoInfo(
             path=self.path,
-            duration_s=float(duration),
+            duration_s=float(self.duration),
             width=frame.height if transposed else frame.width,
             height=frame.width if transposed else frame.height,
             average_fps=self.average_fps,
             num_frames=self.stream.frames or None,
             keyframe_interval_s=None if gap is None else float(gap * self.stream.time_base),
         )
-        return info, gap is not None and not too_far
 
     def frames_from(self, target: int) -> Iterator["av.VideoFrame"]:
         """Decodes in order, beginning at or before the frame shown at `target` (at the first frame, if need be)."""
@@ -458,24 +465,26 @@ class _Source:
             f"{self.name}: there are no pictures in this file, only {', '.join(kinds)}. Name a video file."
         )
 
-    def measure_duration(self) -> Fraction:
-        """Seconds from the first frame to the end of the last: as declared, or later if the last packets say so.
-
-        An mp4 declares the end in decoding order, which with B-frames and a varying frame rate can be early.
-        """
+    def _find_end(self) -> int | None:
+        """The end of the last packet in ticks, without decoding; None if the end of the file cannot be reached."""
         declared = self._declared_duration()
         if declared is not None:
             self._seek(self.ticks(declared))
-        # A stream written live may declare nothing: then all packets are read, but not decoded.
         timed = (packet for packet in self._packets() if packet is not None and packet.pts is not None)
-        end = max((packet.pts + (packet.duration or 0) for packet in timed), default=None)
-        self.reopen(self.stream.thread_type)
+        return max((packet.pts + (packet.duration or 0) for packet in timed), default=None)
+
+    def _duration(self, end: int | None) -> Fraction:
+        """Seconds from the first frame to the end of the last: as declared, or later if the last packets say so.
+
+        An mp4 declares the end in decoding order, which with B-frames and a varying frame rate can be early. A stream
+        written live may declare nothing.
+        """
+        declared = self._declared_duration()
         if end is None and declared is None:
             raise VideoReadError(
                 f"{self.name}: the frames carry no times. Put them into a container: ffmpeg -i INPUT -c copy OUTPUT.mp4"
             )
-        found = 0 if end is None else (end - self.origin) * self.stream.time_base
-        return max(found, declared or 0)
+        return max(declared or 0, 0 if end is None else (end - self.origin) * self.stream.time_base)
 
     def _declared_duration(self) -> Fraction | None:
         if self.stream.duration:

@@ -261,6 +261,7 @@ def test_a_cover_picture_is_not_a_video(tmp_path):
         sound = container.add_stream("aac", rate=16000)
         container.mux(cover.encode(av.VideoFrame(32, 32, "rgb24")))
         frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+        frame.planes[0].update(bytes(frame.planes[0].buffer_size))
         frame.rate, frame.pts = 16000, 0
         container.mux(sound.encode(frame))
         container.mux(sound.encode())

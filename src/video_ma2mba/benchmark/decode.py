@@ -1,0 +1,169 @@
+"""Reading a video at 1 FPS with `read_frames`, against a bare sequential PyAV loop that resizes the same frames.
+
+Renders its own H.264 clips (320x240, 25 fps, textured and moving): one with a keyframe every 10 seconds, one with a
+keyframe every second, and the first six times over. The two readers take turns in the same process; figures are
+medians. Peak memory is that of a fresh process each, which keeps all frames, as a user who wants them all would.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from ..processing import video_reader
+
+_WIDTH, _HEIGHT, _FPS = 320, 240, 25
+_LONGER = 6  # 10 minutes become 60
+
+# Runs in a fresh process. Only the reader's own file is loaded: torch would hide a few MiB in its hundreds.
+_READ_ALL = """
+import importlib.util, json, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("video_reader", sys.argv[1])
+reader = sys.modules["video_reader"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reader)
+side = int(sys.argv[3])
+frames = reader.read_frames(sys.argv[2], 1.0, resize=(side, side))
+kept = np.empty((frames.num_frames, side, side, 3), np.uint8)
+for row, frame in zip(kept, frames):
+    row[:] = frame.pixels
+with open("/proc/self/status") as status:  # the process's own peak; getrusage would include that of its parent
+    peak_kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+print(json.dumps({"frames": len(kept), "kept_bytes": kept.nbytes, "peak_bytes": peak_kib * 1024}))
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=10.0, help="length of the short clip (default: 10)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each reader (default: 5)")
+    parser.add_argument("--side", type=int, default=224, help="side of the frames kept, in pixels (default: 224)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Renders the clips, measures, and returns the figures: seconds, ratios and bytes.
+
+    `sequential.ratio` is ours over the bare loop (target: at most 1.1), `dense_keyframes.speedup` the bare loop over
+    ours (target: at least 2), `memory.growth_beyond_frames_bytes` what the long clip's peak is above the short clip's
+    but for the frames kept. `memory` is None where there is no /proc.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        sparse = _render(Path(folder, "sparse.mp4"), args.minutes, keyframe_interval=10 * _FPS)
+        dense = _render(Path(folder, "dense.mp4"), args.minutes, keyframe_interval=_FPS)
+        sequential = _compare(sparse, args)
+        dense_keyframes = _compare(dense, args)
+        memory = _memory(sparse, args.side) if Path("/proc/self/status").exists() else None
+    return {
+        "benchmark": "decode",
+        "clip": {"minutes": args.minutes, "width": _WIDTH, "height": _HEIGHT, "fps": _FPS, "codec": "h264"},
+        "side": args.side,
+        "repeats": args.repeats,
+        "sequential": {**sequential, "ratio": sequential["ours_s"] / sequential["bare_loop_s"]},
+        "dense_keyframes": {**dense_keyframes, "speedup": dense_keyframes["bare_loop_s"] / dense_keyframes["ours_s"]},
+        "memory": memory,
+        "versions": {"python": platform.python_version(), "av": av.__version__, "numpy": np.__version__},
+        "machine": {"system": platform.system(), "architecture": platform.machine(), "cores": os.cpu_count()},
+    }
+
+
+def _render(path: Path, minutes: float, keyframe_interval: int) -> Path:
+    """A window that wanders over noise: every frame has something to decode."""
+    noise = np.random.default_rng(0).integers(0, 256, (_HEIGHT + 64, _WIDTH + 64), dtype=np.uint8)
+    grey = np.full((_HEIGHT // 2, _WIDTH), 128, np.uint8)  # both colour planes
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=_FPS)
+        stream.width, stream.height, stream.pix_fmt = _WIDTH, _HEIGHT, "yuv420p"
+        stream.gop_size = keyframe_interval
+        stream.options = {"preset": "veryfast", "crf": "30", "x264-params": "scenecut=0"}
+        for number in range(round(minutes * 60 * _FPS)):
+            top, left = number // 3 % 64, number // 2 % 64
+            planes = np.concatenate([noise[top : top + _HEIGHT, left : left + _WIDTH], grey])
+            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def _repeat(source: Path, path: Path, times: int) -> Path:
+    """The same pictures several times over, without encoding them again."""
+    with av.open(str(path), "w") as output:
+        stream = None
+        for turn in range(times):
+            with av.open(str(source)) as clip:
+                if stream is None:
+                    stream = output.add_stream_from_template(clip.streams.video[0])
+                length = clip.streams.video[0].duration
+                for packet in clip.demux(video=0):
+                    if packet.size:
+                        packet.pts += turn * length
+                        packet.dts += turn * length
+                        packet.stream = stream
+                        output.mux(packet)
+    return path
+
+
+def _bare_loop(path: Path, side: int) -> int:
+    """What one would write without a library: decode everything in order, resize what is due."""
+    reformatter, due = VideoReformatter(), 0
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
+            if frame.time >= due:
+                reformatter.reformat(frame, side, side, "rgb24", interpolation="BICUBIC").to_ndarray()
+                due += 1
+    return due
+
+
+def _ours(path: Path, side: int) -> int:
+    return sum(1 for _ in video_reader.read_frames(path, 1.0, resize=(side, side)))
+
+
+def _seconds(read: Callable[[Path, int], int], path: Path, side: int) -> tuple[float, int]:
+    start = time.perf_counter()
+    num_frames = read(path, side)
+    return time.perf_counter() - start, num_frames
+
+
+def _compare(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    readers = {"ours_s": _ours, "bare_loop_s": _bare_loop}
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    counts = set()
+    for turn in range(args.repeats + 1):
+        for name, read in readers.items():
+            elapsed, num_frames = _seconds(read, path, args.side)
+            counts.add(num_frames)
+            if turn > 0:  # the first is a warm-up
+                seconds[name].append(elapsed)
+    if len(counts) != 1:
+        raise RuntimeError(f"the two readers found different numbers of frames: {sorted(counts)}")
+    return {"frames": counts.pop(), **{name: statistics.median(times) for name, times in seconds.items()}}
+
+
+def _memory(short: Path, side: int) -> dict[str, Any]:
+    short_clip, long_clip = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", _READ_ALL, video_reader.__file__, path, str(side)],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for path in (short, _repeat(short, short.with_name("long.mp4"), _LONGER))
+    )
+    kept = long_clip["kept_bytes"] - short_clip["kept_bytes"]
+    growth = long_clip["peak_bytes"] - short_clip["peak_bytes"] - kept
+    return {"short_clip": short_clip, "long_clip": long_clip, "growth_beyond_frames_bytes": growth}

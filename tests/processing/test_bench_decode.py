@@ -1,0 +1,25 @@
+"""The benchmark runs and says what it measured; how fast it was is for a quiet machine to tell."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from video_ma2mba.benchmark import decode
+
+
+def test_bench_decode():
+    parser = argparse.ArgumentParser()
+    decode.add_arguments(parser)
+    result = decode.run(parser.parse_args(["--minutes", "0.1", "--repeats", "1", "--side", "32"]))
+    assert json.loads(json.dumps(result)) == result
+    assert result["sequential"]["frames"] == result["dense_keyframes"]["frames"] == 6
+    assert result["sequential"]["ratio"] == result["sequential"]["ours_s"] / result["sequential"]["bare_loop_s"]
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc")
+    memory = result["memory"]
+    assert memory["short_clip"]["frames"] == 6
+    assert memory["long_clip"]["frames"] == 36
+    assert memory["long_clip"]["kept_bytes"] == 36 * 32 * 32 * 3
+    assert memory["short_clip"]["peak_bytes"] > 1 << 20
