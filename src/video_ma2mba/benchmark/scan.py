@@ -1,0 +1,149 @@
+"""Forward and backward of the Mamba-2 scan in plain torch: this library's against that of the installed transformers.
+
+Ours is what a mixer runs: `ssd_scan` over segments that are computed again in the backward pass. Theirs is
+`mamba2_chunk_scan` under autograd. Both get the same inputs in the same process, one after the other in turns.
+
+Peak bytes are those of torch's CPU allocator above what the inputs take, temporaries inside operators included, as its
+memory profiler reports every allocation and release. They are exact and the same in every run; the resident size of the
+process is neither, because freed memory stays with it.
+"""
+
+import argparse
+import inspect
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional as F
+from transformers.models.mamba2 import modeling_mamba2
+
+from ..modeling.mamba2 import SEGMENT
+from ..modeling.recompute import recompute_segments
+from ..modeling.ssd import SCAN_CHUNK, ssd_scan
+
+NAMES = ("x", "dt", "A", "B", "C", "D", "state")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--state", type=int, default=128, help="state size")
+    parser.add_argument(
+        "--their-chunk", type=int, default=256, help="chunk size of theirs; 256 is Mamba2Config's default"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each, after one that is not timed")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if left out")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    for name in ("batch", "tokens", "heads", "head_dim", "state", "their_chunk", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    inputs, cotangents = _inputs(args)
+    scans = {"ours": _ours, "transformers": _theirs(args.their_chunk)}
+    results = {name: _forward_backward(scan, inputs, cotangents) for name, scan in scans.items()}  # warms up as well
+    times: dict[str, list[float]] = {name: [] for name in scans}
+    for _ in range(args.repeats):
+        for name, scan in scans.items():
+            start = time.perf_counter()
+            _forward_backward(scan, inputs, cotangents)
+            times[name].append(time.perf_counter() - start)
+    measured = {
+        name: {
+            "median_s": statistics.median(times[name]),
+            "times_s": times[name],
+            "peak_bytes": _peak_bytes(lambda scan=scan: _forward_backward(scan, inputs, cotangents)),
+        }
+        for name, scan in scans.items()
+    }
+    ours, theirs = measured["ours"], measured["transformers"]
+    return {
+        "benchmark": "scan",
+        "what": "forward and backward, float32, CPU",
+        "shape": {name: getattr(args, name) for name in ("batch", "tokens", "heads", "head_dim", "state")},
+        "settings": {"segment": SEGMENT, "scan_chunk": SCAN_CHUNK, "their_chunk": args.their_chunk},
+        **measured,
+        "times_faster": theirs["median_s"] / ours["median_s"],
+        "memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
+        "largest_difference": _differences(results["ours"], results["transformers"]),
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _inputs(args):
+    """Leaves that want gradients, in the sizes a trained model has them, and cotangents for y and the final state."""
+    draw = torch.Generator().manual_seed(args.seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=draw)
+
+    b, t, h, p, n = args.batch, args.tokens, args.heads, args.head_dim, args.state
+    inputs = [
+        normal(b, t, h, p),
+        F.softplus(normal(b, t, h) - 3),
+        -torch.exp(normal(h)),
+        normal(b, t, 1, n),
+        normal(b, t, 1, n),
+        normal(h),
+        normal(b, h, p, n),
+    ]
+    return [tensor.requires_grad_() for tensor in inputs], (normal(b, t, h, p), normal(b, h, p, n))
+
+
+def _ours(x, dt, A, B, C, D, state):
+    def segment(sequence, states, params):
+        y, new_state = ssd_scan(sequence[0], sequence[1], params[0], *sequence[2:], params[1], states[0])
+        return y, (new_state,)
+
+    y, (state,), _ = recompute_segments(segment, SEGMENT, (x, dt, B, C), (state,), (A, D))
+    return y, state
+
+
+def _theirs(chunk_size):
+    scan = inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)
+
+    def run_theirs(x, dt, A, B, C, D, state):
+        return scan(x, dt, A, B, C, chunk_size, D=D, initial_states=state, return_final_states=True)
+
+    return run_theirs
+
+
+def _forward_backward(scan, inputs, cotangents):
+    outputs = scan(*inputs)
+    return *(out.detach() for out in outputs), *torch.autograd.grad(outputs, inputs, cotangents)
+
+
+def _peak_bytes(function) -> int:
+    """Most bytes that torch's CPU allocator held at once during `function`, above what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    if peak == 0:
+        raise RuntimeError(f"torch {torch.__version__} reports no allocations to its profiler")
+    return peak
+
+
+def _differences(ours, theirs) -> dict[str, float]:
+    """For each result and gradient, the largest difference over the largest element."""
+    names = ("y", "final_state", *(f"grad_{name}" for name in NAMES))
+    return {
+        name: float((mine - other).abs().max() / other.abs().max())
+        for name, mine, other in zip(names, ours, theirs, strict=True)
+    }
