@@ -260,9 +260,15 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             ("pixel_values_videos", self.config.video_token_id, self.get_video_features),
             ("pixel_values", self.config.image_token_id, self.get_image_features),
         ):
-            if (pixels := pixels_by_name[name]) is None:
-                continue
             is_placeholder = input_ids == token_id
+            if (pixels := pixels_by_name[name]) is None:
+                # a single id is a token being generated, which a model may get wrong
+                if input_ids.shape[1] > 1 and is_placeholder.any():
+                    raise ValueError(
+                        f"input_ids has {int(is_placeholder.sum())} placeholders for {name}, but no {name} was given; "
+                        "prepare both with the same processor call"
+                    )
+                continue
             counts = self._frames_per_row(is_placeholder, pixels, name)
             frames = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
             parts.append((is_placeholder, encode(frames, to_host=to_host).pooler_output.flatten(0, 1)))
@@ -319,11 +325,9 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         Returns:
             `VideoMa2mbaOutput`; `last_hidden_state` is (kept, hidden), row by row, where `keep` is given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
-        batch, num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         plan = self.checkpoint_plan(batch, num_tokens) if self.is_checkpointing() and torch.is_grad_enabled() else None
         if inputs_embeds is None:
             pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
@@ -420,7 +424,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             "pixel_values": pixel_values, "inputs_embeds": inputs_embeds, "cache_params": cache_params,
             "use_cache": use_cache, "prefill_chunk_size": prefill_chunk_size,
         }  # fmt: skip
-        batch, num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
         if labels is not None:
             if labels.shape != (batch, num_tokens):
                 raise ValueError(f"labels are {tuple(labels.shape)}, the inputs {(batch, num_tokens)}: they must match")
@@ -507,6 +511,12 @@ class _Interleave(torch.autograd.Function):
     def backward(ctx, grad):
         wanted = zip(ctx.masks, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
         return None, None, *(grad[mask].to(dtype) if need else None for mask, dtype, need in wanted)
+
+
+def _batch_and_tokens(input_ids, inputs_embeds):
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds, and not both")
+    return (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
 
 
 def _build_tower(config):
