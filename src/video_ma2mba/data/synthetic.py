@@ -290,7 +290,7 @@ def _distractors(rng: np.random.Generator, num_scenes: int) -> list[tuple[str, s
 
 def _make_scene(rng: np.random.Generator, start_s: int, duration_s: int, colour: str, shape: str) -> Scene:
     """Draw the looks of a scene: size, place, drift, background and a shade of the colour."""
-    radius = rng.uniform(0.22, 0.32)
+    radius = rng.uniform(0.28, 0.38)
     (x, y), (end_x, end_y) = rng.uniform(radius + 0.03, 0.97 - radius, size=(2, 2))
     drift = min(1.0, 0.1 * duration_s)  # of the way to the end point: slow
     shade = np.clip(np.array(COLOURS[colour]) + rng.uniform(-18, 18, size=3), 0, 255)
