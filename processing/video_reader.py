@@ -196,10 +196,12 @@ def _decode(
         # Frame threads keep the cores busy in a sequential run, but delay the first frame after every seek.
         source.stream.thread_type = "SLICE" if seek else "AUTO"
         reformatter = VideoReformatter()
-        num_picked, last, pixels = 0, None, None
+        num_picked, last, pixels, orientation = 0, None, None, None
         for frame in _pick(source, map(source.ticks, times), seek):
+            if orientation is None:
+                orientation = _orientation(frame)
             if frame is not last:
-                last, pixels = frame, _to_pixels(frame, resize, reformatter)
+                last, pixels = frame, _to_pixels(frame, orientation, resize, reformatter)
             num_picked += 1
             yield VideoFrame(source.seconds(frame.pts), pixels)
 
@@ -240,9 +242,9 @@ def _pick_in_order(source: "_Source", target: int | None, targets: Iterator[int]
         target = next(targets, None)
 
 
-def _to_pixels(frame: "av.VideoFrame", resize, reformatter: "VideoReformatter") -> np.ndarray:
+def _to_pixels(frame: "av.VideoFrame", orientation: tuple[bool, bool, bool], resize, reformatter) -> np.ndarray:
     """Scales, converts to RGB and turns upright one frame: (height, width, 3) uint8."""
-    transpose, flip_x, flip_y = _orientation(frame)
+    transpose, flip_x, flip_y = orientation
     height, width = (frame.width, frame.height) if transpose else (frame.height, frame.width)
     if resize is not None:
         height, width = resize(height, width) if callable(resize) else resize
@@ -259,7 +261,8 @@ def _to_pixels(frame: "av.VideoFrame", resize, reformatter: "VideoReformatter") 
 def _orientation(frame: "av.VideoFrame") -> tuple[bool, bool, bool]:
     """How the display matrix turns a stored frame: (transpose, then flip left-right, then flip upside down).
 
-    The matrix maps stored (x, y) to displayed (a x + c y, b x + d y), fixed point, y pointing down.
+    The matrix maps stored (x, y) to displayed (a x + c y, b x + d y), fixed point, y pointing down. Ask once per file:
+    PyAV's side data and its frame hold each other, so a frame once asked lives until the next garbage collection.
     """
     try:
         matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), dtype=np.int32)

@@ -1,5 +1,6 @@
 """The reader against a loop that decodes everything, and every kind of file that cannot be read."""
 
+import gc
 import math
 import os
 import struct
@@ -124,6 +125,24 @@ def test_decodes_on_demand(tmp_path, monkeypatch):
     assert len(decoded) < 50
     assert len(list(frames)) == 19
     assert len(decoded) > 190
+
+
+def test_holds_few_frames(tmp_path):
+    """Without the help of the garbage collector: a cycle would keep whole frames, at full size, until it runs."""
+    path = write_video(tmp_path / "long.mp4", 200)
+
+    def held():
+        return sum(type(each) is av.VideoFrame for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        for frame in read_frames(path, 5, resize=(8, 16)):
+            assert frame.pixels.shape == (8, 16, 3)
+            assert held() - before < 12
+    finally:
+        gc.enable()
 
 
 def test_closing_stops_and_closes_the_file(video):
