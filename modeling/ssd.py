@@ -73,33 +73,32 @@ def ssd_scan(x, dt, A, B, C, D, ssm_state, chunk_size=SCAN_CHUNK):
         x, B, C = (F.pad(value, (0, 0, 0, 0, 0, pad)) for value in (x, B, C))
         dt = F.pad(dt, (0, 0, 0, pad))
     c = (t + pad) // q
-    x_dt = (x * dt[..., None]).view(b, c, q, g, r, p).permute(0, 1, 3, 4, 2, 5)  # (b, c, g, r, q, p)
+    x_dt = (x * dt[..., None]).view(b, c, q, g, r, p)
     B = B.view(b, c, q, g, n).transpose(2, 3)  # (b, c, g, q, n)
     C = C.view(b, c, q, g, n).transpose(2, 3)
-    log_decay = (dt * A).view(b, c, q, g, r).permute(0, 1, 3, 4, 2).cumsum(-1)  # (b, c, g, r, q), since the chunk began
+    log_decay = (dt * A).view(b, c, q, g, r).cumsum(2)  # since the chunk began
 
     # 1. Inside each chunk: attention-like, with the decay from token j to token i as the causal mask.
-    scores = (C @ B.transpose(-1, -2))[:, :, :, None] * _decay_between(log_decay)  # (b, c, g, r, q, q)
-    y = scores @ x_dt  # (b, c, g, r, q, p)
+    scores = (C @ B.transpose(-1, -2))[:, :, :, None] * _decay_between(log_decay.permute(0, 1, 3, 4, 2))
+    y = scores @ x_dt.permute(0, 1, 3, 4, 2, 5)  # (b, c, g, r, q, p)
 
     # 2. What each chunk adds to the state by its end. One product serves all heads that share B.
-    decay_to_end = (log_decay[..., -1:] - log_decay).exp()
-    inputs = (x_dt * decay_to_end[..., None]).transpose(-1, -2).reshape(b, c, g, r * p, q)
-    added = (inputs @ B).view(b, c, g, r, p * n)
+    decay_to_end = (log_decay[:, :, -1:] - log_decay).exp()
+    inputs = (x_dt * decay_to_end[..., None]).reshape(b, c, q, g, r * p).permute(0, 1, 3, 4, 2)
+    added = (inputs @ B).view(b, c, h, p, n)
 
-    # 3. The state at the start of each chunk, and after the last.
-    chunk_decay = F.pad(log_decay[..., -1].permute(0, 2, 3, 1).cumsum(-1), (1, 0))  # (b, g, r, c + 1)
-    sources = torch.cat([ssm_state.reshape(b, 1, g, r, p * n), added], dim=1).permute(0, 2, 3, 1, 4)
-    states = (_decay_between(chunk_decay) @ sources).view(b, g, r, c + 1, p, n)
-    at_start = states[:, :, :, :-1].permute(0, 3, 1, 2, 4, 5).reshape(b, c, g, r * p, n)
+    # 3. From chunk to chunk: the state at the start of each, and after the last.
+    chunk_decay = log_decay[:, :, -1].exp().reshape(b, c, h, 1, 1)
+    at_start = []
+    for chunk in range(c):
+        at_start.append(ssm_state)
+        ssm_state = torch.addcmul(added[:, chunk], chunk_decay[:, chunk], ssm_state)
+    at_start = torch.stack(at_start, dim=1).view(b, c, g, r * p, n)
 
     # 4. What the state at the start of a chunk says at each of its tokens.
-    from_state = (C @ at_start.transpose(-1, -2)).view(b, c, g, q, r, p)
-    y = y.permute(0, 1, 4, 2, 3, 5) + from_state.transpose(2, 3) * log_decay.exp().permute(0, 1, 4, 2, 3)[..., None]
-    last = states[:, :, :, -1].clone(
-        memory_format=torch.contiguous_format
-    )  # a view would keep all chunks' states alive
-    return y.reshape(b, c * q, h, p)[:, :t] + skip, last.view(b, h, p, n)
+    from_state = (C @ at_start.transpose(-1, -2)).view(b, c, g, q, r, p).transpose(2, 3)
+    y = from_state * log_decay.exp()[..., None] + y.permute(0, 1, 4, 2, 3, 5)
+    return y.reshape(b, c * q, h, p)[:, :t] + skip, ssm_state
 
 
 def ssd_step(x, dt, A, B, C, D, ssm_state):
