@@ -198,13 +198,15 @@ class _Run:
                 entering_states = [tuple(t.detach().requires_grad_() for t in state) for state in states[group]]
                 with torch.enable_grad():
                     leaving, leaving_states = self.cell(time, group, entering, entering_states, span)
-                torch.autograd.backward(
-                    [leaving, *(t for state in leaving_states for t in state)],
-                    [grad_hidden, *(g for grads in grad_states[group] for g in grads)],
-                )
+                outputs = [leaving, *(t for state in leaving_states for t in state)]
+                gradients = [grad_hidden, *(g for grads in grad_states[group] for g in grads)]
+                used = [
+                    i for i, gradient in enumerate(gradients) if gradient is not None
+                ]  # not the last chunk's states
+                torch.autograd.backward([outputs[i] for i in used], [gradients[i] for i in used])
                 grad_hidden = entering.grad
                 grad_states[group] = [tuple(t.grad for t in state) for state in entering_states]
-                del leaving, leaving_states, entering, entering_states
+                del outputs, gradients, leaving, leaving_states, entering, entering_states
             if needs_grad_embeds:
                 grad_embeds[:, span].copy_(grad_hidden, non_blocking=True)
         return grad_embeds, grad_states
@@ -256,6 +258,8 @@ class _Checkpointed(torch.autograd.Function):
         out, states = run.forward(inputs_embeds.detach(), run.unflatten(tensors[:num_states]))
         ctx.run, ctx.num_states, ctx.param_dtypes = run, num_states, [p.dtype for p in tensors[num_states:]]
         ctx.save_for_backward(inputs_embeds)
+        ctx.set_materialize_grads(False)  # where the final states are not used, their gradient takes no memory
+        ctx.out_shape, ctx.out_dtype = out.shape, out.dtype
         return out, *(tensor for state in states for tensor in state)
 
     @staticmethod
@@ -267,6 +271,8 @@ class _Checkpointed(torch.autograd.Function):
                 "the borders kept for this backward pass are used up: a checkpointed forward pass can be gone back "
                 "through once; call the model again instead of using retain_graph=True"
             )
+        if grad_out is None:
+            grad_out = torch.zeros(ctx.out_shape, dtype=ctx.out_dtype, device=run.device)
         with run.summed_gradients() as sums:
             grad_embeds, grad_states = run.backward(
                 inputs_embeds, grad_out, run.unflatten(grad_states), ctx.needs_input_grad[1]

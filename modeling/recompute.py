@@ -93,8 +93,8 @@ class _RecomputeSegments(torch.autograd.Function):
                     grads[i][:, span] = found[i]
                 elif i >= num_carried:
                     grads[i] += found[i]
+            del local, y, states, outputs, gradients, found  # before the next segment, or the casts, take their place
         grads[num_sequence:num_carried] = carried
-        del gradients, found, outputs, y, states, local  # before the casts take their place
         return (
             None,
             None,
