@@ -12,10 +12,9 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .autocast import autocast_dtype
-from .checkpoint_plan import check_options, plan_checkpoints
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .mamba2 import (
     Mamba2Backbone,
@@ -25,9 +24,8 @@ from .mamba2 import (
     Mamba2RMSNormGated,
     init_mamba2_weights,
 )
+from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .recompute import recompute_segments
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -61,7 +59,7 @@ class VideoMa2mbaProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features)))
 
 
-class VideoMa2mbaPreTrainedModel(PreTrainedModel):
+class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):
     config: VideoMa2mbaConfig
     config_class = VideoMa2mbaConfig
     base_model_prefix = "model"
@@ -75,6 +73,18 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True  # in the tower, the only place with attention
     _is_stateful = True
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers; a folder saved with its code names it for every Auto class, not only for this one's."""
+        if self._auto_class is not None:
+            here = "modeling_video_ma2mba."
+            self.config.auto_map = {
+                **getattr(self.config, "auto_map", {}),
+                "AutoModel": here + "VideoMa2mbaModel",
+                "AutoModelForImageTextToText": here + "VideoMa2mbaForConditionalGeneration",
+                "AutoModelForMultimodalLM": here + "VideoMa2mbaForConditionalGeneration",
+            }
+        super().save_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, Mamba2Mixer):
@@ -87,87 +97,6 @@ class VideoMa2mbaPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 init.zeros_(module.bias)
-
-    # --- Multi-Axis Gradient Checkpointing --------------------------------------------------------------------------
-
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs=None,
-        axes=("layer", "sequence"),
-        layer_interval=None,
-        sequence_interval=None,
-        order=None,
-        offload=False,
-        memory_budget_bytes=None,
-        host_memory_budget_bytes=None,
-        every_n_layers=1,
-    ):
-        """Train with Multi-Axis Gradient Checkpointing: keep little, compute it again in the backward pass.
-
-        Args:
-            gradient_checkpointing_kwargs: dict that may carry every argument below, as `TrainingArguments` passes it.
-            axes: any non-empty subset of "layer" and "sequence"; ("layer",) is the ordinary kind.
-            layer_interval, sequence_interval: layers and tokens of a cell; None lets the planner decide.
-            order: "layer_major" (the paper's grid) or "sequence_major"; None lets the planner decide.
-            offload: what crosses a chunk border waits in host memory.
-            memory_budget_bytes: None for the least memory at one recompute; a number for the fastest plan that fits.
-            host_memory_budget_bytes: bounds what `offload` may hold.
-            every_n_layers: transformers' name for `layer_interval`; 1 leaves it alone.
-
-        Raises:
-            ValueError, TypeError: nonsense or unknown arguments. `InfeasibleMemoryBudget`, at the first forward pass of
-            a shape: no plan fits.
-        """
-        options = {
-            "axes": axes, "layer_interval": layer_interval, "sequence_interval": sequence_interval, "order": order,
-            "offload": offload, "memory_budget_bytes": memory_budget_bytes,
-            "host_memory_budget_bytes": host_memory_budget_bytes,
-        }  # fmt: skip
-        for name, value in (gradient_checkpointing_kwargs or {}).items():
-            if name == "use_reentrant":
-                continue  # speaks of torch's checkpoint function, which is not used here
-            if name == "every_n_layers":
-                every_n_layers = value
-            elif name not in options:
-                raise ValueError(f"unknown gradient_checkpointing_kwargs key {name!r}; known are {', '.join(options)}")
-            else:
-                options[name] = value
-        if every_n_layers != 1 and options["layer_interval"] is None:
-            options["layer_interval"] = every_n_layers
-        options["axes"] = tuple(options["axes"])
-        check_options(self.config, **options)
-        base = self._base()
-        base.checkpoint_options, base.gradient_checkpointing, base._plans = options, True, {}
-
-    def gradient_checkpointing_disable(self):
-        """Back to keeping everything."""
-        self._base().gradient_checkpointing = False
-
-    def enable_input_require_grads(self):
-        """Nothing to do: no checkpoint of this model needs a gradient at its inputs. A frozen tower builds no graph."""
-
-    def disable_input_require_grads(self):
-        """As `enable_input_require_grads`."""
-
-    def is_checkpointing(self):
-        """Whether a forward pass now would be checkpointed."""
-        base = self._base()
-        return base.gradient_checkpointing and base.training
-
-    def checkpoint_plan(self, batch_size, sequence_length):
-        """The `CheckpointPlan` for a batch of this shape: chosen once per shape, and said in one line."""
-        base = self._base()
-        key = batch_size, sequence_length
-        if key not in base._plans:
-            base._plans[key] = plan_checkpoints(
-                self.config, *key, dtype_bytes=base.language_model.embeddings.weight.element_size(),
-                **base.checkpoint_options,
-            )  # fmt: skip
-            logger.info(f"MA-GC, batch {batch_size} x {sequence_length} tokens: {base._plans[key]}")
-        return base._plans[key]
-
-    def _base(self):
-        return getattr(self, self.base_model_prefix, self)
 
 
 class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):

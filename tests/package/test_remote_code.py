@@ -25,11 +25,13 @@ except ModuleNotFoundError:
 else:
     sys.exit("the package can still be imported")
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 folder, video, again = sys.argv[1:]
 assert AutoConfig.from_pretrained(folder, trust_remote_code=True).model_type == "video_ma2mba"
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "VideoMa2mbaModel"
+assert type(AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)) is type(model)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 chat = [{"role": "user", "content": [{"type": "video", "path": video}, {"type": "text", "text": "What came first?"}]}]
 inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
