@@ -68,11 +68,11 @@ def ssd_scan(x, dt, A, B, C, D, ssm_state, chunk_size=SCAN_CHUNK):
     g, n = B.shape[2:]
     r = h // g
     q = min(chunk_size, t)
-    skip = x * D[:, None]
     if pad := -t % q:
         x, B, C = (F.pad(value, (0, 0, 0, 0, 0, pad)) for value in (x, B, C))
         dt = F.pad(dt, (0, 0, 0, pad))
     c = (t + pad) // q
+    skip = (x * D[:, None]).view(b, c, q, g, r, p)
     x_dt = (x * dt[..., None]).view(b, c, q, g, r, p)
     B = B.view(b, c, q, g, n).transpose(2, 3)  # (b, c, g, q, n)
     C = C.view(b, c, q, g, n).transpose(2, 3)
@@ -90,15 +90,15 @@ def ssd_scan(x, dt, A, B, C, D, ssm_state, chunk_size=SCAN_CHUNK):
     # 3. From chunk to chunk: the state at the start of each, and after the last.
     chunk_decay = log_decay[:, :, -1].exp().reshape(b, c, h, 1, 1)
     at_start = []
-    for chunk in range(c):
+    for own, decay in zip(added.unbind(1), chunk_decay.unbind(1), strict=True):
         at_start.append(ssm_state)
-        ssm_state = torch.addcmul(added[:, chunk], chunk_decay[:, chunk], ssm_state)
+        ssm_state = torch.addcmul(own, decay, ssm_state)
     at_start = torch.stack(at_start, dim=1).view(b, c, g, r * p, n)
 
     # 4. What the state at the start of a chunk says at each of its tokens.
     from_state = (C @ at_start.transpose(-1, -2)).view(b, c, g, q, r, p).transpose(2, 3)
-    y = from_state * log_decay.exp()[..., None] + y.permute(0, 1, 4, 2, 3, 5)
-    return y.reshape(b, c * q, h, p)[:, :t] + skip, ssm_state
+    y = torch.addcmul(skip, from_state, log_decay.exp()[..., None]) + y.permute(0, 1, 4, 2, 3, 5)
+    return y.reshape(b, c * q, h, p)[:, :t], ssm_state
 
 
 def ssd_step(x, dt, A, B, C, D, ssm_state):
