@@ -27,13 +27,13 @@ from ..processing import video_reader
 _WIDTH, _HEIGHT, _FPS = 320, 240, 25
 _LONGER = 6  # 10 minutes become 60
 
-# Runs in a fresh process. Only the reader's own file is loaded: torch would hide a few MiB in its hundreds.
+# Runs in a fresh process. Only the reader's own files are loaded: torch would hide a few MiB in its hundreds.
 _READ_ALL = """
-import importlib.util, json, sys
+import importlib, json, os, sys, types
 import numpy as np
-spec = importlib.util.spec_from_file_location("video_reader", sys.argv[1])
-reader = sys.modules["video_reader"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reader)
+room = sys.modules["room"] = types.ModuleType("room")
+room.__path__ = [os.path.dirname(sys.argv[1])]
+reader = importlib.import_module("room.video_reader")
 side = int(sys.argv[3])
 frames = reader.read_frames(sys.argv[2], 1.0, resize=(side, side))
 kept = np.empty((frames.num_frames, side, side, 3), np.uint8)
