@@ -113,6 +113,7 @@ def test_the_copied_code_works_where_the_package_is_not_installed(tmp_path, monk
         "chat_video_ma2mba.py",
         "video_processing_video_ma2mba.py",
         "video_reader.py",
+        "video_source.py",
     }
     run = subprocess.run(
         [sys.executable, "-c", _STRANGER, folder, again, json.dumps(conversation)],

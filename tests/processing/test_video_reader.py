@@ -108,7 +108,7 @@ def test_seeks_only_where_keyframes_are_dense(tmp_path, monkeypatch):
 def test_stops_seeking_where_keyframes_become_rare(tmp_path, monkeypatch):
     """Dense where they are counted, rare afterwards: seeking for each pick would decode everything many times over."""
     path = write_video(tmp_path / "mixed.mp4", 250, gop=1000, keyframes=range(0, 60, 10))
-    monkeypatch.setattr(video_reader, "_KEYFRAME_WINDOW_S", 5)
+    monkeypatch.setattr(video_source, "_KEYFRAME_WINDOW_S", 5)
     decoded = _count_decoded(monkeypatch)
     picked = [frame_number(frame.pixels) for frame in read_frames(path)]
     assert picked == list(range(0, 250, 10))
