@@ -300,6 +300,8 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         self.model = VideoMa2mbaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        # a placeholder is the place of a frame, never a word of an answer
+        self.generation_config.suppress_tokens = [config.image_token_id, config.video_token_id]
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig, Mamba2Config
+
 from video_ma2mba.modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 
 

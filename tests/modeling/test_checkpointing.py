@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
 from video_ma2mba.modeling.checkpointing import run_checkpointed
 from video_ma2mba.modeling.run_layers import run_layers
 

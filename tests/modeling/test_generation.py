@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from video_ma2mba.modeling import Mamba2Cache, VideoMa2mbaForConditionalGeneration
 
 from .reference import Largest, tiny_model

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
+
 from video_ma2mba.modeling import modeling_video_ma2mba
 
 from .reference import tiny_model

@@ -5,6 +5,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
+
 from video_ma2mba.modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 
 from .reference import Largest, assert_gradients_match, tiny_config, tiny_model

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
+
 from video_ma2mba.modeling import mamba2
 from video_ma2mba.modeling.mamba2 import LayerState, Mamba2Block, Mamba2Mixer, init_mamba2_weights
 

@@ -10,6 +10,7 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
 from video_ma2mba.modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 
 from .reference import tiny_config, tiny_model

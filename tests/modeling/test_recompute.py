@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+
 from video_ma2mba.modeling.recompute import recompute_segments, saved_as_recipe
 
 from .reference import assert_gradients_match, leaves

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from video_ma2mba.modeling.ssd import causal_conv1d, ssd_scan, ssd_step
 
 from .reference import Largest, assert_gradients_match, leaves, scan_loop

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, StoppingCriteriaList
+
 from video_ma2mba.modeling import RepetitionStop
 
 from .reference import tiny_model

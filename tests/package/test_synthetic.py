@@ -4,9 +4,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from video_ma2mba.processing.video_reader import read_frames
 
 from video_ma2mba.data.synthetic import COLOURS, NEEDLE, QUESTION_KINDS, SHAPES, Story, make_story
+from video_ma2mba.processing.video_reader import read_frames
 
 DURATIONS_S = (3, 4, 5, 10, 17, 60, 180)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
 from video_ma2mba.processing import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
 
 from .videos import write_video

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
+
 from video_ma2mba.processing import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor, VideoReadError
 
 from .conftest import MERGES, make_tokenizer

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from transformers import AutoProcessor
+
 from video_ma2mba.processing import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
 
 from .conftest import make_tokenizer

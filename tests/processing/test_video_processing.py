@@ -4,6 +4,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+
 from video_ma2mba.processing import VideoMa2mbaVideoProcessor, VideoReadError, read_frames
 
 from .videos import frame_number

@@ -8,6 +8,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+
 from video_ma2mba.processing import VideoReadError, probe_video, read_frames, video_reader, video_source
 
 from .videos import decode_everything, frame_number, shown_at, write_audio, write_video

@@ -1,0 +1,141 @@
+"""Training throughput of the backbone by checkpointing method: tokens per second of forward and backward.
+
+Every method runs in the same process on the same batch of text, in turns. The loss stands on the last 512 tokens, as an
+answer at the end of a long video does. On a GPU the peak bytes of each method are given too; a method that runs out of
+memory is reported as such and the others go on. The paper's Table 8 is the same measurement on one A100-80GB.
+"""
+
+import argparse
+import gc
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+import transformers
+from transformers import Mamba2Config
+
+from ..modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
+from ..modeling.configuration_video_ma2mba import PRESETS
+
+METHODS = {
+    "off": None,
+    "per layer": {"axes": ("layer",)},
+    "sqrt": {"axes": ("layer",), "layer_interval": 8},
+    "layer_major": {"order": "layer_major"},
+    "sequence_major": {"order": "sequence_major"},
+    "sequence_major + offload": {"order": "sequence_major", "offload": True},
+}
+NUM_SUPERVISED = 512
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=["small", *PRESETS], default="small", help="small: a CPU can train it")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192], metavar="TOKENS")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed steps of each method, after one that is not timed"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.repeats < 1 or min(args.lengths) < 1:
+        raise ValueError("--repeats and --lengths must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    torch.manual_seed(0)
+    model = VideoMa2mbaForConditionalGeneration._from_config(_config(args.model), dtype=dtype).to(device).train()
+    model.model.vision_tower.requires_grad_(False)
+    rows = [row for length in args.lengths for row in _measure(model, length, args.methods, args.repeats)]
+    return {
+        "benchmark": "train",
+        "model": args.model,
+        "num_backbone_parameters": sum(p.numel() for p in model.model.language_model.parameters()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "num_threads": torch.get_num_threads(),
+        "rows": rows,
+        "versions": {
+            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+        },
+    }  # fmt: skip
+
+
+def _config(name: str) -> VideoMa2mbaConfig:
+    if name != "small":
+        return VideoMa2mbaConfig.from_preset(name)
+    text = Mamba2Config(
+        hidden_size=256, num_hidden_layers=8, num_heads=8, head_dim=64, state_size=64, n_groups=1, vocab_size=512,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    return VideoMa2mbaConfig.from_preset("0.7b", text_config=text, image_token_id=510, video_token_id=511)
+
+
+def _measure(model: VideoMa2mbaForConditionalGeneration, length: int, methods: list[str], repeats: int) -> list[dict]:
+    """The rows of one length. One that ran has `step_s`, `tokens_per_s`, its ratio to off; on a GPU `peak_bytes`."""
+    input_ids = torch.randint(2, 500, (1, length), device=model.device)
+    labels = input_ids.clone()
+    labels[:, :-NUM_SUPERVISED] = -100
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    peaks: dict[str, int] = {}
+    for turn in range(repeats + 1):
+        for name in [name for name in methods if name in times]:
+            _enable(model, METHODS[name])
+            try:
+                step_s, peak_bytes = _step(model, input_ids, labels)
+            except torch.cuda.OutOfMemoryError:
+                del times[name]
+                continue
+            if turn > 0:  # the first turn warms up
+                times[name].append(step_s)
+                peaks[name] = peak_bytes
+    rows = []
+    for name in methods:
+        row: dict[str, Any] = {"tokens": length, "method": name}
+        if METHODS[name] is not None:
+            _enable(model, METHODS[name])
+            row["plan"] = str(model.checkpoint_plan(1, length))
+        if name in times:
+            row["step_s"] = statistics.median(times[name])
+            row["tokens_per_s"] = length / row["step_s"]
+            if model.device.type == "cuda":
+                row["peak_bytes"] = peaks[name]
+        else:
+            row["out_of_memory"] = True
+        rows.append(row)
+    off = next((row.get("tokens_per_s") for row in rows if row["method"] == "off"), None)
+    for row in rows:
+        if off and "tokens_per_s" in row:
+            row["ratio_to_off"] = row["tokens_per_s"] / off
+    return rows
+
+
+def _enable(model: VideoMa2mbaForConditionalGeneration, options: dict | None) -> None:
+    if options is None:
+        model.gradient_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_enable(**options)
+
+
+def _step(
+    model: VideoMa2mbaForConditionalGeneration, input_ids: torch.Tensor, labels: torch.Tensor
+) -> tuple[float, int]:
+    """One forward and backward pass: seconds, and peak bytes above what was there before it (0 on the CPU)."""
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    on_gpu = model.device.type == "cuda"
+    before = 0
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    model(input_ids=input_ids, labels=labels).loss.backward()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before if on_gpu else 0
