@@ -82,9 +82,11 @@ class MultiAxisCheckpointing:
         base = self._base()
         key = batch_size, sequence_length
         if key not in base._plans:
+            options = dict(base.checkpoint_options)
+            if options["sequence_interval"] is not None:  # a batch shorter than that is one time block
+                options["sequence_interval"] = min(options["sequence_interval"], sequence_length)
             base._plans[key] = plan_checkpoints(
-                self.config, *key, dtype_bytes=base.language_model.embeddings.weight.element_size(),
-                **base.checkpoint_options,
+                self.config, *key, dtype_bytes=base.language_model.embeddings.weight.element_size(), **options
             )  # fmt: skip
             logger.info(f"MA-GC, batch {batch_size} x {sequence_length} tokens: {base._plans[key]}")
         return base._plans[key]

@@ -254,7 +254,7 @@ class _Call:
 
 class _StandInFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, stand_in, call, borders, *tensors):  # noqa: ANN001, ANN205 - as torch calls it
+    def forward(ctx, stand_in, call, borders, *tensors):
         ctx.stand_in, ctx.call, ctx.borders = stand_in, call, borders
         ctx.save_for_backward(*tensors)
         y, states, _ = stand_in.forward(call)
@@ -262,7 +262,7 @@ class _StandInFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y, *grad_states):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_y, *grad_states):
         stand_in, call, tensors, needed = ctx.stand_in, ctx.call, ctx.saved_tensors, ctx.needs_input_grad[3:]
         if call.state_specs and not ctx.borders:
             _, _, ctx.borders[:] = stand_in.forward(call)
