@@ -97,7 +97,7 @@ class HostStore:
         return tensor
 
     def empty_like(self, tensor):
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.stream is not None)
+        return torch.empty_like(tensor, pin_memory=self.stream is not None and tensor.device.type == "cpu")
 
     def wait(self):
         """Let the work that follows wait for the copies asked for so far."""
@@ -209,6 +209,8 @@ class _Run:
                 del outputs, gradients, leaving, leaving_states, entering, entering_states
             if needs_grad_embeds:
                 grad_embeds[:, span].copy_(grad_hidden, non_blocking=True)
+        if self.device.type == "cuda" and needs_grad_embeds and grad_embeds.device != self.device:
+            torch.cuda.synchronize(self.device)  # the copies must be done before the host reads them
         return grad_embeds, grad_states
 
     def _fetch_borders(self, inputs_embeds, spans, time):

@@ -35,7 +35,7 @@ class Mamba2Cache:
 
     Args:
         layers: one `LayerState` per layer.
-        num_tokens: tokens seen so far, padding not counted where it is known.
+        num_tokens: tokens seen so far, padding included.
     """
 
     is_compileable = False  # asked by `generate`; the states are replaced at each step, not written in place

@@ -207,9 +207,8 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             return text.view(*input_ids.shape, -1)
         parts.append((is_text, text.cpu() if to_host else text))
         masks, values = zip(*parts, strict=True)
-        return _Interleave.apply(
-            tuple(mask.to(text.device if not to_host else "cpu") for mask in masks), text.dtype, *values
-        )
+        masks = tuple(mask.to(values[-1].device) for mask in masks)
+        return _Interleave.apply(masks, text.dtype, to_host and text.is_cuda, *values)
 
     def _frames_per_row(self, is_placeholder, pixels, name):
         if pixels.ndim != 5:
@@ -275,7 +274,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             mask = attention_mask[:, -num_tokens:].bool()
             if mask.all():
                 mask = None
-        if mask is not None:
+        if mask is not None and (mask[:, 1:] & ~mask[:, :-1]).any():
             # The backbone knows one layout, real tokens first: so every kind of padding is exact, also after a past.
             order = mask.int().argsort(dim=1, descending=True, stable=True)
             inputs_embeds = inputs_embeds.gather(1, order.to(inputs_embeds.device)[..., None].expand_as(inputs_embeds))
@@ -429,10 +428,10 @@ class _Interleave(torch.autograd.Function):
     """Rows of several tensors into one sequence: `out[masks[i]] = values[i]`, each position in exactly one mask."""
 
     @staticmethod
-    def forward(ctx, masks, dtype, *values):
+    def forward(ctx, masks, dtype, pin_memory, *values):
         ctx.masks, ctx.dtypes = masks, [value.dtype for value in values]
-        pinned = values[0].device.type == "cpu" and torch.cuda.is_available()
-        out = torch.empty(*masks[0].shape, values[0].shape[-1], dtype=dtype, device=values[0].device, pin_memory=pinned)
+        shape, device = (*masks[0].shape, values[0].shape[-1]), values[0].device
+        out = torch.empty(shape, dtype=dtype, device=device, pin_memory=pin_memory)
         for mask, value in zip(masks, values, strict=True):
             out[mask] = value.to(dtype)
         return out
@@ -440,8 +439,8 @@ class _Interleave(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        wanted = zip(ctx.masks, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(grad[mask].to(dtype) if need else None for mask, dtype, need in wanted)
+        wanted = zip(ctx.masks, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
+        return None, None, None, *(grad[mask].to(dtype) if need else None for mask, dtype, need in wanted)
 
 
 def _batch_and_tokens(input_ids, inputs_embeds):
