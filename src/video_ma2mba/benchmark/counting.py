@@ -1,4 +1,4 @@
-"""Count the bytes that live on the meta device: what a model would hold at any size, on a machine that could not hold it.
+"""Count the bytes that live on the meta device: what a model of any size would hold, on a machine that could not.
 
 Meta tensors have shapes and storages but no memory behind them. `LiveBytes` sees every operation, so it sees every new
 storage, and a weak reference tells when one is gone: the difference is what a real run would hold, less what the
@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from ..modeling import checkpointing, mamba2, recompute
 
+# Shapes alone matter here, and for these two, which are called most, torch takes long to find them.
+_ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
 KINDS = ("device", "host", "gradients", "weights")
 
 
@@ -36,7 +38,12 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, tuple[weakref.ref, str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is _ADD and _alike(*args[:2]):
+            out = torch.empty(args[0].shape, dtype=torch.promote_types(args[0].dtype, args[1].dtype), device="meta")
+        elif func is _ADD_IN_PLACE and args[0].is_meta:
+            return args[0]
+        else:
+            out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             # a cast of a gradient is a gradient
             copies = func is torch.ops.aten._to_copy.default and self._is(args[0], "gradients")
@@ -67,6 +74,10 @@ class LiveBytes(TorchDispatchMode):
         self.live[old] -= num_bytes
         self._add(kind, num_bytes)
 
+    def touch(self, num_bytes: int) -> None:
+        """Count bytes that the device holds for a moment."""
+        self.peak["device"] = max(self.peak["device"], self.live["device"] + num_bytes)
+
     @contextmanager
     def placing(self, kind: str) -> Iterator[None]:
         """New storages are of this kind."""
@@ -88,6 +99,11 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         _, kind, num_bytes = self._known.pop(key)
         self.live[kind] -= num_bytes
+
+
+def _alike(one: Any, other: Any) -> bool:
+    both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return both and one.is_meta and one.shape == other.shape and one.is_contiguous() and other.is_contiguous()
 
 
 class CountedHostStore:
@@ -135,18 +151,19 @@ def counting(counter: LiveBytes, offload: bool = False, stand_in: bool = True) -
         if offload:
             stack.enter_context(mock.patch.object(checkpointing._Run, "fetch", lambda run, t: run.store.get(t)))
         if stand_in:
-            stack.enter_context(mock.patch.object(mamba2, "recompute_segments", SegmentsStandIn()))
+            stack.enter_context(mock.patch.object(mamba2, "recompute_segments", SegmentsStandIn(counter)))
         stack.enter_context(counter)
         yield
 
 
 class SegmentsStandIn:
-    """In place of `recompute_segments`: keeps and gives out the same, and holds as much at its peak, in a dozen operations.
+    """In place of `recompute_segments`: keeps and gives out the same, holds as much at its peak, in a dozen operations.
 
     What the function itself takes for one segment is counted with the real thing, once per shape.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counter: LiveBytes) -> None:
+        self.counter = counter
         self._costs: dict[tuple, _Cost] = {}
 
     def __call__(self, fn: Callable, segment: int, sequence: tuple, states: tuple = (), params: tuple = ()) -> tuple:
@@ -154,11 +171,12 @@ class SegmentsStandIn:
         borders: list[torch.Tensor] = []
 
         def again() -> torch.Tensor:
-            y, _, borders[:] = self.forward(call)
+            y = self.forward(call)[0]
+            borders[:] = [call.empty(((call.num_segments - 1) * call.state_bytes,), torch.uint8)]
             return y
 
         if not torch.is_grad_enabled():
-            y, states_out, _ = self.forward(call)
+            y, states_out = self.forward(call)
             return y, states_out, again
         y, *states_out = _StandInFunction.apply(self, call, borders, *sequence, *states, *params)
         return y, tuple(states_out), again
@@ -171,17 +189,15 @@ class SegmentsStandIn:
                 self._costs[key] = call.count(trains)
         return self._costs[key]
 
-    def forward(self, call: "_Call") -> tuple[torch.Tensor, tuple[torch.Tensor, ...], list[torch.Tensor]]:
-        """Holds what `recompute._forward` holds. Returns y, the final states, and those entering the inner segments."""
+    def forward(self, call: "_Call") -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Holds what `recompute._forward` holds. Returns y and the final states."""
         cost = self.cost(call, (False,) * len(call.specs))
         y = call.empty((call.batch, call.num_tokens, *cost.width), cost.dtype)
         states = tuple(call.empty(*spec) for spec in call.state_specs)
-        state_bytes = sum(state.nbytes for state in states)
-        inner = [call.scratch((call.num_segments - 1) * state_bytes)]
-        # one segment gives its output into y itself; of several, each is copied there
-        own = state_bytes + (y.nbytes if call.num_segments == 1 else 0)
-        call.scratch(cost.forward - own)
-        return y, states, inner
+        # one segment gives its output into y itself; of several, each is copied there, and their states are kept
+        kept = (call.num_segments - 2) * call.state_bytes if call.num_segments > 1 else -y.nbytes - call.state_bytes
+        self.counter.touch(cost.forward + kept)
+        return y, states
 
 
 class _Cost(NamedTuple):
@@ -203,6 +219,7 @@ class _Call:
         self.parts = len(sequence), len(sequence) + len(states)
         self.batch, self.num_tokens = sequence[0].shape[:2]
         self.num_segments = -(-self.num_tokens // segment)
+        self.state_bytes = sum(prod(shape) * dtype.itemsize for shape, dtype in self.state_specs)
         self.length = min(segment, self.num_tokens)  # tokens of the longest segment
         self.key = fn.__qualname__, self.length, self.parts, tuple(map(self._of_a_segment, range(len(self.specs))))
 
@@ -212,9 +229,6 @@ class _Call:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def scratch(self, num_bytes: int) -> torch.Tensor:
-        return self.empty((max(0, num_bytes),), torch.uint8)
 
     def sequence_bytes(self, index: int) -> int:
         """Bytes of one segment of a sequence tensor."""
@@ -257,21 +271,22 @@ class _StandInFunction(torch.autograd.Function):
     def forward(ctx, stand_in, call, borders, *tensors):
         ctx.stand_in, ctx.call, ctx.borders = stand_in, call, borders
         ctx.save_for_backward(*tensors)
-        y, states, _ = stand_in.forward(call)
+        y, states = stand_in.forward(call)
         return y, *states
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, *grad_states):
-        stand_in, call, tensors, needed = ctx.stand_in, ctx.call, ctx.saved_tensors, ctx.needs_input_grad[3:]
+        _ = ctx.saved_tensors  # as they are fetched, a tensor saved as a recipe is computed again
+        stand_in, call, needed = ctx.stand_in, ctx.call, ctx.needs_input_grad[3:]
         if call.state_specs and not ctx.borders:
-            _, _, ctx.borders[:] = stand_in.forward(call)
+            stand_in.forward(call)
+            ctx.borders[:] = [call.empty(((call.num_segments - 1) * call.state_bytes,), torch.uint8)]
         num_sequence = call.parts[0]
-        grads = [torch.empty_like(t) if need and i < num_sequence else None for i, (t, need) in enumerate(zip(tensors, needed, strict=True))]
-        own = sum(call.sequence_bytes(i) for i in range(num_sequence) if needed[i])
-        call.scratch(stand_in.cost(call, needed).backward - own)
+        wanted = [spec if need else None for spec, need in zip(call.specs, needed, strict=True)]
+        grads = [spec and call.empty(*spec) for spec in wanted[:num_sequence]]
+        of_one_segment = sum(call.sequence_bytes(i) for i in range(num_sequence) if needed[i])
+        stand_in.counter.touch(stand_in.cost(call, needed).backward - of_one_segment)
         ctx.borders.clear()
-        for index in range(num_sequence, len(tensors)):
-            if needed[index]:
-                grads[index] = torch.empty_like(tensors[index])
+        grads += [spec and call.empty(*spec) for spec in wanted[num_sequence:]]
         return None, None, None, *grads

@@ -14,6 +14,7 @@ HELP = "run a benchmark and print its figures as JSON"
 BENCHMARKS = {
     "decode": "reading a video's frames against a bare PyAV loop",
     "scan": "forward and backward of the Mamba-2 scan against transformers' own",
+    "memory": "memory of training by checkpointing method and length: counted at full size, or measured",
     "train": "training throughput by checkpointing method",
 }
 

@@ -1,0 +1,224 @@
+"""Memory of training by checkpointing method and length: counted on the meta device, or measured.
+
+By default the real executor runs at full size on the meta device, where tensors have shapes but no memory, and the
+bytes of live storages are counted (see `counting`): a backbone of the paper in bfloat16, one sequence, the loss on its
+last 512 tokens. "device_bytes" is the peak of all that is neither weights nor gradients of parameters. The executor
+sums those in float32: "gradients_bytes", given apart, beside what they come to in bfloat16. With `--device cpu` or
+`cuda` a small model trains for real under the stock Trainer, each point in a process of its own.
+"""
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ..cli.bench import write_json
+from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints, predict_plan
+from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
+from ..modeling.checkpointing import run_checkpointed
+from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
+from ..modeling.mamba2 import Mamba2Backbone
+from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from .counting import CountedHostStore, LiveBytes, counting
+
+METHODS = (
+    "off",
+    "per layer",
+    "sqrt",
+    "layer_major",
+    "sequence_major",
+    "sequence_major + offload",
+    "sequence_major, two recomputes",
+)
+NUM_SUPERVISED = 512
+HOST_BUDGET_BYTES = 128 * 2**30
+BACKBONES = {"0.7b": "0.37B", "1.8b": "1.3B", "3.1b": "2.7B"}
+
+# Video-Ma2mba (arXiv 2411.19460), table 3: GB = 1e9 bytes over weights and gradients, bf16, batch 1, one A100-80GB, at
+# 2**10 tokens and each doubling of them.
+PAPER_GB = {
+    "0.7b": {
+        "off": [0.9, 1.7, 3.3, 6.6, 13.3, 26.5, 52.9],
+        "per layer": [0.4, 0.7, 1.3, 2.7, 5.5, 10.9, 21.9, 43.7],
+        "sqrt": [0.2, 0.4, 0.8, 1.6, 3.1, 6.2, 12.3, 24.6, 49.3],
+        "MA-GC": [0.3, 0.5, 0.6, 1.1, 1.6, 2.4, 3.8, 5.5, 8.8, 15.4, 23.1, 40.2],
+    },
+    "1.8b": {
+        "off": [1.7, 3.3, 6.5, 13.1, 26.0, 52.1],
+        "per layer": [0.7, 1.4, 2.7, 5.5, 10.9, 21.8, 43.5],
+        "sqrt": [0.4, 0.8, 1.5, 3.1, 6.1, 12.1, 24.3, 48.5],
+        "MA-GC": [0.5, 0.9, 1.2, 2.1, 3.7, 4.8, 7.4, 11.3, 17.7, 30.8, 45.8],
+    },
+    "3.1b": {
+        "off": [2.7, 5.4, 10.7, 21.4, 42.6],
+        "per layer": [1.1, 2.2, 4.4, 8.7, 17.4, 34.7, 69.3],
+        "sqrt": [0.6, 1.1, 2.2, 4.4, 8.7, 17.3, 34.6, 69.3],
+        "MA-GC": [0.7, 1.1, 1.8, 2.7, 4.2, 6.9, 10.5, 17.2, 25.9, 42.2],
+    },
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["meta", "cpu", "cuda"], default="meta", help="meta: count (default)")
+    parser.add_argument("--models", nargs="+", choices=PRESETS, default=list(PRESETS), help="what to count")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--lengths", nargs="+", type=int, metavar="TOKENS", help="default: 2**10 ... 2**22 to count")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file given with -o has")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw memory against length, beside the paper's table 3"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    output = getattr(args, "output", None)
+    if args.resume and output is None:
+        raise ValueError("--resume needs the file to go on with: name it with -o")
+    if args.lengths and min(args.lengths) < 1:
+        raise ValueError("--lengths must be at least 1")
+    if args.device != "meta":
+        from . import resident
+
+        result = resident.measure(args.device, args.lengths or [2**n for n in range(13, 17)])
+        return result
+    if args.plot is not None and not args.plot.parent.is_dir():
+        raise ValueError(f"cannot write {args.plot}: create the folder {args.plot.parent} first")
+    rows = json.loads(output.read_text())["rows"] if args.resume and output.is_file() else []
+    done = {(row["model"], row["method"], row["tokens"]) for row in rows}
+    for num_tokens in args.lengths or [2**n for n in range(10, 23)]:
+        for model in args.models:
+            for method in args.methods:
+                if (model, method, num_tokens) in done:
+                    continue
+                rows.append(count_row(model, method, num_tokens))
+                if output is not None:
+                    write_json(output, _result(rows))
+    result = _result(rows)
+    if args.plot is not None:
+        from .plots import plot_memory
+
+        plot_memory(result, args.plot)
+    return result
+
+
+def _result(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    places = {name: place for place, name in enumerate((*PRESETS, *METHODS))}
+    return {
+        "benchmark": "memory",
+        "device": "meta",
+        "dtype": "bfloat16",
+        "batch_size": 1,
+        "num_supervised_tokens": NUM_SUPERVISED,
+        "host_budget_bytes": HOST_BUDGET_BYTES,
+        "torch": torch.__version__,
+        "rows": sorted(rows, key=lambda row: (places[row["model"]], places[row["method"]], row["tokens"])),
+    }
+
+
+def choose_plan(config: VideoMa2mbaConfig, method: str, num_tokens: int, budget_bytes: float) -> CheckpointPlan | None:
+    """The plan of a method for one sequence; None for no checkpointing.
+
+    The methods without offload take the least memory. With offload, memory is what one allows: the fastest plan within
+    `budget_bytes`, and `HOST_BUDGET_BYTES` of host memory.
+    """
+    batch = {"num_supervised_tokens": min(num_tokens, NUM_SUPERVISED)}
+    num_layers = config.text_config.num_hidden_layers
+    if method == "off":
+        return None
+    if method in ("per layer", "sqrt"):
+        return predict_plan(config, 1, num_tokens, "layer_major", 8 if method == "sqrt" else 1, num_tokens, **batch)
+    if method == "sequence_major + offload":
+        budgets = {"memory_budget_bytes": budget_bytes, "host_memory_budget_bytes": HOST_BUDGET_BYTES}
+        return plan_checkpoints(config, 1, num_tokens, order="sequence_major", offload=True, **budgets, **batch)
+    if method == "sequence_major, two recomputes":
+        plans = [
+            plan_checkpoints(config, 1, num_tokens, order="sequence_major", layer_interval=interval, **batch)
+            for interval in possible_intervals(num_layers, 1)
+        ]
+        return min(plans, key=lambda plan: plan.predicted_peak_bytes)
+    interval = num_layers if method == "sequence_major" else None
+    return plan_checkpoints(config, 1, num_tokens, order=method, layer_interval=interval, **batch)
+
+
+def count_row(model: str, method: str, num_tokens: int) -> dict[str, Any]:
+    """One cell of the table. The budget with offload is what the paper's MA-GC takes at 2**16 tokens."""
+    begin = time.perf_counter()
+    config = VideoMa2mbaConfig.from_preset(model)
+    budget_bytes = PAPER_GB[model]["MA-GC"][6] * 1e9
+    plan = choose_plan(config, method, num_tokens, budget_bytes)
+    batch = {"num_supervised_tokens": min(num_tokens, NUM_SUPERVISED)}
+    counter = count(config, plan, num_tokens)
+    return {
+        "model": model,
+        "method": method,
+        "tokens": num_tokens,
+        "order": plan and plan.order,
+        "layer_interval": plan and plan.layer_interval,
+        "sequence_interval": plan and plan.sequence_interval,
+        "compute_units": 3 * plan.recompute_factor if plan else 3.0,
+        "device_bytes": counter.peak["device"],
+        "host_bytes": counter.peak["host"],
+        "predicted_device_bytes": plan.predicted_peak_bytes
+        if plan
+        else peak_bytes_without(config, 1, num_tokens, **batch),
+        "predicted_host_bytes": plan.predicted_host_bytes if plan else 0,
+        "weights_bytes": counter.peak["weights"],
+        "gradients_bytes": counter.peak["gradients"],
+        "gradients_bytes_in_bfloat16": counter.live["gradients"],
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def count(
+    config: VideoMa2mbaConfig,
+    plan: CheckpointPlan | None,
+    num_tokens: int,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    stand_in: bool = True,
+) -> LiveBytes:
+    """Count one forward and backward pass of the backbone and the loss.
+
+    Args:
+        plan: None for no checkpointing.
+        stand_in: see `counting`.
+    """
+    counter, offload = LiveBytes(), plan is not None and plan.offload
+    with torch.device("meta"):
+        backbone = Mamba2Backbone(config.text_config, config.prefill_chunk_size).train()
+    for name, parameter in backbone.named_parameters():
+        if not name.endswith(("A_log", "mixer.D", "dt_bias")):
+            parameter.data = parameter.data.to(dtype)
+        counter.count(parameter, "weights")
+        # what autograd accumulates by itself
+        parameter.register_post_accumulate_grad_hook(lambda param: counter.count_as(param.grad, "gradients"))
+    num_kept = min(num_tokens, NUM_SUPERVISED)
+    keep = torch.full((batch_size, num_tokens), -1)
+    keep[:, -num_kept:] = torch.arange(batch_size * num_kept).view(batch_size, num_kept)
+
+    # no cycle may keep a tensor beyond its time: counted is what reference counts free
+    gc.collect()
+    with counting(counter, offload, stand_in):
+        with counter.placing("host" if offload else "device"):
+            shape = batch_size, num_tokens, config.text_config.hidden_size
+            embeds = torch.empty(shape, dtype=dtype, device="meta").requires_grad_()
+        cache = backbone.new_cache(batch_size)
+        if plan is None:
+            hidden_states = backbone(embeds, cache, None, keep)
+        else:
+            store = CountedHostStore(counter) if offload else None
+            states, cache = cache.layers, None
+            hidden_states, _ = run_checkpointed(backbone.layers, plan, embeds, states, None, keep, store)
+            del states
+            hidden_states = backbone.norm_f(hidden_states[None])[0]
+        cache = _ = None  # training hands on no states
+        targets = torch.empty(batch_size * num_kept, dtype=torch.int64, device="meta")
+        head = SimpleNamespace(config=config, lm_head=SimpleNamespace(weight=backbone.embeddings.weight))
+        loss = VideoMa2mbaForConditionalGeneration._loss(head, hidden_states, targets, None)
+        del hidden_states
+        loss.backward()
+    return counter

@@ -1,0 +1,138 @@
+"""The measuring half of `bench memory`: a small model under the stock Trainer, one process for each length and method.
+
+In float32 on the CPU: the peak of resident memory above what the process held when training began, model and libraries
+loaded. On a GPU: the peak of allocated memory above that. Gradients and optimizer states are in it; the model is so
+small that they are a few megabytes.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+NUM_SUPERVISED = 512
+NUM_STEPS = 3
+METHODS = {"off": None, "MA-GC": {}}
+
+
+def measure(device: str, lengths: list[int]) -> dict[str, Any]:
+    """All lengths, without checkpointing and with what the planner picks by itself."""
+    rows = [_in_a_process(device, length, method) for length in lengths for method in METHODS]
+    for row in rows:
+        off = next(r for r in rows if r["method"] == "off" and r["tokens"] == row["tokens"])
+        row["part_of_off"] = row["measured_bytes"] / off["measured_bytes"]
+        pairs = zip(row["losses"], off["losses"], strict=True)
+        row["largest_loss_difference"] = max(abs(mine - theirs) for mine, theirs in pairs)
+    processor = platform.processor() or platform.machine()
+    return {"benchmark": "memory", "device": device, "machine": processor, "dtype": "float32", "rows": rows}
+
+
+def _in_a_process(device: str, num_tokens: int, method: str) -> dict[str, Any]:
+    # glibc keeps freed blocks unless they have a mapping of their own: then resident is what is in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    command = [sys.executable, "-m", __name__, device, str(num_tokens), method]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"training {num_tokens} tokens, {method}, failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def small_config() -> Any:
+    """Some million parameters, of which the tower is next to nothing: activations are what takes memory."""
+    from transformers import CLIPVisionConfig, Mamba2Config
+
+    from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
+
+    text = Mamba2Config(
+        hidden_size=128, num_hidden_layers=8, num_heads=4, head_dim=64, state_size=64, n_groups=1, expand=2,
+        vocab_size=512, bos_token_id=0, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    return VideoMa2mbaConfig(text_config=text, vision_config=vision, image_token_id=510, video_token_id=511)
+
+
+def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
+    """Train a few steps in this process, whose memory is measured."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from ..modeling.checkpoint_plan import peak_bytes_without
+    from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = small_config()
+    model = VideoMa2mbaForConditionalGeneration(config).to(device).train()
+    model.model.vision_tower.requires_grad_(False)
+    samples = torch.randint(2, 500, (NUM_STEPS, num_tokens))
+    labels = samples.clone()
+    labels[:, :-NUM_SUPERVISED] = -100
+    data = [{"input_ids": ids, "labels": wanted} for ids, wanted in zip(samples, labels, strict=True)]
+    if METHODS[method] is not None:
+        model.gradient_checkpointing_enable()
+    model(samples[:1, -1024:].to(device), labels=labels[:1, -1024:].to(device)).loss.backward()  # loads what is lazy
+    model.zero_grad()
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.before = _restart_peak(device)
+
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=NUM_STEPS, per_device_train_batch_size=1, learning_rate=1e-3, logging_steps=1, seed=0,
+            use_cpu=device == "cpu", gradient_checkpointing=METHODS[method] is not None, save_strategy="no",
+            report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[watch])
+        trainer.train()
+        peak = _peak(device) - watch.before
+    plan = model.checkpoint_plan(1, num_tokens) if METHODS[method] is not None else None
+    batch = {"dtype_bytes": 4, "num_supervised_tokens": NUM_SUPERVISED}
+    predicted = plan.predicted_peak_bytes if plan else peak_bytes_without(config, 1, num_tokens, **batch)
+    return {
+        "tokens": num_tokens,
+        "method": method,
+        "plan": plan and str(plan),
+        "measured_bytes": peak,
+        "predicted_bytes": predicted,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def _restart_peak(device: str) -> int:
+    """Forget the peak so far; returns what is held now."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(train(sys.argv[1], int(sys.argv[2]), sys.argv[3])))
