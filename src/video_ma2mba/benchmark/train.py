@@ -16,17 +16,10 @@ import torch
 import transformers
 from transformers import Mamba2Config
 
+from ..methods import METHODS
 from ..modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from ..modeling.configuration_video_ma2mba import PRESETS
 
-METHODS = {
-    "off": None,
-    "per layer": {"axes": ("layer",)},
-    "sqrt": {"axes": ("layer",), "layer_interval": 8},
-    "layer_major": {"order": "layer_major"},
-    "sequence_major": {"order": "sequence_major"},
-    "sequence_major + offload": {"order": "sequence_major", "offload": True},
-}
 NUM_SUPERVISED = 512
 
 
