@@ -28,7 +28,7 @@ class VideoMa2mbaConfig(PreTrainedConfig):
             rounding up.
         projector_hidden_act: activation between the two linear layers of the projector.
         image_mean, image_std: per channel, for pixels given as uint8.
-        vision_chunk_size: frames that go through the tower at a time.
+        vision_chunk_size: frames that go through the tower at a time; a CLIP-L that trains keeps 0.4 GB of each.
         prefill_chunk_size: tokens that go through the backbone at a time where no gradient is asked for.
         loss_chunk_size: supervised tokens that go through the head at a time.
 
@@ -51,7 +51,7 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     image_mean: list[float] | tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: list[float] | tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    vision_chunk_size: int = 32
+    vision_chunk_size: int = 8
     prefill_chunk_size: int = 4096
     loss_chunk_size: int = 1024
     tie_word_embeddings: bool = True
