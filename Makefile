@@ -3,13 +3,14 @@ PYTHON ?= python3
 TORCH := $(shell grep '^torch==' constraints.txt)
 OLDEST_TRANSFORMERS := 5.17.0
 
-.PHONY: help demo test test-oldest lint clean
+.PHONY: help demo test test-oldest lint cards clean
 
 help:
 	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
 	@echo "make test         run all tests on the pinned versions"
 	@echo "make test-oldest  run them on transformers $(OLDEST_TRANSFORMERS), the oldest that is supported"
 	@echo "make lint         check the style with ruff"
+	@echo "make cards        bring the code in model_cards/ up to date with the rooms it was copied from"
 	@echo "make clean        remove the environments and caches that the targets above made"
 
 demo: .venv/.ready
@@ -23,6 +24,10 @@ test-oldest: .venv-oldest/.ready
 
 lint: .venv/.ready
 	.venv/bin/ruff check .
+
+# A folder of model_cards/ is a whole Hub repository, so it holds the code of a checkpoint beside its weights.
+cards:
+	for code in model_cards/*/*.py; do cp modeling/$$(basename $$code) $$code 2>/dev/null || cp processing/$$(basename $$code) $$code; done
 
 clean:
 	rm -rf .venv .venv-oldest .ruff_cache build *.egg-info
