@@ -15,6 +15,7 @@ from dataclasses import dataclass
 ORDERS = ("layer_major", "sequence_major")
 AXES = ("layer", "sequence")
 SEGMENT = 512  # tokens a mixer works on at a time; as in `mamba2`
+HOST_TO_DEVICE = 8  # machines have several times as much host memory as device memory
 SCAN_CHUNK = 64  # tokens of one block of the scan; as in `ssd`
 
 
@@ -110,8 +111,10 @@ def plan_checkpoints(
     """The best plan for a batch of this shape.
 
     Without a memory budget: the least device memory at one recompute. With one: the least recompute that fits; among
-    equals the fewest time blocks (each costs a round of the states through memory, and smaller matrix products), then
-    the least memory. The search is exact over all l and over s in multiples of the SSD chunk, and S itself.
+    equals the least host memory, all of which goes there and back once; then the fewest time blocks, each of which
+    costs a round of the states and smaller matrix products; then the least device memory. Where `offload` has no budget
+    at all, host memory counts an eighth, or hundreds of GiB there would be taken to save the last one on the device.
+    The search is exact over all l and over s in multiples of the SSD chunk, and S itself.
 
     Args:
         config: `VideoMa2mbaConfig`, or whatever has its fields.
@@ -146,9 +149,10 @@ def plan_checkpoints(
         )
         if budget is None:
             # one recompute is all that is asked for, unless the options given need more
-            rank = (max(units, 4), peak, num_chunks, host)
+            weighed = peak if host_budget is not None else peak + host / HOST_TO_DEVICE
+            rank = (max(units, 4), weighed, num_chunks)
         elif peak <= budget:
-            rank = (units, num_chunks, peak, host)
+            rank = (units, host, num_chunks, peak)
         else:
             continue
         if best is None or rank < best[0]:
@@ -285,22 +289,8 @@ class Costs:
         # --- per layer -----------------------------------------------------------------------------------------------
         ssm_state = b * inner * text.state_size * wide
         self.state = ssm_state + b * (text.conv_kernel - 1) * conv_dim * wide
-        # What the core of a mixer (convolution, scan, gated norm) takes for one segment of q tokens, in c blocks of the
-        # scan.
-        q = min(SEGMENT, sequence_length)
-        c = -(-q // SCAN_CHUNK)
-        x = b * q * inner * wide  # a tensor like x, y or the gate
-        scores = b * c * min(q, SCAN_CHUNK) ** 2 * heads * wide  # the matrix form inside the blocks
-        conv = b * q * conv_dim * wide  # its output after the activation
-        # Forward, worst where the scan gives its output: the states at the block starts and what each block adds, the
-        # new state, a score matrix, and of tensors like x: x, x dt, the two halves of y, what they come from, the skip.
-        self.core_forward = (2 * c + 1) * ssm_state + scores + conv + 7 * x
-        # Backward, the worse of two moments: in the gated norm, with all that the scan keeps for its own backward pass,
-        in_norm = (2 * c + 1) * ssm_state + (12 if e < wide else 11) * x
-        # or in the hand-over of the states, with the gradients of all of them.
-        in_states = 5 * c * ssm_state + 3 * x + q * self.inner
-        both = 3 * scores + conv + 2 * b * q * conv_dim * e + q * self.inner + 8 * b * q * heads * wide
-        self.core_backward = both + max(in_norm, in_states)
+        self._core_sizes = heads, b * wide, b * e, inner, conv_dim, ssm_state
+        self._core_of_a_segment = self._core(SEGMENT)
 
         # --- the ends of the model -----------------------------------------------------------------------------------
         # The loss: of the supervised tokens the hidden states before and after the final norm and their gradients; of
@@ -319,6 +309,28 @@ class Costs:
     def plan(self, order, layer_interval, sequence_interval, offload):
         cut = order, layer_interval, sequence_interval, offload
         return CheckpointPlan(*cut, self.peak_bytes(*cut), self.host_bytes(*cut), self.units(*cut[:2]) / 3)
+
+    def core(self, num_tokens):
+        """What the core of a mixer (convolution, scan, gated norm) takes for one segment: forward, and backward."""
+        return self._core_of_a_segment if num_tokens >= SEGMENT else self._core(num_tokens)
+
+    def _core(self, q):
+        heads, wide, narrow, inner, conv_dim, ssm_state = (
+            self._core_sizes
+        )  # wide and narrow: bytes of a batch of numbers
+        c = -(-q // SCAN_CHUNK)  # blocks of the scan
+        x = q * inner * wide  # a tensor like x, y or the gate
+        scores = c * min(q, SCAN_CHUNK) ** 2 * heads * wide  # the matrix form inside the blocks
+        conv = q * conv_dim * wide  # its output after the activation
+        # Forward, worst where the scan gives its output: the states at the block starts and what each block adds, the
+        # new state, a score matrix, and of tensors like x: x, x dt, the two halves of y, what they come from, the skip.
+        forward = (2 * c + 1) * ssm_state + scores + conv + 7 * x
+        # Backward, the worse of two moments: in the gated norm, with all that the scan keeps for its own backward pass,
+        in_norm = (2 * c + 1) * ssm_state + (12 if narrow < wide else 11) * x
+        # or in the hand-over of the states, with the gradients of all of them.
+        in_states = 5 * c * ssm_state + 3 * x + q * self.inner
+        both = 3 * scores + conv + 2 * q * conv_dim * narrow + q * self.inner + 8 * q * heads * wide
+        return forward, both + max(in_norm, in_states)
 
     def units(self, order, layer_interval):
         """Compute units of a forward and backward pass."""
@@ -344,12 +356,13 @@ class Costs:
         n, G = -(-S // s), -(-L // layer_interval)
         keeps_lower = order == "layer_major"
         inner_states = (-(-s // SEGMENT) - 1) * self.state  # between the segments of the layer at work
+        core_forward, core_backward = self.core(s)
         # A cell keeps its layers' streams and in_proj outputs and its final states; on top one layer goes back.
         cell = layer_interval * (s * (self.stream + self.projected) + self.state)
-        cell += s * self.going_back + inner_states + self.core_backward + self.kept
+        cell += s * self.going_back + inner_states + core_backward + self.kept
         cell_of_first = cell + (s * self.stream if self.casts_embeddings else 0)
         lower_of_chunk = (G - 1) * s * self.stream
-        forward = s * self.going_forward + inner_states + self.core_forward + self.kept
+        forward = s * self.going_forward + inner_states + core_forward + self.kept
         states = L * self.state
         if offload:
             borders = s * self.embedding + states + (lower_of_chunk if keeps_lower else 0)
@@ -379,7 +392,7 @@ class Costs:
         S, L = self.num_tokens, self.num_layers
         kept = S * self.embedding + L * (S * (self.stream + self.projected) + self.state) + S * self.stream
         inner_states = (-(-S // SEGMENT) - 1) * self.state
-        back = S * self.going_back + inner_states + self.core_backward + self.kept
+        back = S * self.going_back + inner_states + self.core(S)[1] + self.kept
         return max(kept + max(back, self.loss), 2 * S * self.embedding + self.vision)
 
 

@@ -143,6 +143,7 @@ def counting(counter: LiveBytes, offload: bool = False, stand_in: bool = True) -
         def counted_add(param: torch.Tensor) -> None:
             with counter.placing("gradients"):
                 add(param)
+            counter.count_as(sums[index], "gradients")  # in float32 the first gradient itself becomes the sum
 
         return counted_add
 
