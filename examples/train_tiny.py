@@ -16,7 +16,8 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,11 +61,11 @@ class Stage(NamedTuple):
 
 # Every batch costs about the same. Looks are learnt from pictures, recall from seconds, memory from minutes.
 CURRICULUM = (
-    Stage(0.07, 0, 0, 12),
-    Stage(0.28, 3, 8, 10),
-    Stage(0.27, 8, 30, 7),
+    Stage(0.09, 0, 0, 12),
+    Stage(0.25, 3, 8, 10),
+    Stage(0.26, 8, 30, 7),
     Stage(0.20, 30, 90, 5),
-    Stage(0.18, 60, LONGEST_S, 4),
+    Stage(0.20, 60, LONGEST_S, 4),
 )
 PICTURES_PER_CHAT = 6
 # Seeds of stories: training counts up from 0, the H.264 videos from here, evaluations from twice this on.
@@ -179,9 +180,10 @@ def cache_h264_stories(folder: Path, per_duration: int, processor: VideoMa2mbaPr
     cache: dict[int, list[Path]] = {}
     for duration_s in H264_DURATIONS_S:
         for i in range(per_duration):
-            path = folder / f"{duration_s}s-{i:04d}.npy"
+            story = make_story(H264_SEED + i, duration_s)
+            path = folder / f"{duration_s}s-{i:04d}-{zlib.crc32(repr(story).encode()):08x}.npy"  # of this very story
             if not path.exists():
-                frames = decode_story(make_story(H264_SEED + i, duration_s), processor)
+                frames = decode_story(story, processor)
                 partial = path.with_suffix(".partial.npy")
                 np.save(partial, frames.numpy())
                 partial.replace(path)
@@ -199,24 +201,41 @@ def as_chat(frames: torch.Tensor | np.ndarray, questions: list[Question]) -> lis
     return messages
 
 
-def draw_questions(story: Story, rng: np.random.Generator) -> list[Question]:
-    """Questions for one chat; a longer video bears more of them about its cast."""
-    repeats = min(4, 2 + story.duration_s // 8)
+def draw_questions(story: Story, rng: np.random.Generator, most: int = 4) -> list[Question]:
+    """Questions for one chat; a longer video bears more of them about its cast, up to `most` of a kind."""
+    repeats = min(most, 2 + story.duration_s // 8)
     return story.questions(rng, dict.fromkeys(QUESTION_KINDS, 1) | {"ever_appears": repeats, "which_first": repeats})
 
 
 class Chats(IterableDataset):
-    """Endless batches of chats. Each batch keeps to one length, and the lengths grow with the steps done."""
+    """Endless batches of chats. Each batch keeps to one length, and the lengths grow with the steps done.
 
-    def __init__(self, processor: VideoMa2mbaProcessor, cache: dict[int, list[Path]], num_steps: int, seed: int):
-        self.processor, self.cache, self.num_steps, self.seed = processor, cache, num_steps, seed
+    Args:
+        cache: Files of decoded frames by length in seconds, from `cache_h264_stories`.
+        stages: Parts of the curriculum; their shares of the steps are brought to a sum of one.
+        num_steps: Batches until the end of the last stage.
+        most_questions: How many questions of one kind a chat may hold.
+        seed: Of lengths and questions, and of the first fresh story.
+    """
+
+    def __init__(
+        self,
+        cache: dict[int, list[Path]],
+        stages: Sequence[Stage],
+        num_steps: int,
+        most_questions: int,
+        seed: int,
+    ):
+        self.cache, self.stages, self.num_steps = cache, stages, num_steps
+        self.most_questions, self.seed = most_questions, seed
         self.next_story = seed * 10**6
 
     def __iter__(self) -> Iterator[list[list[dict]]]:
         rng = np.random.default_rng([self.seed, 2])
-        ends = np.cumsum([stage.share_of_steps for stage in CURRICULUM]) * self.num_steps
+        ends = np.cumsum([stage.share_of_steps for stage in self.stages])
+        ends *= self.num_steps / ends[-1]
         for step in itertools.count():
-            stage = CURRICULUM[min(int(np.searchsorted(ends, step, side="right")), len(CURRICULUM) - 1)]
+            stage = self.stages[min(int(np.searchsorted(ends, step, side="right")), len(self.stages) - 1)]
             cached = [duration_s for duration_s in self.cache if stage.shortest_s <= duration_s <= stage.longest_s]
             if stage.longest_s == 0:
                 yield [self._pictures(rng) for _ in range(stage.batch_size)]
@@ -240,11 +259,11 @@ class Chats(IterableDataset):
 
     def _fresh_video(self, duration_s: int, rng: np.random.Generator) -> list[dict]:
         story = self._new_story(duration_s)
-        return as_chat(story.frames(), draw_questions(story, rng))
+        return as_chat(story.frames(), draw_questions(story, rng, self.most_questions))
 
     def _h264_video(self, duration_s: int, rng: np.random.Generator) -> list[dict]:
         story, frames = self._cached(duration_s, rng)
-        return as_chat(frames, draw_questions(story, rng))
+        return as_chat(frames, draw_questions(story, rng, self.most_questions))
 
     def _cached(self, duration_s: int, rng: np.random.Generator) -> tuple[Story, torch.Tensor]:
         number = int(rng.integers(len(self.cache[duration_s])))
@@ -321,6 +340,8 @@ def train(model, processor, args: argparse.Namespace) -> dict:
         Steps, wall-clock seconds and processor seconds, H.264 encoding and decoding included.
     """
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
+    # a further round needs no pictures, but all lengths again
+    stages = CURRICULUM if args.continue_from is None else CURRICULUM[1:]
     cache = cache_h264_stories(args.output / "h264_frames", args.h264_videos, processor)
 
     def collate(items: list[list[list[dict]]]) -> dict[str, torch.Tensor]:
@@ -348,7 +369,7 @@ def train(model, processor, args: argparse.Namespace) -> dict:
             use_cpu=True,
             seed=args.seed,
         ),
-        train_dataset=Chats(processor, cache, args.steps, args.seed),
+        train_dataset=Chats(cache, stages, args.steps, args.most_questions, args.seed),
         data_collator=collate,
     ).train()
     return {
@@ -378,8 +399,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--evaluate-only", action="store_true", help="do not train; ask the model in --model")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and videos, or of the evaluation's videos")
-    parser.add_argument("--steps", type=int, default=6000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
+    parser.add_argument("--most-questions", type=int, default=4, help="of one kind in a chat, default: %(default)s")
+    parser.add_argument("--continue-from", type=Path, metavar="DIR", help="a further round, from a trained model")
     parser.add_argument("--h264-videos", type=int, default=40, help="per length, default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("train_tiny_output"), help="frames, checkpoints, reports")
@@ -396,8 +419,12 @@ def main() -> None:
         model = VideoMa2mbaForConditionalGeneration.from_pretrained(args.model)
         processor = VideoMa2mbaProcessor.from_pretrained(args.model)
     else:
-        processor = build_processor()
-        model = build_model(processor)
+        if args.continue_from is None:
+            processor = build_processor()
+            model = build_model(processor)
+        else:
+            processor = VideoMa2mbaProcessor.from_pretrained(args.continue_from)
+            model = VideoMa2mbaForConditionalGeneration.from_pretrained(args.continue_from)
         report["training"] = train(model, processor, args)
         save(model, processor, args.model)
     report["evaluation"] = evaluate_lengths(model, processor, args.seed)

@@ -49,7 +49,8 @@ def test_timeline(duration_s):
         assert [scene.shape for scene in story.scenes].count(NEEDLE) == 1
         assert NEEDLE not in (story.scenes[0].shape, story.scenes[-1].shape)
         assert story.circle.duration_s <= 2
-        assert 2 <= len(story.debuts) <= 8
+        assert 2 <= len(story.debuts) <= 5
+        assert len({scene.colour for scene in story.scenes}) == len(story.debuts) + 1
 
 
 def test_same_seed_same_story():

@@ -3,8 +3,9 @@
 A story is a time line of scenes. Each scene shows one coloured shape on a dark background for one to four whole
 seconds, so sampling at 1 FPS sees every scene. A story has
 
-- a *cast* of four to eight distractors ("red square", "blue cross", ...), whose debuts are spread over the whole video;
-- exactly one short scene with a *circle*, never the first and never the last: the needle.
+- a *cast* of three to five distractors ("red square", "blue cross", ...), each of a colour of its own, whose debuts are
+  spread over the whole video;
+- exactly one short scene with a *circle* of yet another colour, never the first and never the last: the needle.
 
     story = make_story(seed=7, duration_s=180)
     story.render("story.mp4")                 # H.264, 64x64, 4 frames per second
@@ -245,14 +246,15 @@ def make_story(
     circle_s = min(circle_s, duration_s - 2)
 
     lengths = _scene_lengths(rng, duration_s - circle_s)
-    names = _distractors(rng, len(lengths))
+    circle_colour, *colours = (str(colour) for colour in rng.permutation(list(COLOURS)))
+    names = _distractors(rng, colours, len(lengths))
     borders = np.cumsum(lengths)[:-1]  # seconds of distractors shown before each place where the circle fits
     if circle_depth is None:
         position = int(rng.integers(len(borders)))
     else:
         position = int(np.abs(borders - circle_depth * borders[-1]).argmin())
     lengths.insert(position + 1, circle_s)
-    names.insert(position + 1, (str(rng.choice(list(COLOURS))), NEEDLE))
+    names.insert(position + 1, (circle_colour, NEEDLE))
 
     scenes, start_s = [], 0
     for length_s, (colour, shape) in zip(lengths, names, strict=True):
@@ -270,11 +272,10 @@ def _scene_lengths(rng: np.random.Generator, total_s: int) -> list[int]:
     return lengths
 
 
-def _distractors(rng: np.random.Generator, num_scenes: int) -> list[tuple[str, str]]:
+def _distractors(rng: np.random.Generator, colours: list[str], num_scenes: int) -> list[tuple[str, str]]:
     """Choose (colour, shape) of every scene but the circle's: a small cast, debuts anywhere, some seen only once."""
-    combinations = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    size = min(int(rng.integers(4, 9)), num_scenes)
-    cast = [combinations[i] for i in rng.choice(len(combinations), size=size, replace=False)]
+    size = min(int(rng.integers(3, 6)), num_scenes)
+    cast = [(colour, str(rng.choice(SHAPES))) for colour in colours[:size]]
     popularity = rng.exponential(size=size) + 0.02
     debut_scenes = {0, *rng.choice(np.arange(1, num_scenes), size=size - 1, replace=False).tolist()}
     names, known = [], 0
