@@ -1,0 +1,282 @@
+"""Mamba-2 with its past in plain sight: layers that take states and hand on states.
+
+The whole past of a layer is a `LayerState` of fixed size. The backbone is a loop of `run_layers` over chunks of tokens.
+Parameter names are those of transformers' Mamba2, so that its checkpoints load.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .autocast import autocast_dtype
+from .checkpointing import run_checkpointed
+from .recompute import recompute_segments, saved_as_recipe
+from .run_layers import kept_tokens, run_layers
+from .ssd import causal_conv1d, ssd_scan, ssd_step
+
+# Tokens a mixer works on at a time: bounds what the convolution and the scan hold, whatever the length of the call.
+SEGMENT = 512
+
+
+class LayerState(NamedTuple):
+    """The past of a layer: conv_state (batch, conv_kernel - 1, conv_dim), ssm_state (batch, heads, head_dim, state)."""
+
+    conv_state: torch.Tensor
+    ssm_state: torch.Tensor
+
+
+class Mamba2Cache:
+    """The states of all layers after the tokens seen so far: what `cache_params` holds, always of one size.
+
+    Args:
+        layers: one `LayerState` per layer.
+        num_tokens: tokens seen so far, padding included.
+    """
+
+    is_compileable = False  # asked by `generate`; the states are replaced at each step, not written in place
+    is_croppable = False
+
+    def __init__(self, layers, num_tokens=0):
+        self.layers = list(layers)
+        self.num_tokens = num_tokens
+
+    def get_seq_length(self, layer_idx=0):
+        """Tokens seen so far."""
+        return self.num_tokens
+
+    def copy(self):
+        """A cache that can go its own way; the states themselves are never written in place, so they are shared."""
+        return Mamba2Cache(self.layers, self.num_tokens)
+
+    def reorder_cache(self, beam_idx):
+        """Keep the rows `beam_idx` (beams,) of the batch, in that order, in place."""
+        self.layers = [LayerState(*(s.index_select(0, beam_idx.to(s.device)) for s in layer)) for layer in self.layers]
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats):
+        """Repeat each row of the batch `repeats` times, in place."""
+        self.layers = [LayerState(*(s.repeat_interleave(repeats, dim=0) for s in layer)) for layer in self.layers]
+
+    @property
+    def num_bytes(self):
+        return sum(state.nbytes for layer in self.layers for state in layer)
+
+
+class Mamba2RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32, given out in the dtype of the weight; saves its input alone."""
+
+    def __init__(self, hidden_size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        """(batch, tokens, hidden) -> (batch, tokens, hidden)"""
+
+        def norm(sequence, states, params):
+            x = sequence[0].to(torch.promote_types(sequence[0].dtype, torch.float32))
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+            return params[0] * x.to(params[0].dtype), states
+
+        return recompute_segments(norm, SEGMENT, (hidden_states,), params=(self.weight,))[0]
+
+
+class Mamba2RMSNormGated(nn.Module):
+    """The weight of the norm at the end of a mixer; the mixer computes it together with the scan."""
+
+    def __init__(self, intermediate_size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(intermediate_size))
+        self.variance_epsilon = eps
+
+
+class Mamba2Mixer(nn.Module):
+    """in_proj -> causal convolution -> SSD scan -> gated norm -> out_proj, with states in and out.
+
+    For the backward pass it keeps what in_proj gave and the incoming states; the rest is computed again. The
+    projections stay ordinary modules, so adapters and quantised layers may take their place.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.n_groups, self.state_size = config.n_groups, config.state_size
+        self.conv_kernel = config.conv_kernel
+        self.intermediate_size = self.num_heads * self.head_dim
+        self.conv_dim = self.intermediate_size + 2 * self.n_groups * self.state_size
+        self.time_step_limit = tuple(config.time_step_limit)
+        self.activation = ACT2FN[config.hidden_act]
+
+        projection_size = self.intermediate_size + self.conv_dim + self.num_heads  # gate, (x, B, C), dt
+        self.in_proj = nn.Linear(config.hidden_size, projection_size, bias=config.use_bias)
+        # holds the weights alone: `causal_conv1d` computes
+        self.conv1d = nn.Conv1d(
+            self.conv_dim, self.conv_dim, self.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
+        )
+        # these three decide how fast the state decays: float32 whatever the dtype of the model
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self.norm = Mamba2RMSNormGated(self.intermediate_size, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
+
+    def new_state(self, batch_size):
+        """The state before the first token: zeros, in float32 or better."""
+        where = {"dtype": torch.promote_types(self.D.dtype, torch.float32), "device": self.D.device}
+        return LayerState(
+            torch.zeros(batch_size, self.conv_kernel - 1, self.conv_dim, **where),
+            torch.zeros(batch_size, self.num_heads, self.head_dim, self.state_size, **where),
+        )
+
+    def forward(self, hidden_states, state, mask=None):
+        """
+        Args:
+            hidden_states: (batch, tokens, hidden).
+            state: `LayerState` left by the tokens before.
+            mask: (batch, tokens) bool, True for real tokens, which come first in each row; None if all are real.
+
+        Returns:
+            (batch, tokens, hidden) and the new `LayerState`.
+        """
+        projected = self.in_proj(hidden_states)  # (b, t, intermediate + conv_dim + heads)
+        params = (
+            self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight,
+        )  # fmt: skip
+        y, state, again = recompute_segments(self._core, SEGMENT, (projected, mask), state, params)
+        with saved_as_recipe(y, again):
+            return self.out_proj(y), LayerState(*state)
+
+    def _core(self, sequence, states, params):
+        """Everything between the projections, on one segment: (b, t, projection) -> (b, t, intermediate)."""
+        projected, mask = sequence
+        conv_state, ssm_state = states
+        conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
+        b, t = projected.shape[:2]
+        wide = ssm_state.dtype
+        gate, x_B_C, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+
+        x_B_C, conv_state = causal_conv1d(x_B_C, conv_weight[:, 0], conv_bias, conv_state, mask)
+        x_B_C = self.activation(x_B_C).to(wide)
+        x, B, C = x_B_C.split([self.intermediate_size] + [self.n_groups * self.state_size] * 2, dim=-1)
+        dt = F.softplus(dt.to(wide) + dt_bias.to(wide)).clamp(*self.time_step_limit)
+        if mask is not None:
+            dt = dt * mask[..., None]
+
+        scan = ssd_step if t == 1 else ssd_scan
+        y, ssm_state = scan(
+            x.view(b, t, self.num_heads, self.head_dim),
+            dt,
+            -A_log.to(wide).exp(),
+            B.view(b, t, self.n_groups, self.state_size),
+            C.view(b, t, self.n_groups, self.state_size),
+            D.to(wide),
+            ssm_state,
+        )
+
+        y = y.reshape(b, t, self.n_groups, -1) * F.silu(gate.to(wide)).view(b, t, self.n_groups, -1)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.norm.variance_epsilon)
+        return (y.view(b, t, -1) * norm_weight.to(wide)).to(projected.dtype), (conv_state, ssm_state)
+
+
+class Mamba2Block(nn.Module):
+    """Pre-norm residual around a mixer: a `block(hidden_states, state, mask) -> hidden_states, state`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = Mamba2Mixer(config)
+
+    def forward(self, hidden_states, state, mask=None):
+        """Arguments and results as `Mamba2Mixer.forward`; the residual stream is float32 if the config says so."""
+        if self.residual_in_fp32:
+            hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        normed = self.norm(hidden_states)
+        if (dtype := autocast_dtype(normed.device.type)) is not None:
+            normed = normed.to(dtype)  # cast here, so that in_proj saves `normed` and no cast of it
+        with saved_as_recipe(normed, lambda dtype=normed.dtype: self.norm(hidden_states).to(dtype)):
+            mixed, state = self.mixer(normed, state, mask)
+        return hidden_states + mixed, state
+
+
+class Mamba2Backbone(nn.Module):
+    """Embeddings, layers and final norm.
+
+    Args:
+        config: transformers' `Mamba2Config`.
+        prefill_chunk_size: tokens that go through all layers at a time where no gradient is asked for.
+    """
+
+    def __init__(self, config, prefill_chunk_size):
+        super().__init__()
+        self.prefill_chunk_size = prefill_chunk_size
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Mamba2Block(config) for _ in range(config.num_hidden_layers)])
+        self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    def new_cache(self, batch_size):
+        """The `Mamba2Cache` before the first token."""
+        return Mamba2Cache([layer.mixer.new_state(batch_size) for layer in self.layers])
+
+    def forward(self, inputs_embeds, cache, mask=None, keep=None, chunk_size=None, plan=None):
+        """
+        Args:
+            inputs_embeds: (batch, tokens, hidden).
+            cache: `Mamba2Cache` left by the tokens before; it is moved on in place.
+            mask: (batch, tokens) bool, real tokens first in each row; None if all are real.
+            keep: (batch, tokens) int64 on the CPU, the row of the result that the token's hidden state becomes, -1 for
+                none; None gives all of them out.
+            chunk_size: tokens per step without gradient; None means `prefill_chunk_size`.
+            plan: `CheckpointPlan` to carry out; None for no checkpointing.
+
+        Returns:
+            (kept, hidden), or (batch, tokens, hidden) where `keep` is None: after the final norm.
+        """
+        if plan is not None:
+            hidden_states, cache.layers = run_checkpointed(self.layers, plan, inputs_embeds, cache.layers, mask, keep)
+        else:
+            hidden_states = self._loop(inputs_embeds, cache, mask, keep, chunk_size or self.prefill_chunk_size)
+        cache.num_tokens += inputs_embeds.shape[1]
+        return self.norm_f(hidden_states if keep is None else hidden_states[None]).view_as(hidden_states)
+
+    def _loop(self, inputs_embeds, cache, mask, keep, chunk_size):
+        num_tokens = inputs_embeds.shape[1]
+        step = num_tokens if torch.is_grad_enabled() else chunk_size
+        kept, kept_rows = [], []
+        for start in range(0, num_tokens, step):
+            span = slice(start, start + step)
+            hidden_states, cache.layers = run_layers(
+                self.layers, inputs_embeds[:, span], cache.layers, None if mask is None else mask[:, span]
+            )
+            if keep is not None:
+                positions, rows = kept_tokens(keep, span)
+                kept_rows.append(rows)
+                hidden_states = hidden_states.flatten(0, 1)[positions.to(hidden_states.device)]
+            kept.append(hidden_states)
+        if keep is None:
+            return torch.cat(kept, dim=1)
+        return torch.cat(kept)[torch.cat(kept_rows).argsort().to(inputs_embeds.device)]
+
+
+@torch.no_grad()
+def init_mamba2_weights(module, config):
+    """Initialise a `Mamba2Mixer` as its authors do: A in 1..heads, dt log-uniform, residual branches scaled down."""
+    heads = torch.arange(1, module.num_heads + 1, dtype=torch.float32, device=module.A_log.device)
+    init.copy_(module.A_log, heads.log())
+    init.ones_(module.D)
+    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+    dt = torch.exp(torch.rand_like(heads) * (high - low) + low).clamp(min=config.time_step_floor)
+    init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
+    if module.conv1d.bias is not None:
+        init.zeros_(module.conv1d.bias)
+    bound = 1 / math.sqrt(
+        module.intermediate_size * (config.num_hidden_layers if config.rescale_prenorm_residual else 1)
+    )
+    init.uniform_(module.out_proj.weight, -bound, bound)

@@ -1,0 +1,95 @@
+"""What people switch on: transformers' gradient checkpointing, along two axes."""
+
+from transformers.utils import logging
+
+from .checkpoint_plan import check_options, plan_checkpoints
+
+logger = logging.get_logger(__name__)
+
+
+class MultiAxisCheckpointing:
+    """Overrides of `PreTrainedModel` that make its gradient checkpointing Multi-Axis; see `checkpointing.py` for how.
+
+    The options and the plans chosen so far live on the base model, so that model and head agree.
+    """
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs=None,
+        axes=("layer", "sequence"),
+        layer_interval=None,
+        sequence_interval=None,
+        order=None,
+        offload=False,
+        memory_budget_bytes=None,
+        host_memory_budget_bytes=None,
+        every_n_layers=1,
+    ):
+        """Train with Multi-Axis Gradient Checkpointing: keep little, compute it again in the backward pass.
+
+        Args:
+            gradient_checkpointing_kwargs: dict that may carry every argument below, as `TrainingArguments` passes it.
+            axes: any non-empty subset of "layer" and "sequence"; ("layer",) is the ordinary kind.
+            layer_interval, sequence_interval: layers and tokens of a cell; None lets the planner decide.
+            order: "layer_major" (the paper's grid) or "sequence_major"; None lets the planner decide.
+            offload: what crosses a chunk border waits in host memory.
+            memory_budget_bytes: None for the least memory at one recompute; a number for the fastest plan that fits.
+            host_memory_budget_bytes: bounds what `offload` may hold.
+            every_n_layers: transformers' name for `layer_interval`; 1 leaves it alone.
+
+        Raises:
+            ValueError, TypeError: nonsense or unknown arguments. `InfeasibleMemoryBudget`, at the first forward pass of
+            a shape: no plan fits.
+        """
+        options = {
+            "axes": axes, "layer_interval": layer_interval, "sequence_interval": sequence_interval, "order": order,
+            "offload": offload, "memory_budget_bytes": memory_budget_bytes,
+            "host_memory_budget_bytes": host_memory_budget_bytes,
+        }  # fmt: skip
+        for name, value in (gradient_checkpointing_kwargs or {}).items():
+            if name == "use_reentrant":
+                continue  # speaks of torch's checkpoint function, which is not used here
+            if name == "every_n_layers":
+                every_n_layers = value
+            elif name not in options:
+                raise ValueError(f"unknown gradient_checkpointing_kwargs key {name!r}; known are {', '.join(options)}")
+            else:
+                options[name] = value
+        if every_n_layers != 1 and options["layer_interval"] is None:
+            options["layer_interval"] = every_n_layers
+        options["axes"] = tuple(options["axes"])
+        check_options(self.config, **options)
+        base = self._base()
+        base.checkpoint_options, base.gradient_checkpointing, base._plans = options, True, {}
+
+    def gradient_checkpointing_disable(self):
+        """Back to keeping everything."""
+        self._base().gradient_checkpointing = False
+
+    def enable_input_require_grads(self):
+        """Nothing to do: no checkpoint of this model needs a gradient at its inputs. A frozen tower builds no graph."""
+
+    def disable_input_require_grads(self):
+        """As `enable_input_require_grads`."""
+
+    def is_checkpointing(self):
+        """Whether a forward pass now would be checkpointed."""
+        base = self._base()
+        return base.gradient_checkpointing and base.training
+
+    def checkpoint_plan(self, batch_size, sequence_length):
+        """The `CheckpointPlan` for a batch of this shape: chosen once per shape, and said in one line."""
+        base = self._base()
+        key = batch_size, sequence_length
+        if key not in base._plans:
+            options = dict(base.checkpoint_options)
+            if options["sequence_interval"] is not None:  # a batch shorter than that is one time block
+                options["sequence_interval"] = min(options["sequence_interval"], sequence_length)
+            base._plans[key] = plan_checkpoints(
+                self.config, *key, dtype_bytes=base.language_model.embeddings.weight.element_size(), **options
+            )  # fmt: skip
+            logger.info(f"MA-GC, batch {batch_size} x {sequence_length} tokens: {base._plans[key]}")
+        return base._plans[key]
+
+    def _base(self):
+        return getattr(self, self.base_model_prefix, self)

@@ -1,0 +1,121 @@
+"""The two recurrences of a Mamba-2 layer in plain torch: the causal convolution and the state-space (SSD) scan.
+
+Both take the state left by the tokens before and hand on the state left by their own: a sequence may be cut anywhere.
+
+Letters in shapes: b batch, t tokens, c chunks, q tokens of a chunk, h heads, g groups, r heads of a group (h = g * r),
+p head dimension, n state size, d channels of the convolution, w its width.
+
+The scan computes, for every head, with a_i = exp(dt_i * A):
+
+    state_i = a_i * state_{i-1} + dt_i * x_i B_i^T          # (p, n)
+    y_i     = state_i C_i + D * x_i                         # (p,)
+
+Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6. No tensor with both a chunk x chunk and a
+state axis is ever made.
+"""
+
+import torch
+from torch.nn import functional as F
+
+# Tokens of one block of the matrix form. The work inside a block grows with this length, the number of states handed
+# from block to block shrinks with it; 64 is where a CPU is fastest at the head sizes of the published models.
+SCAN_CHUNK = 64
+
+
+def causal_conv1d(x, weight, bias, conv_state, mask=None):
+    """Depthwise causal convolution that continues from `conv_state`.
+
+    Args:
+        x: (batch, tokens, channels), any floating dtype.
+        weight: (channels, width). bias: (channels,) or None.
+        conv_state: (batch, width - 1, channels), the inputs before `x`, oldest first; zeros at the start of a sequence.
+        mask: (batch, tokens) bool, True for real tokens, which come first in each row; None if all are real.
+
+    Returns:
+        (batch, tokens, channels) in the dtype of `x`, and the new conv state: a copy, not a view that keeps `x` alive.
+    """
+    num_tokens, num_kept = x.shape[1], weight.shape[1] - 1
+    window = torch.cat([conv_state.to(x.dtype), x], dim=1)
+    y = F.conv1d(
+        window.transpose(1, 2),
+        weight.to(x.dtype)[:, None],
+        None if bias is None else bias.to(x.dtype),
+        groups=x.shape[2],
+    )
+    if mask is None:
+        new_state = window[:, num_tokens:]
+    else:
+        last = mask.sum(dim=1, keepdim=True) + torch.arange(num_kept, device=x.device)  # (b, w - 1)
+        new_state = window.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
+    return y.transpose(1, 2), new_state.to(conv_state.dtype, copy=True)
+
+
+def ssd_scan(x, dt, A, B, C, D, ssm_state, chunk_size=SCAN_CHUNK):
+    """The scan in blocks of matrix products; differentiable in every argument but `chunk_size`.
+
+    Args:
+        x: (batch, tokens, heads, head_dim). dt: (batch, tokens, heads), after softplus and limits; zero where a token
+            is padding, which then leaves the state as it was.
+        A: (heads,), negative. B, C: (batch, tokens, groups, state). D: (heads,).
+        ssm_state: (batch, heads, head_dim, state).
+
+    All of it in one dtype, float32 or float64.
+
+    Returns:
+        y (batch, tokens, heads, head_dim) and the new SSM state, shaped as the one given.
+    """
+    b, t, h, p = x.shape
+    g, n = B.shape[2:]
+    r = h // g
+    q = min(chunk_size, t)
+    if pad := -t % q:
+        x, B, C = (F.pad(value, (0, 0, 0, 0, 0, pad)) for value in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, pad))
+    c = (t + pad) // q
+    skip = (x * D[:, None]).view(b, c, q, g, r, p)
+    x_dt = (x * dt[..., None]).view(b, c, q, g, r, p)
+    B = B.view(b, c, q, g, n).transpose(2, 3)  # (b, c, g, q, n)
+    C = C.view(b, c, q, g, n).transpose(2, 3)
+    log_decay = (dt * A).view(b, c, q, g, r).cumsum(2)  # since the chunk began
+
+    # 1. Inside each chunk: attention-like, with the decay from token j to token i as the causal mask.
+    scores = (C @ B.transpose(-1, -2))[:, :, :, None] * _decay_between(log_decay.permute(0, 1, 3, 4, 2))
+    y = scores @ x_dt.permute(0, 1, 3, 4, 2, 5)  # (b, c, g, r, q, p)
+
+    # 2. What each chunk adds to the state by its end. One product serves all heads that share B.
+    decay_to_end = (log_decay[:, :, -1:] - log_decay).exp()
+    inputs = (x_dt * decay_to_end[..., None]).reshape(b, c, q, g, r * p).permute(0, 1, 3, 4, 2)
+    added = (inputs @ B).view(b, c, h, p, n)
+
+    # 3. From chunk to chunk: the state at the start of each, and after the last.
+    chunk_decay = log_decay[:, :, -1].exp().reshape(b, c, h, 1, 1)
+    at_start = []
+    for own, decay in zip(added.unbind(1), chunk_decay.unbind(1), strict=True):
+        at_start.append(ssm_state)
+        ssm_state = torch.addcmul(own, decay, ssm_state)
+    at_start = torch.stack(at_start, dim=1).view(b, c, g, r * p, n)
+
+    # 4. What the state at the start of a chunk says at each of its tokens.
+    from_state = (C @ at_start.transpose(-1, -2)).view(b, c, g, q, r, p).transpose(2, 3)
+    y = torch.addcmul(skip, from_state, log_decay.exp()[..., None]) + y.permute(0, 1, 4, 2, 3, 5)
+    return y.reshape(b, c * q, h, p)[:, :t], ssm_state
+
+
+def ssd_step(x, dt, A, B, C, D, ssm_state):
+    """The scan of a single token, straight from the recurrence; arguments and results as `ssd_scan` with tokens = 1."""
+    r = x.shape[2] // B.shape[2]
+    x_t, dt_t = x[:, 0], dt[:, 0]  # (b, h, p), (b, h)
+    B_t, C_t = (value[:, 0].repeat_interleave(r, dim=1) for value in (B, C))  # (b, h, n)
+    decay = (dt_t * A).exp()[..., None, None]
+    ssm_state = ssm_state * decay + (x_t * dt_t[..., None])[..., None] * B_t[:, :, None]
+    y = (ssm_state @ C_t[..., None])[..., 0] + x_t * D[:, None]
+    return y[:, None], ssm_state
+
+
+def _decay_between(log_decay):
+    """exp(log_decay[i] - log_decay[j]) for i >= j, zero above the diagonal. (..., q) -> (..., q, q)."""
+    q = log_decay.shape[-1]
+    difference = log_decay[..., :, None] - log_decay[..., None, :]
+    above = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).triu(1)
+    # masked before exp: above the diagonal the difference is positive and could overflow to inf, whose gradient is nan
+    return difference.masked_fill(above, -torch.inf).exp()

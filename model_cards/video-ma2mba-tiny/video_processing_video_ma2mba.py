@@ -1,0 +1,340 @@
+"""Turns videos and images into square uint8 frames for the vision tower.
+
+The paper feeds 336 x 336 frames to CLIP-ViT-L/14 (section 3.5) and does not say how a frame becomes square:
+`resize_mode` chooses. Frames stay uint8, a quarter of the memory of float32: for two hours of video 2.3 GiB, not 9.1.
+The model rescales and normalises them on its own device, a few frames at a time.
+"""
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+from transformers import BatchFeature
+from transformers.processing_utils import VideosKwargs
+from transformers.video_processing_utils import BaseVideoProcessor
+
+from .video_reader import Size, VideoFrame, VideoFrames, read_frames
+
+RESIZE_MODES = ("crop", "squash", "pad")
+_FRAMES_AT_ONCE = 32  # so many frames in memory become float32 at a time
+
+
+class VideoMa2mbaVideoKwargs(VideosKwargs, total=False):
+    """The settings transformers does not know by name."""
+
+    resize_mode: str
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedVideo:
+    """One video as the model wants it.
+
+    Attributes:
+        frames: (frames, 3, side, side) uint8.
+        timestamps_s: When each frame is shown, in seconds from the first frame; None if frames came without times.
+    """
+
+    frames: torch.Tensor
+    timestamps_s: list[float] | None
+
+
+class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
+    """Decodes, samples and squares videos; images are videos of one frame. Works without torchvision.
+
+    Args:
+        size: Side of the square frames in pixels, or {"height": side, "width": side}: what the vision tower was trained
+            with, 336 for CLIP-ViT-L/14-336, 384 for SigLIP-so400m/14-384.
+        resize_mode: "crop": the shortest edge becomes `size` and the middle is kept (CLIP). "squash": straight to the
+            square, whatever the aspect ratio (SigLIP). "pad": the longest edge becomes `size`, mean colour around it.
+        do_rescale, do_normalize: Off by default: frames stay uint8, and the model does both. `do_rescale=True` gives
+            float32 x / 255; `do_normalize=True` gives float32 (x / 255 - image_mean) / image_std.
+        image_mean, image_std: One number per channel, those of the vision tower. CLIP's by default.
+        fps: Frames per second of video time taken from files where a call does not say otherwise. The paper's rate by
+            default.
+
+    Files are scaled by libswscale while they are decoded, frames in memory by torch's antialiased bicubic filter. Both
+    are the same filter up to rounding, but libswscale scales the colour planes before they become RGB.
+    """
+
+    valid_kwargs = VideoMa2mbaVideoKwargs
+    model_input_names = ["pixel_values_videos"]  # noqa: RUF012 (as transformers declares it)
+
+    def __init__(
+        self,
+        size: int | dict[str, int] = 336,
+        resize_mode: str = "crop",
+        do_rescale: bool = False,
+        do_normalize: bool = False,
+        image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
+        image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+        fps: float = 1.0,
+        **kwargs,
+    ):
+        side = size if isinstance(size, int) else size.get("height")
+        if not side or side < 1 or (not isinstance(size, int) and dict(size) != {"height": side, "width": side}):
+            raise ValueError(f"size must be a number of pixels or a square {{'height': n, 'width': n}}, got {size}.")
+        if resize_mode not in RESIZE_MODES:
+            raise ValueError(f"resize_mode must be one of {', '.join(RESIZE_MODES)}, got {resize_mode!r}.")
+        super().__init__(
+            size={"height": side, "width": side},
+            resize_mode=resize_mode,
+            do_rescale=do_rescale,
+            do_normalize=do_normalize,
+            image_mean=list(image_mean),
+            image_std=list(image_std),
+            fps=fps,
+            **kwargs,
+        )
+
+    @property
+    def side(self) -> int:
+        """Height and width of the frames given out, in pixels."""
+        return self.size["height"]
+
+    def preprocess(
+        self,
+        videos: Any,
+        *,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        start_s: float = 0.0,
+        end_s: float | None = None,
+        strict: bool = False,
+        do_rescale: bool | None = None,
+        do_normalize: bool | None = None,
+        return_tensors: str | None = "pt",
+        return_timestamps: bool = False,
+    ) -> BatchFeature:
+        """Loads one video, or a list of videos, one per row.
+
+        Args:
+            videos: What `load` takes, or a list of that.
+            fps, max_frames, start_s, end_s, strict: See `load`.
+            do_rescale, do_normalize: Override the settings for this call.
+            return_tensors: "pt" or "np".
+            return_timestamps: Also return `video_timestamps`, a list with one list of seconds (or None) per video.
+
+        Returns:
+            `pixel_values_videos`: (videos, frames, 3, side, side), uint8, or float32 after rescaling. Shorter videos
+            end in zero frames.
+        """
+        options = {"fps": fps, "max_frames": max_frames, "start_s": start_s, "end_s": end_s, "strict": strict}
+        loaded = [self.load(video, **options) for video in flatten_videos(videos)]
+        pixels = stack_rows([video.frames for video in loaded])
+        pixels = self.rescale_and_normalize_frames(pixels, do_rescale, do_normalize)
+        batch = BatchFeature({"pixel_values_videos": pixels}, tensor_type=return_tensors)
+        if return_timestamps:
+            batch["video_timestamps"] = [video.timestamps_s for video in loaded]
+        return batch
+
+    def open_video(
+        self,
+        path: str | os.PathLike,
+        *,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        start_s: float = 0.0,
+        end_s: float | None = None,
+        strict: bool = False,
+    ) -> VideoFrames:
+        """Like `read_frames`, with frames of the size the model wants: pixels are (side, side, 3) uint8."""
+        fps = self.fps if fps is None else fps
+        size = self._size_before_squaring
+        frames = read_frames(path, fps, max_frames=max_frames, start_s=start_s, end_s=end_s, resize=size, strict=strict)
+        squared = (VideoFrame(frame.timestamp_s, self._square(frame.pixels)) for frame in frames)
+        return VideoFrames(frames.info, frames.num_frames, squared)
+
+    def load(
+        self,
+        video: Any,
+        *,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        start_s: float = 0.0,
+        end_s: float | None = None,
+        strict: bool = False,
+        timestamps: Sequence[float] | None = None,
+    ) -> LoadedVideo:
+        """Loads one video.
+
+        Args:
+            video: A path or URL; or frames in memory: an array or tensor (frames, height, width, 3) or (frames, 3,
+                height, width), uint8, or a list of single frames as arrays, tensors or PIL images.
+            fps, start_s, end_s, strict: Which frames of a file to take; see `read_frames`. Frames in memory are all
+                taken.
+            max_frames: At most so many frames, spread evenly.
+            timestamps: For frames in memory: when each is shown, in seconds, ascending.
+
+        Raises:
+            VideoReadError: The file cannot be read; see `read_frames`.
+            ValueError: Frames of the wrong rank, dtype or number; timestamps for a file, or `start_s` / `end_s` for
+                frames.
+        """
+        if is_path(video):
+            if timestamps is not None:
+                raise ValueError(
+                    f"timestamps go with frames in memory; the file '{video}' brings its own. Leave them out."
+                )
+            with_times = self.open_video(
+                video, fps=fps, max_frames=max_frames, start_s=start_s, end_s=end_s, strict=strict
+            )
+            return self._collect(with_times)
+        if start_s or end_s is not None:
+            raise ValueError("start_s and end_s choose a part of a file. Slice frames in memory before passing them.")
+        chunks = _frame_chunks(video)
+        num_frames = sum(len(chunk) for chunk in chunks)
+        if timestamps is not None:
+            timestamps = [float(second) for second in timestamps]
+            if len(timestamps) != num_frames or any(a > b for a, b in itertools.pairwise(timestamps)):
+                raise ValueError(
+                    f"timestamps must be one ascending number of seconds per frame: got {len(timestamps)} for "
+                    f"{num_frames} frames."
+                )
+        if max_frames is not None and num_frames > max_frames:
+            if max_frames < 1:
+                raise ValueError(f"max_frames must be at least 1, got {max_frames}. Use None for no limit.")
+            keep = [k * num_frames // max_frames for k in range(max_frames)]
+            chunks = [torch.cat(chunks)[keep]] if len({c.shape[1:] for c in chunks}) == 1 else [chunks[k] for k in keep]
+            timestamps = None if timestamps is None else [timestamps[k] for k in keep]
+        return LoadedVideo(torch.cat([self._resize(chunk) for chunk in chunks]), timestamps)
+
+    def load_image(self, image: Any) -> torch.Tensor:
+        """Loads one image as a video of one frame: (1, 3, side, side) uint8.
+
+        Args:
+            image: A path or URL, a PIL image, or an array or tensor (height, width, 3) or (3, height, width), uint8.
+        """
+        if is_path(image):
+            return self.load(image, max_frames=1).frames
+        return self.load([image]).frames
+
+    def rescale_and_normalize_frames(
+        self, pixels: torch.Tensor, do_rescale: bool | None = None, do_normalize: bool | None = None
+    ) -> torch.Tensor:
+        """(..., 3, height, width) uint8 as it is, or as float32 where the settings or the arguments ask for it."""
+        do_rescale = self.do_rescale if do_rescale is None else do_rescale
+        do_normalize = self.do_normalize if do_normalize is None else do_normalize
+        if not (do_rescale or do_normalize):
+            return pixels
+        pixels = pixels.to(torch.float32) * self.rescale_factor
+        if do_normalize:
+            mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+            pixels = pixels.sub_(mean).div_(std)
+        return pixels
+
+    def _collect(self, frames: VideoFrames) -> LoadedVideo:
+        """All frames of an iterator in one tensor, allocated once: stacking a list would need the memory twice."""
+        pixels = torch.empty((frames.num_frames, 3, self.side, self.side), dtype=torch.uint8)
+        timestamps = []
+        for frame in frames:
+            pixels[len(timestamps)] = torch.from_numpy(frame.pixels).permute(2, 0, 1)
+            timestamps.append(frame.timestamp_s)
+        return LoadedVideo(pixels[: len(timestamps)], timestamps)
+
+    def _size_before_squaring(self, height: int, width: int) -> Size:
+        """What to scale a frame to, so that cropping or padding makes it square."""
+        if self.resize_mode == "squash":
+            return self.side, self.side
+        edge = min(height, width) if self.resize_mode == "crop" else max(height, width)
+        return max(1, height * self.side // edge), max(1, width * self.side // edge)
+
+    def _square(self, pixels: np.ndarray) -> np.ndarray:
+        """Crops the middle of, or pads, (..., height, width, 3) uint8 to (..., side, side, 3)."""
+        height, width = pixels.shape[-3:-1]
+        top, left = abs(height - self.side) // 2, abs(width - self.side) // 2
+        if self.resize_mode != "pad":
+            return pixels[..., top : top + self.side, left : left + self.side, :]
+        mean_colour = np.round(np.array(self.image_mean) * 255).astype(np.uint8)
+        padded = np.broadcast_to(mean_colour, (*pixels.shape[:-3], self.side, self.side, 3)).copy()
+        padded[..., top : top + height, left : left + width, :] = pixels
+        return padded
+
+    def _resize(self, frames: torch.Tensor) -> torch.Tensor:
+        """(frames, 3, height, width) uint8 -> (frames, 3, side, side) uint8."""
+        size = self._size_before_squaring(*frames.shape[-2:])
+        if size != tuple(frames.shape[-2:]):
+            parts = [
+                interpolate(part.float(), size, mode="bicubic", antialias=True).round_().clamp_(0, 255).to(torch.uint8)
+                for part in frames.split(_FRAMES_AT_ONCE)
+            ]
+            frames = torch.cat(parts)
+        squared = self._square(frames.permute(0, 2, 3, 1).numpy())
+        return torch.from_numpy(squared).permute(0, 3, 1, 2).contiguous()
+
+
+def is_path(video: Any) -> bool:
+    """Whether a video or image is given by name."""
+    return isinstance(video, str | os.PathLike)
+
+
+def flatten_videos(videos: Any) -> list:
+    """One video, or a (nested) list of videos, as a flat list. A list of single frames is one video."""
+    if not isinstance(videos, list | tuple):
+        return [videos]
+    if videos and _is_frame(videos[0]):
+        return [videos]
+    return [flat for video in videos for flat in flatten_videos(video)]
+
+
+def stack_rows(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of (frames, ...) as one (rows, frames, ...); shorter rows are filled with zeros at the end."""
+    if len(rows) == 1:
+        return rows[0].unsqueeze(0)  # hours of video: no copy
+    longest = max(rows, key=len)
+    stacked = longest.new_zeros((len(rows), *longest.shape))
+    for filled, row in zip(stacked, rows, strict=True):
+        filled[: len(row)] = row
+    return stacked
+
+
+def _is_frame(item: Any) -> bool:
+    return hasattr(item, "convert") or (isinstance(item, np.ndarray | torch.Tensor) and item.ndim <= 3)
+
+
+def _frame_chunks(video: Any) -> list[torch.Tensor]:
+    """Frames in memory as a list of (frames, 3, height, width) uint8 tensors."""
+    if isinstance(video, list | tuple):
+        if not video:
+            raise ValueError("A video needs at least one frame, got an empty list.")
+        return [
+            _to_channels_first(_to_tensor(frame)[None], "(height, width, 3) or (3, height, width)") for frame in video
+        ]
+    frames = _to_tensor(video)
+    if len(frames) == 0:
+        raise ValueError(f"A video needs at least one frame, got shape {tuple(frames.shape)}.")
+    return [_to_channels_first(frames, "(frames, height, width, 3) or (frames, 3, height, width)")]
+
+
+def _to_tensor(frames: Any) -> torch.Tensor:
+    if hasattr(frames, "convert"):  # a PIL image
+        frames = np.array(frames.convert("RGB"))
+    if isinstance(frames, np.ndarray):
+        if frames.dtype != np.uint8:
+            raise ValueError(_DTYPE_MESSAGE.format(frames.dtype))
+        return torch.from_numpy(np.ascontiguousarray(frames))
+    if not isinstance(frames, torch.Tensor):
+        raise ValueError(
+            f"A video must be a path, an array, a tensor or a list of frames, got {type(frames).__name__}."
+        )
+    if frames.dtype != torch.uint8:
+        raise ValueError(_DTYPE_MESSAGE.format(frames.dtype))
+    return frames.detach().cpu()
+
+
+def _to_channels_first(frames: torch.Tensor, expected: str) -> torch.Tensor:
+    if frames.ndim == 4 and frames.shape[-1] == 3:
+        return frames.permute(0, 3, 1, 2)
+    if frames.ndim == 4 and frames.shape[1] == 3:
+        return frames
+    shape = tuple(frames.shape[1:]) if expected.startswith("(height") else tuple(frames.shape)
+    raise ValueError(f"Frames must have the shape {expected}, got {shape}.")
+
+
+_DTYPE_MESSAGE = (
+    "Frames must be uint8 with values from 0 to 255, got {}. Convert, for values in [0, 1]: (frames * 255).round()."
+)
