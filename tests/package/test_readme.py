@@ -43,3 +43,12 @@ def test_tree_exists():
         paths.append(ROOT.joinpath(*folders))
     assert len(paths) > 8
     assert [path for path in paths if not path.exists()] == []
+
+
+def test_plan_is_what_the_command_prints(capsys):
+    (command,) = re.findall(r"^video-ma2mba (plan .*)$", README, re.MULTILINE)
+    assert cli.main(shlex.split(command)) == 0
+    table = [line.rstrip() for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    table = table[: table.index(next(line for line in table if line.startswith("└"))) + 1]
+    assert len(table) > 10
+    assert "\n".join(table) in README
