@@ -26,7 +26,7 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
             panel.plot(lengths, sizes, "--", color=PAPER_COLORS[method], linewidth=1, label=f"{method}, published")
         panel.axhline(80, color="#aaaaaa", linewidth=0.8)
         panel.annotate("80 GB", (2**10, 80), (0, 2), textcoords="offset points", color="#888888", fontsize=8)
-        panel.set(xscale="log", yscale="log", title=f"Mamba-2 {BACKBONES[model]}", xlabel="tokens", ylim=(0.2, 3000))
+        panel.set(xscale="log", yscale="log", title=f"Mamba-2 {BACKBONES[model]}", xlabel="tokens", ylim=(0.2, 6000))
         panel.set_xscale("log", base=2)
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("GB over weights and gradients")

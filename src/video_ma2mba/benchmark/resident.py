@@ -1,8 +1,8 @@
 """The measuring half of `bench memory`: a small model under the stock Trainer, one process for each length and method.
 
-In float32 on the CPU: the peak of resident memory above what the process held when training began, model and libraries
-loaded. On a GPU: the peak of allocated memory above that. Gradients and optimizer states are in it; the model is so
-small that they are a few megabytes.
+In float32 on the CPU: the peak of resident memory above what the process held when training began, the model loaded and
+a short training done, so that all libraries are. On a GPU: the peak of allocated memory above that. The gradients and
+the optimizer's states, three times the trained parameters, are in it, so they are added to the planner's prediction.
 """
 
 import ctypes
@@ -35,10 +35,11 @@ def measure(device: str, lengths: list[int]) -> dict[str, Any]:
 
 
 def _in_a_process(device: str, num_tokens: int, method: str) -> dict[str, Any]:
-    # glibc keeps freed blocks unless they have a mapping of their own: then resident is what is in use
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    # One thread, for the same sums in the same order. And glibc is to give large freed blocks back at once, as it would
+    # those of a large model: then resident is what is in use.
+    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "8388608"}
     command = [sys.executable, "-m", __name__, device, str(num_tokens), method]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     if done.returncode != 0:
         raise OSError(f"training {num_tokens} tokens, {method}, failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -72,38 +73,47 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
     config = small_config()
     model = VideoMa2mbaForConditionalGeneration(config).to(device).train()
     model.model.vision_tower.requires_grad_(False)
+    if METHODS[method] is not None:
+        model.gradient_checkpointing_enable()
     samples = torch.randint(2, 500, (NUM_STEPS, num_tokens))
     labels = samples.clone()
     labels[:, :-NUM_SUPERVISED] = -100
-    data = [{"input_ids": ids, "labels": wanted} for ids, wanted in zip(samples, labels, strict=True)]
-    if METHODS[method] is not None:
-        model.gradient_checkpointing_enable()
-    model(samples[:1, -1024:].to(device), labels=labels[:1, -1024:].to(device)).loss.backward()  # loads what is lazy
-    model.zero_grad()
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             self.before = _restart_peak(device)
 
-    watch = Watch()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=NUM_STEPS, per_device_train_batch_size=1, learning_rate=1e-3, logging_steps=1, seed=0,
-            use_cpu=device == "cpu", gradient_checkpointing=METHODS[method] is not None, save_strategy="no",
-            report_to=[], disable_tqdm=True,
-        )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[watch])
-        trainer.train()
-        peak = _peak(device) - watch.before
+    def run(first: int, learning_rate: float) -> tuple[Trainer, Watch]:
+        """Train on what comes after the token `first`."""
+        watch = Watch()
+        data = [
+            {"input_ids": ids[first:], "labels": wanted[first:]} for ids, wanted in zip(samples, labels, strict=True)
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder, max_steps=NUM_STEPS, per_device_train_batch_size=1, learning_rate=learning_rate, seed=0,
+                use_cpu=device == "cpu", gradient_checkpointing=METHODS[method] is not None, logging_steps=1,
+                save_strategy="no", report_to=[], disable_tqdm=True,
+            )  # fmt: skip
+            trainer = Trainer(model, arguments, train_dataset=data, callbacks=[watch])
+            trainer.train()
+        return trainer, watch
+
+    run(num_tokens - 1024, 0.0)  # changes nothing, and loads what is loaded late
+    model.zero_grad()
+    trainer, watch = run(0, 1e-3)
+    peak = _peak(device) - watch.before
     plan = model.checkpoint_plan(1, num_tokens) if METHODS[method] is not None else None
     batch = {"dtype_bytes": 4, "num_supervised_tokens": NUM_SUPERVISED}
-    predicted = plan.predicted_peak_bytes if plan else peak_bytes_without(config, 1, num_tokens, **batch)
+    activations = plan.predicted_peak_bytes if plan else peak_bytes_without(config, 1, num_tokens, **batch)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "tokens": num_tokens,
         "method": method,
         "plan": plan and str(plan),
         "measured_bytes": peak,
-        "predicted_bytes": predicted,
+        "predicted_bytes": activations + 3 * 4 * trained,
+        "predicted_activations_bytes": activations,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
 
