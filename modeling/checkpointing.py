@@ -200,9 +200,8 @@ class _Run:
                     leaving, leaving_states = self.cell(time, group, entering, entering_states, span)
                 outputs = [leaving, *(t for state in leaving_states for t in state)]
                 gradients = [grad_hidden, *(g for grads in grad_states[group] for g in grads)]
-                used = [
-                    i for i, gradient in enumerate(gradients) if gradient is not None
-                ]  # not the last chunk's states
+                # the last chunk's final states have no gradient, unless the caller uses them
+                used = [i for i, gradient in enumerate(gradients) if gradient is not None]
                 torch.autograd.backward([outputs[i] for i in used], [gradients[i] for i in used])
                 grad_hidden = entering.grad
                 grad_states[group] = [tuple(t.grad for t in state) for state in entering_states]
@@ -258,7 +257,7 @@ class _Checkpointed(torch.autograd.Function):
     def forward(ctx, run, inputs_embeds, *tensors):
         num_states = sum(run.state_sizes)
         out, states = run.forward(inputs_embeds.detach(), run.unflatten(tensors[:num_states]))
-        ctx.run, ctx.num_states, ctx.param_dtypes = run, num_states, [p.dtype for p in tensors[num_states:]]
+        ctx.run, ctx.param_dtypes = run, [p.dtype for p in tensors[num_states:]]
         ctx.save_for_backward(inputs_embeds)
         ctx.set_materialize_grads(False)  # where the final states are not used, their gradient takes no memory
         ctx.out_shape, ctx.out_dtype = out.shape, out.dtype

@@ -4,8 +4,6 @@ import argparse
 import json
 from pathlib import Path
 
-import pytest
-
 from video_ma2mba.benchmark import decode
 
 
@@ -16,9 +14,10 @@ def test_bench_decode():
     assert json.loads(json.dumps(result)) == result
     assert result["sequential"]["frames"] == result["dense_keyframes"]["frames"] == 6
     assert result["sequential"]["ratio"] == result["sequential"]["ours_s"] / result["sequential"]["bare_loop_s"]
-    if not Path("/proc/self/status").exists():
-        pytest.skip("peak memory is read from /proc")
     memory = result["memory"]
+    if not Path("/proc/self/status").exists():  # where peak memory is read from
+        assert memory is None
+        return
     assert memory["short_clip"]["frames"] == 6
     assert memory["long_clip"]["frames"] == 36
     assert memory["long_clip"]["kept_bytes"] == 36 * 32 * 32 * 3

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import methods
 from ..cli.bench import write_json
 from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints, predict_plan
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
@@ -26,15 +27,7 @@ from ..modeling.mamba2 import Mamba2Backbone
 from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from .counting import CountedHostStore, LiveBytes, counting
 
-METHODS = (
-    "off",
-    "per layer",
-    "sqrt",
-    "layer_major",
-    "sequence_major",
-    "sequence_major + offload",
-    "sequence_major, two recomputes",
-)
+METHODS = (*methods.METHODS, "sequence_major, two recomputes")
 NUM_SUPERVISED = 512
 HOST_BUDGET_BYTES = 128 * 2**30
 BACKBONES = {"0.7b": "0.37B", "1.8b": "1.3B", "3.1b": "2.7B"}

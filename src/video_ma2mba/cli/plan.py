@@ -161,24 +161,30 @@ class Case:
 
     def fits(self, options: dict | None, num_frames: int, num_tokens: int) -> bool:
         plan, activations_bytes = self.plan(options, num_frames, num_tokens)
-        total = self.fixed(options, num_frames).total + activations_bytes + RESERVED_BYTES
+        return self.within(self.fixed(options, num_frames).total + activations_bytes + RESERVED_BYTES, plan)
+
+    def within(self, total_bytes: int, plan: "CheckpointPlan | None") -> bool:
+        """Whether the GPU holds `total_bytes`, and the host what the plan leaves there."""
         host = self.args.host_memory
-        return total <= self.args.gpu_memory and (plan is None or host is None or plan.predicted_host_bytes <= host)
+        return total_bytes <= self.args.gpu_memory and (
+            plan is None or host is None or plan.predicted_host_bytes <= host
+        )
 
     def row(self, name: str, options: dict | None, num_frames: int, num_tokens: int) -> dict[str, Any]:
         fixed = self.fixed(options, num_frames)
         plan, activations_bytes = self.plan(options, num_frames, num_tokens)
+        total_bytes = fixed.total + activations_bytes + RESERVED_BYTES
         per_frame = self.config.tokens_per_frame
         longest = largest(lambda n: self.fits(options, n, n * per_frame), MAX_TOKENS // per_frame)
         return {
             "method": name,
             **asdict(fixed),
             "activations_bytes": activations_bytes,
-            "total_bytes": fixed.total + activations_bytes + RESERVED_BYTES,
+            "total_bytes": total_bytes,
             "host_bytes": plan.predicted_host_bytes if plan else 0,
             "plan": str(plan) if plan else "no checkpointing",
             "recompute_factor": plan.recompute_factor if plan else 1.0,
-            "fits": self.fits(options, num_frames, num_tokens),
+            "fits": self.within(total_bytes, plan),
             "longest_frames": longest,
             "longest_is_bound": longest == MAX_TOKENS // per_frame,
         }
