@@ -3,12 +3,18 @@ PYTHON ?= python3
 TORCH := $(shell grep '^torch==' constraints.txt)
 OLDEST_TRANSFORMERS := 5.17.0
 
-.PHONY: help demo test test-oldest lint cards clean
+# the Triton kernels, for their tests in Triton's interpreter
+TRITON := triton==3.9.0
+MAMBA_SSM := mamba-ssm==2.3.2.post1
+
+.PHONY: help demo test test-oldest test-kernels gpu lint cards clean
 
 help:
 	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
 	@echo "make test         run all tests on the pinned versions"
 	@echo "make test-oldest  run them on transformers $(OLDEST_TRANSFORMERS), the oldest that is supported"
+	@echo "make test-kernels run the tests of the GPU kernels on the CPU, in Triton's interpreter"
+	@echo "make gpu          test and measure on a GPU, into one JSON: WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
 	@echo "make lint         check the style with ruff"
 	@echo "make cards        bring the code in model_cards/ up to date with the rooms it was copied from"
 	@echo "make clean        remove the environments and caches that the targets above made"
@@ -22,6 +28,15 @@ test: .venv/.ready
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pytest -n 2
 
+test-kernels: .venv-kernels/.ready
+	TRITON_INTERPRET=1 .venv-kernels/bin/pytest tests/kernels
+
+# Needs no network and no set-up but the Python that is there: it has torch, triton, transformers, peft and pytest.
+DEVICE ?= cuda
+OUT ?= gpu.json
+gpu:
+	$(PYTHON) examples/gpu.py --device $(DEVICE) --output $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
+
 lint: .venv/.ready
 	.venv/bin/ruff check .
 
@@ -30,7 +45,7 @@ cards:
 	for code in model_cards/*/*.py; do cp modeling/$$(basename $$code) $$code 2>/dev/null || cp processing/$$(basename $$code) $$code; done
 
 clean:
-	rm -rf .venv .venv-oldest .ruff_cache build *.egg-info
+	rm -rf .venv .venv-oldest .venv-kernels .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call.
@@ -44,6 +59,15 @@ clean:
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet $(TORCH)
 	$*/bin/python -m pip install --quiet --constraint $(filter %constraints.txt,$^) --editable '.[dev]'
+	touch $@
+
+# Both variables: the first alone fails where torch has no CUDA. --no-deps: the package asks for 40 others.
+.venv-kernels/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-kernels
+	.venv-kernels/bin/python -m pip install --quiet $(TORCH)
+	.venv-kernels/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest einops ninja packaging setuptools wheel
+	.venv-kernels/bin/python -m pip install --quiet --no-deps $(TRITON)
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE .venv-kernels/bin/python -m pip install --quiet --no-build-isolation --no-deps $(MAMBA_SSM)
 	touch $@
 
 # transformers before 5.18 wants huggingface_hub 1.x; everything else stays as pinned.

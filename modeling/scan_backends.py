@@ -23,7 +23,7 @@ LARGEST_NORM_BYTES = 65536  # of one row of one group, which the norm's kernel h
 
 
 class Backends(NamedTuple):
-    """What a mixer runs. `conv`: `causal_conv1d_fn`, or None for plain torch. `reasons`: why not, by refused backend."""
+    """What a mixer runs. `conv`: `causal_conv1d_fn`, or None for plain torch. `reasons`: for each refused, why."""
 
     scan: str
     conv: Callable | None
@@ -85,7 +85,7 @@ def why_not_mamba_ssm(device_type, dtype, shape, activation="silu"):
         return f"time_step_limit starts at {shape.time_step_limit[0]}, so padding cannot be given a step of zero"
     group_bytes = shape.inner // shape.n_groups * dtype.itemsize
     if group_bytes > LARGEST_NORM_BYTES:
-        return f"a group of {group_bytes} bytes is more than the {LARGEST_NORM_BYTES} that the gated norm's kernel holds"
+        return f"a group of {group_bytes} bytes is more than the {LARGEST_NORM_BYTES} the gated norm's kernel holds"
     return _why_not_import(scan_kernels)
 
 

@@ -1,9 +1,10 @@
-"""The core of a mixer on the Triton kernels of mamba_ssm and, where it is there, the CUDA convolution of causal_conv1d.
+"""The core of a mixer on the Triton kernels of mamba_ssm and, where it is there, the convolution of causal_conv1d.
 
-It does what `Mamba2Mixer._core` does in plain torch, and as there the backward pass starts from in_proj's output and the
-incoming states; kept besides is the scan's output, so that the scan is not run again. It is put together from the forward
-and backward pieces that mamba_ssm 2.3 releases, because the released fused function has no convolution state, and its
-scan rounds the gradient of the states to the dtype of x: here both states go in and out, with gradients in float32.
+It does what `Mamba2Mixer._core` does in plain torch, and as there the backward pass starts from in_proj's output and
+the incoming states; kept besides is the scan's output, so that the scan is not run again. It is put together from the
+forward and backward pieces that mamba_ssm 2.3 releases: the released fused function has no convolution state, and the
+released scan rounds the gradient of its states to the dtype of x. Here both states go in and out, with gradients in
+float32.
 
 The kernels address with 32 bits: past about 200,000 tokens of the 2.7B model in one call they would silently read and
 write the wrong place (state-spaces/mamba#1015). No call here is longer than `tokens_per_call`; the states carry over.
@@ -55,7 +56,7 @@ def scan_kernels():
     """The modules of mamba_ssm that are used here, imported past the package's own `__init__`.
 
     That one needs `selective_scan_cuda`, a compiled part of Mamba-1, which is missing or broken on many machines. The
-    package is taken out of `sys.modules` again: transformers takes it, once importable, for its own Mamba-2, on any device.
+    package is taken out of `sys.modules` again: transformers would take it for its own Mamba-2, on any device.
 
     Raises:
         ImportError: mamba_ssm, triton or einops is missing.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 ORDERS = ("layer_major", "sequence_major")
 AXES = ("layer", "sequence")
 SEGMENT = 512  # tokens a mixer works on at a time; as in `mamba2`
+KERNEL_SEGMENT = 8192  # likewise on the kernels; as in `ssd_kernels`
 HOST_TO_DEVICE = 8  # machines have several times as much host memory as device memory
 SCAN_CHUNK = 64  # tokens of one block of the scan; as in `ssd`
 
@@ -106,6 +107,7 @@ def plan_checkpoints(
     num_supervised_tokens=None,
     num_frames=0,
     trains_vision=True,
+    scan_backend="torch",
     **options,
 ):
     """The best plan for a batch of this shape.
@@ -122,6 +124,7 @@ def plan_checkpoints(
         dtype_bytes: of the weights and activations.
         num_supervised_tokens: tokens of the batch with a loss; None for one chunk of the loss.
         num_frames: frames of the batch, 0 where embeddings are given. trains_vision: their tower trains.
+        scan_backend: "torch" or "mamba_ssm", which keeps the scan's output too and works on longer segments.
         options: axes, layer_interval, sequence_interval, order, offload, memory_budget_bytes, host_memory_budget_bytes;
             see `gradient_checkpointing_enable`. ("layer",) alone means one time block and, unless it is given, l = 1;
             ("sequence",) means l = L. A given interval, order or offload is kept.
@@ -131,7 +134,9 @@ def plan_checkpoints(
         InfeasibleMemoryBudget: no plan fits.
     """
     check_options(config, **options)
-    costs = Costs(config, batch_size, sequence_length, dtype_bytes, num_supervised_tokens, num_frames, trains_vision)
+    costs = Costs(
+        config, batch_size, sequence_length, dtype_bytes, num_supervised_tokens, num_frames, trains_vision, scan_backend
+    )
     interval = options.get("sequence_interval")
     if interval is not None and interval > sequence_length:
         raise ValueError(f"sequence_interval={interval} is more than the {sequence_length} tokens of the batch: s > S")
@@ -261,6 +266,7 @@ class Costs:
         num_supervised_tokens=None,
         num_frames=0,
         trains_vision=True,
+        scan_backend="torch",
     ):
         for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
             if not _is_int(value) or value < 1:
@@ -279,18 +285,23 @@ class Costs:
         # in_proj's output (gate, x, B, C, dt), which a mixer keeps
         self.projected = b * (inner + conv_dim + heads) * e
         self.inner = b * inner * e  # out_proj's input, not kept
+        self.scanned = self.inner if scan_backend == "mamba_ssm" else 0  # the scan's output, which the kernels keep
         # While one layer goes back: the gradients of its output, of out_proj's input, and of in_proj's output. When
         # in_proj goes back, its input, computed again, and the gradient of that take no more room than these.
         self.going_back = self.stream + self.inner + self.projected
         # While one layer goes forward without a graph: its input, the normed input, in_proj's output, out_proj's input,
         # and its output
-        self.going_forward = 2 * self.stream + self.embedding + self.projected + self.inner
+        self.going_forward = 2 * self.stream + self.embedding + self.projected + self.inner + self.scanned
 
         # --- per layer -----------------------------------------------------------------------------------------------
         ssm_state = b * inner * text.state_size * wide
         self.state = ssm_state + b * (text.conv_kernel - 1) * conv_dim * wide
         self._core_sizes = heads, b * wide, b * e, inner, conv_dim, ssm_state
-        self._core_of_a_segment = self._core(SEGMENT)
+        self._chunk_size = text.chunk_size
+        self.segment, self._core = SEGMENT, self._core_of_torch
+        if scan_backend == "mamba_ssm":
+            self.segment, self._core = KERNEL_SEGMENT, self._core_of_kernels
+        self._core_of_a_segment = self._core(self.segment)
 
         # --- the ends of the model -----------------------------------------------------------------------------------
         # The loss: of the supervised tokens the hidden states before and after the final norm and their gradients; of
@@ -312,9 +323,22 @@ class Costs:
 
     def core(self, num_tokens):
         """What the core of a mixer (convolution, scan, gated norm) takes for one segment: forward, and backward."""
-        return self._core_of_a_segment if num_tokens >= SEGMENT else self._core(num_tokens)
+        return self._core_of_a_segment if num_tokens >= self.segment else self._core(num_tokens)
 
-    def _core(self, q):
+    def _core_of_kernels(self, q):
+        """Derived from the shapes that the kernels' wrappers allocate; not counted."""
+        heads, wide, narrow, inner, conv_dim, ssm_state = self._core_sizes
+        c = -(-q // self._chunk_size)
+        conv = 3 * q * conv_dim * narrow  # its input beside the conv state, its output, and that after the activation
+        states = c * ssm_state  # at the start of each chunk, float32
+        scores = c * self._chunk_size**2 * wide
+        steps = q * heads * wide
+        forward = conv + 2 * states + scores + 2 * steps + q * inner * narrow
+        # the states, their gradients before and after they are handed on, those of x, B and C, and the norm's two
+        backward = conv + 3 * states + 2 * scores + 6 * steps + q * (conv_dim + 2 * inner) * narrow
+        return forward, backward
+
+    def _core_of_torch(self, q):
         heads, wide, narrow, inner, conv_dim, ssm_state = (
             self._core_sizes
         )  # wide and narrow: bytes of a batch of numbers
@@ -355,10 +379,10 @@ class Costs:
         L, S, s = self.num_layers, self.num_tokens, sequence_interval
         n, G = -(-S // s), -(-L // layer_interval)
         keeps_lower = order == "layer_major"
-        inner_states = (-(-s // SEGMENT) - 1) * self.state  # between the segments of the layer at work
+        inner_states = (-(-s // self.segment) - 1) * self.state  # between the segments of the layer at work
         core_forward, core_backward = self.core(s)
         # A cell keeps its layers' streams and in_proj outputs and its final states; on top one layer goes back.
-        cell = layer_interval * (s * (self.stream + self.projected) + self.state)
+        cell = layer_interval * (s * (self.stream + self.projected + self.scanned) + self.state)
         cell += s * self.going_back + inner_states + core_backward + self.kept
         cell_of_first = cell + (s * self.stream if self.casts_embeddings else 0)
         lower_of_chunk = (G - 1) * s * self.stream
@@ -390,8 +414,9 @@ class Costs:
     def peak_bytes_without(self):
         """As `peak_bytes`, of a pass that keeps what all layers need."""
         S, L = self.num_tokens, self.num_layers
-        kept = S * self.embedding + L * (S * (self.stream + self.projected) + self.state) + S * self.stream
-        inner_states = (-(-S // SEGMENT) - 1) * self.state
+        of_a_layer = S * (self.stream + self.projected + self.scanned) + self.state
+        kept = S * self.embedding + L * of_a_layer + S * self.stream
+        inner_states = (-(-S // self.segment) - 1) * self.state
         back = S * self.going_back + inner_states + self.core(S)[1] + self.kept
         return max(kept + max(back, self.loss), 2 * S * self.embedding + self.vision)
 

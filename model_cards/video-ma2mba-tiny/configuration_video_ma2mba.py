@@ -30,6 +30,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         image_mean, image_std: per channel, for pixels given as uint8.
         vision_chunk_size: frames that go through the tower at a time; a CLIP-L that trains keeps 0.4 GB of each.
         prefill_chunk_size: tokens that go through the backbone at a time where no gradient is asked for.
+        scan_backend: "torch", "mamba_ssm" (kernels for GPUs), or "auto" for these where they run. One that is asked for
+            by name never gives way to another in silence.
         loss_chunk_size: supervised tokens that go through the head at a time.
 
     Raises:
@@ -54,6 +56,7 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     vision_chunk_size: int = 8
     prefill_chunk_size: int = 4096
     loss_chunk_size: int = 1024
+    scan_backend: Literal["auto", "torch", "mamba_ssm"] = "auto"
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):

@@ -13,11 +13,13 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .autocast import autocast_dtype
+from .autocast import autocast_dtype, autocast_to
 from .checkpointing import run_checkpointed
 from .recompute import recompute_segments, saved_as_recipe
 from .run_layers import kept_tokens, run_layers
+from .scan_backends import choose_backends
 from .ssd import causal_conv1d, ssd_scan, ssd_step
+from .ssd_kernels import CoreShape, kernel_core
 
 # Tokens a mixer works on at a time: bounds what the convolution and the scan hold, whatever the length of the call.
 SEGMENT = 512
@@ -99,12 +101,18 @@ class Mamba2RMSNormGated(nn.Module):
 class Mamba2Mixer(nn.Module):
     """in_proj -> causal convolution -> SSD scan -> gated norm -> out_proj, with states in and out.
 
-    For the backward pass it keeps what in_proj gave and the incoming states; the rest is computed again. The
-    projections stay ordinary modules, so adapters and quantised layers may take their place.
+    For the backward pass it keeps what in_proj gave and the incoming states, on the kernels also what the scan gave;
+    the rest is computed again. The projections stay ordinary modules, so adapters and quantised layers may take their
+    place.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, scan_backend="auto"):
         super().__init__()
+        self.scan_backend, self.hidden_act = scan_backend, config.hidden_act
+        self.shape = CoreShape(
+            config.num_heads, config.head_dim, config.n_groups, config.state_size, config.chunk_size,
+            tuple(config.time_step_limit), config.layer_norm_epsilon,
+        )  # fmt: skip
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.n_groups, self.state_size = config.n_groups, config.state_size
         self.conv_kernel = config.conv_kernel
@@ -148,9 +156,21 @@ class Mamba2Mixer(nn.Module):
         params = (
             self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight,
         )  # fmt: skip
-        y, state, again = recompute_segments(self._core, SEGMENT, (projected, mask), state, params)
+        y, state, again = self._run_core(projected, mask, state, params)
         with saved_as_recipe(y, again):
             return self.out_proj(y), LayerState(*state)
+
+    def backends(self, device, dtype):
+        """The `Backends` that run what in_proj gives on this device in this dtype."""
+        return choose_backends(self.scan_backend, device, dtype, self.shape, self.conv_kernel, self.hidden_act)
+
+    def _run_core(self, projected, mask, state, params):
+        """Everything between the projections, on the chosen backend: as `recompute_segments` gives it."""
+        backends = self.backends(projected.device, projected.dtype)
+        if backends.scan == "torch" or projected.shape[1] == 0:
+            return recompute_segments(self._core, SEGMENT, (projected, mask), state, params)
+        with autocast_to(projected.device.type, None):
+            return kernel_core(self.shape, backends.conv, projected, mask, state, params)
 
     def _core(self, sequence, states, params):
         """Everything between the projections, on one segment: (b, t, projection) -> (b, t, intermediate)."""
@@ -187,11 +207,11 @@ class Mamba2Mixer(nn.Module):
 class Mamba2Block(nn.Module):
     """Pre-norm residual around a mixer: a `block(hidden_states, state, mask) -> hidden_states, state`."""
 
-    def __init__(self, config):
+    def __init__(self, config, scan_backend="auto"):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mixer = Mamba2Mixer(config)
+        self.mixer = Mamba2Mixer(config, scan_backend)
 
     def forward(self, hidden_states, state, mask=None):
         """Arguments and results as `Mamba2Mixer.forward`; the residual stream is float32 if the config says so."""
@@ -211,13 +231,14 @@ class Mamba2Backbone(nn.Module):
     Args:
         config: transformers' `Mamba2Config`.
         prefill_chunk_size: tokens that go through all layers at a time where no gradient is asked for.
+        scan_backend: "auto", "torch" or "mamba_ssm"; see `scan_backends`.
     """
 
-    def __init__(self, config, prefill_chunk_size):
+    def __init__(self, config, prefill_chunk_size, scan_backend="auto"):
         super().__init__()
         self.prefill_chunk_size = prefill_chunk_size
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Mamba2Block(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([Mamba2Block(config, scan_backend) for _ in range(config.num_hidden_layers)])
         self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
     def new_cache(self, batch_size):

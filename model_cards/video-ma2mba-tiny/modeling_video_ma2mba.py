@@ -106,7 +106,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         super().__init__(config)
         self.vision_tower = _build_tower(config)
         self.multi_modal_projector = VideoMa2mbaProjector(config)
-        self.language_model = Mamba2Backbone(config.text_config, config.prefill_chunk_size)
+        self.language_model = Mamba2Backbone(config.text_config, config.prefill_chunk_size, config.scan_backend)
         self.gradient_checkpointing, self.checkpoint_options, self._plans = False, {}, {}
         self.post_init()
 

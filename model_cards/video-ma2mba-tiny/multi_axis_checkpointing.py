@@ -85,9 +85,11 @@ class MultiAxisCheckpointing:
             options = dict(base.checkpoint_options)
             if options["sequence_interval"] is not None:  # a batch shorter than that is one time block
                 options["sequence_interval"] = min(options["sequence_interval"], sequence_length)
+            weight = base.language_model.embeddings.weight
+            backends = base.language_model.layers[0].mixer.backends(weight.device, weight.dtype)
             base._plans[key] = plan_checkpoints(
-                self.config, *key, dtype_bytes=base.language_model.embeddings.weight.element_size(), **options
-            )  # fmt: skip
+                self.config, *key, dtype_bytes=weight.element_size(), scan_backend=backends.scan, **options
+            )
             logger.info(f"MA-GC, batch {batch_size} x {sequence_length} tokens: {base._plans[key]}")
         return base._plans[key]
 

@@ -34,7 +34,6 @@ def causal_conv1d(x, weight, bias, conv_state, mask=None):
     Returns:
         (batch, tokens, channels) in the dtype of `x`, and the new conv state: a copy, not a view that keeps `x` alive.
     """
-    num_tokens, num_kept = x.shape[1], weight.shape[1] - 1
     window = torch.cat([conv_state.to(x.dtype), x], dim=1)
     y = F.conv1d(
         window.transpose(1, 2),
@@ -42,12 +41,18 @@ def causal_conv1d(x, weight, bias, conv_state, mask=None):
         None if bias is None else bias.to(x.dtype),
         groups=x.shape[2],
     )
+    return y.transpose(1, 2), last_inputs(x, conv_state, mask)
+
+
+def last_inputs(x, conv_state, mask=None):
+    """The conv state after `x`: its last real inputs, (batch, width - 1, channels); arguments as `causal_conv1d`."""
+    num_kept = conv_state.shape[1]
     if mask is None:
-        new_state = window[:, num_tokens:]
-    else:
-        last = mask.sum(dim=1, keepdim=True) + torch.arange(num_kept, device=x.device)  # (b, w - 1)
-        new_state = window.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
-    return y.transpose(1, 2), new_state.to(conv_state.dtype, copy=True)
+        window = torch.cat([conv_state.to(x.dtype), x[:, -num_kept:]], dim=1)
+        return window[:, window.shape[1] - num_kept :].to(conv_state.dtype, copy=True)
+    window = torch.cat([conv_state.to(x.dtype), x], dim=1)
+    last = mask.sum(dim=1, keepdim=True) + torch.arange(num_kept, device=x.device)  # (b, w - 1)
+    return window.gather(1, last[..., None].expand(-1, -1, x.shape[2])).to(conv_state.dtype)
 
 
 def ssd_scan(x, dt, A, B, C, D, ssm_state, chunk_size=SCAN_CHUNK):

@@ -10,6 +10,7 @@ import pytest
 from transformers import Mamba2Config
 
 from video_ma2mba.benchmark.memory import count
+from video_ma2mba.modeling import checkpoint_plan, mamba2, ssd, ssd_kernels
 from video_ma2mba.modeling.checkpoint_plan import (
     CheckpointPlan,
     Costs,
@@ -303,3 +304,22 @@ def test_the_planner_needs_no_torch():
 
     source = "import sys, runpy; runpy.run_path(sys.argv[1]); assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", source, module.__file__], check=True)
+
+
+def test_constants_are_those_of_the_modules_that_compute():
+    """The plan may import no torch, so it names them again."""
+    assert checkpoint_plan.SEGMENT == mamba2.SEGMENT
+    assert checkpoint_plan.KERNEL_SEGMENT == ssd_kernels.KERNEL_SEGMENT
+    assert checkpoint_plan.SCAN_CHUNK == ssd.SCAN_CHUNK
+
+
+def test_the_kernels_keep_the_scans_output_too():
+    """Per token and layer of a cell it costs `inner` more numbers; the rest of a long sequence is the same."""
+    config, tokens = VideoMa2mbaConfig.from_preset("3.1b"), 2**17
+    cut = ("sequence_major", 64, 8192, True)
+    torch_plan = predict_plan(config, 1, tokens, *cut)
+    kernel_plan = predict_plan(config, 1, tokens, *cut, scan_backend="mamba_ssm")
+    more = kernel_plan.predicted_peak_bytes - torch_plan.predicted_peak_bytes
+    kept = 64 * 8192 * 5120 * 2
+    assert kept < more < 1.2 * kept
+    assert kernel_plan.predicted_host_bytes == torch_plan.predicted_host_bytes

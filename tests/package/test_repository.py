@@ -42,3 +42,6 @@ def test_code_in_model_cards_is_that_of_the_rooms():
     rooms = {path.name: path.read_bytes() for room in ROOMS[:2] for path in room.glob("*.py")}
     assert copies
     assert [copy.name for copy in copies if copy.read_bytes() != rooms.get(copy.name)] == []
+    for copy in copies:
+        needed = re.findall(r"^from \.(\w+) import", copy.read_text("utf-8"), re.MULTILINE)
+        assert [name for name in needed if not copy.with_name(f"{name}.py").exists()] == [], copy

@@ -30,6 +30,7 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: a mixer's core on the kernels")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=32)
@@ -47,6 +48,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("batch", "tokens", "heads", "head_dim", "state", "their_chunk", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
+        from . import mixer
+
+        return mixer.measure(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     inputs, cotangents = _inputs(args)

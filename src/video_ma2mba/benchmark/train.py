@@ -7,18 +7,17 @@ memory is reported as such and the others go on. The paper's Table 8 is the same
 
 import argparse
 import gc
-import platform
 import statistics
 import time
 from typing import Any
 
 import torch
-import transformers
-from transformers import Mamba2Config
+from transformers import CLIPVisionConfig, Mamba2Config
 
 from ..methods import METHODS
 from ..modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from ..modeling.configuration_video_ma2mba import PRESETS
+from .machine import describe
 
 NUM_SUPERVISED = 512
 
@@ -32,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=int, default=5, help="timed steps of each method, after one that is not timed"
     )
+    parser.add_argument("--once", action="store_true", help="no untimed step first: for lengths that take minutes")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -42,41 +42,41 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     torch.manual_seed(0)
-    model = VideoMa2mbaForConditionalGeneration._from_config(_config(args.model), dtype=dtype).to(device).train()
+    config = backbone_config(args.model)
+    model = VideoMa2mbaForConditionalGeneration._from_config(config, dtype=dtype).to(device).train()
     model.model.vision_tower.requires_grad_(False)
-    rows = [row for length in args.lengths for row in _measure(model, length, args.methods, args.repeats)]
+    rows = [row for length in args.lengths for row in _measure(model, length, args)]
     return {
         "benchmark": "train",
         "model": args.model,
         "num_backbone_parameters": sum(p.numel() for p in model.model.language_model.parameters()),
         "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "num_threads": torch.get_num_threads(),
         "rows": rows,
-        "versions": {
-            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-        },
-    }  # fmt: skip
+        "machine": describe(device.type),
+    }
 
 
-def _config(name: str) -> VideoMa2mbaConfig:
+def backbone_config(name: str) -> VideoMa2mbaConfig:
+    """The preset of that name, or for "small" a backbone that a CPU can train."""
     if name != "small":
         return VideoMa2mbaConfig.from_preset(name)
     text = Mamba2Config(
         hidden_size=256, num_hidden_layers=8, num_heads=8, head_dim=64, state_size=64, n_groups=1, vocab_size=512,
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1,
     )  # fmt: skip
-    return VideoMa2mbaConfig.from_preset("0.7b", text_config=text, image_token_id=510, video_token_id=511)
+    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    return VideoMa2mbaConfig(vision_config=vision, text_config=text, image_token_id=510, video_token_id=511)
 
 
-def _measure(model: VideoMa2mbaForConditionalGeneration, length: int, methods: list[str], repeats: int) -> list[dict]:
+def _measure(model: VideoMa2mbaForConditionalGeneration, length: int, args: argparse.Namespace) -> list[dict]:
     """The rows of one length. One that ran has `step_s`, `tokens_per_s`, its ratio to off; on a GPU `peak_bytes`."""
+    methods, untimed = args.methods, 0 if args.once else 1
     input_ids = torch.randint(2, 500, (1, length), device=model.device)
     labels = input_ids.clone()
     labels[:, :-NUM_SUPERVISED] = -100
     times: dict[str, list[float]] = {name: [] for name in methods}
     peaks: dict[str, int] = {}
-    for turn in range(repeats + 1):
+    for turn in range(args.repeats + untimed):
         for name in [name for name in methods if name in times]:
             _enable(model, METHODS[name])
             try:
@@ -84,7 +84,7 @@ def _measure(model: VideoMa2mbaForConditionalGeneration, length: int, methods: l
             except torch.cuda.OutOfMemoryError:
                 del times[name]
                 continue
-            if turn > 0:  # the first turn warms up
+            if turn >= untimed:  # the first turn warms up
                 times[name].append(step_s)
                 peaks[name] = peak_bytes
     rows = []

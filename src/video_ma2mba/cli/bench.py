@@ -16,13 +16,15 @@ BENCHMARKS = {
     "scan": "forward and backward of the Mamba-2 scan against transformers' own",
     "memory": "memory of training by checkpointing method and length: counted at full size, or measured",
     "train": "training throughput by checkpointing method",
+    "generate": "prefill, seconds per new token by length of the context, and frames per second of the tower",
+    "backends": "which kernels run on this machine, and why not the others",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "benchmarks (`video-ma2mba bench NAME --help` lists the options of one):\n" + "\n".join(
-        f"  {name:<8} {text}" for name, text in BENCHMARKS.items()
+        f"  {name:<10} {text}" for name, text in BENCHMARKS.items()
     )
     parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help="which benchmark to run")
     # Their options are known only once the module is imported, which takes seconds: so only the one that is asked for.

@@ -1,0 +1,351 @@
+"""The core of a mixer on the Triton kernels of mamba_ssm and, where it is there, the convolution of causal_conv1d.
+
+It does what `Mamba2Mixer._core` does in plain torch, and as there the backward pass starts from in_proj's output and
+the incoming states; kept besides is the scan's output, so that the scan is not run again. It is put together from the
+forward and backward pieces that mamba_ssm 2.3 releases: the released fused function has no convolution state, and the
+released scan rounds the gradient of its states to the dtype of x. Here both states go in and out, with gradients in
+float32.
+
+The kernels address with 32 bits: past about 200,000 tokens of the 2.7B model in one call they would silently read and
+write the wrong place (state-spaces/mamba#1015). No call here is longer than `tokens_per_call`; the states carry over.
+"""
+
+import importlib
+import importlib.util
+import sys
+import types
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from .ssd import causal_conv1d, last_inputs
+
+# Tokens a mixer gives to the kernels at a time: bounds what they hold, and is long enough to fill a GPU.
+KERNEL_SEGMENT = 8192
+MAX_OFFSET = 2**31 - 1  # elements from the start of an operand
+NEVER = -1e4  # a step before the softplus that becomes exactly zero after it: the token is padding
+
+
+class CoreShape(NamedTuple):
+    """The numbers that a mixer's core needs, besides its weights."""
+
+    num_heads: int
+    head_dim: int
+    n_groups: int
+    state_size: int
+    chunk_size: int
+    time_step_limit: tuple[float, float]
+    epsilon: float
+
+    @property
+    def inner(self):
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_dim(self):
+        return self.inner + 2 * self.n_groups * self.state_size
+
+    @property
+    def projection(self):
+        return self.inner + self.conv_dim + self.num_heads
+
+
+@lru_cache
+def scan_kernels():
+    """The modules of mamba_ssm that are used here, imported past the package's own `__init__`.
+
+    That one needs `selective_scan_cuda`, a compiled part of Mamba-1, which is missing or broken on many machines. The
+    package is taken out of `sys.modules` again: transformers would take it for its own Mamba-2, on any device.
+
+    Raises:
+        ImportError: mamba_ssm, triton or einops is missing.
+    """
+    package = sys.modules.get("mamba_ssm")
+    if package is None:
+        spec = importlib.util.find_spec("mamba_ssm")
+        if spec is None:
+            raise ImportError("the package mamba-ssm is not installed")
+        stand_in = types.ModuleType("mamba_ssm")
+        stand_in.__path__ = list(spec.submodule_search_locations)
+        sys.modules["mamba_ssm"] = stand_in
+    try:
+        names = ("ssd_combined", "selective_state_update", "layernorm_gated")
+        modules = [importlib.import_module(f"mamba_ssm.ops.triton.{name}") for name in names]
+    finally:
+        if package is None:
+            del sys.modules["mamba_ssm"]
+    return types.SimpleNamespace(**dict(zip(("scan", "update", "norm"), modules, strict=True)))
+
+
+@lru_cache
+def conv_kernel():
+    """`causal_conv1d_fn` of causal_conv1d. Raises ImportError where the package or its compiled part is missing."""
+    return importlib.import_module("causal_conv1d").causal_conv1d_fn
+
+
+def elements_per_token(shape):
+    """For every operand of the kernels, how many of its elements one token of one sequence takes, at most."""
+    heads, chunk = shape.num_heads, shape.chunk_size
+    return {
+        "projected": shape.projection,  # the rows of what in_proj gave, of which gate, x, B, C, dt are slices
+        "convolved": shape.conv_dim,
+        "y": shape.inner,
+        "states": -(-shape.inner * shape.state_size // chunk),  # at the start of each chunk
+        "C B^T": shape.n_groups * chunk,
+        "its gradient": heads * chunk,  # in up to one part per head
+        "gradients of B and C": heads * shape.state_size,  # likewise
+    }
+
+
+def tokens_per_call(batch_size, shape):
+    """Tokens of one call of the kernels, in whole chunks: no element of any operand lies beyond `MAX_OFFSET`.
+
+    Raises:
+        ValueError: the batch is so large that not even one chunk of it fits.
+    """
+    most = MAX_OFFSET // (batch_size * max(elements_per_token(shape).values()))
+    tokens = min(KERNEL_SEGMENT, most) // shape.chunk_size * shape.chunk_size
+    if tokens == 0:
+        raise ValueError(f"{batch_size} sequences are too many for one call of the scan's kernels: use a smaller batch")
+    return tokens
+
+
+def kernel_core(shape, conv, projected, mask, states, params):
+    """Convolution, scan and gated norm.
+
+    Args:
+        shape: `CoreShape`.
+        conv: `causal_conv1d_fn`, or None for the convolution in plain torch.
+        projected: (batch, tokens, projection), what in_proj gave: float32, bfloat16 or float16.
+        mask: (batch, tokens) bool, real tokens first in each row, or None.
+        states: conv_state and ssm_state, float32.
+        params: weight (conv_dim, 1, width) and bias of the convolution, dt_bias, A_log, D, weight of the gated norm.
+
+    Returns:
+        (batch, tokens, inner), the new states, and a function that computes the first again, as `recompute_segments`.
+    """
+    if projected.shape[1] == 1 and not torch.is_grad_enabled() and shape.time_step_limit == (0.0, float("inf")):
+        return *_step(shape, conv, projected, mask, states, params), None
+    kept = []
+
+    def again():
+        return _gated_norm(shape, kept[0], projected, params[-1])[0]
+
+    y, *states = _KernelCore.apply(shape, conv, kept, projected, mask, *states, *params)
+    return y, tuple(states), again
+
+
+class _KernelCore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, shape, conv, kept, projected, mask, conv_state, ssm_state, *params):
+        conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
+        scan, A = scan_kernels().scan, -A_log.float().exp()
+        scanned = projected.new_empty(*projected.shape[:2], shape.inner)
+        borders = []
+        for span in _spans(projected, shape):
+            borders += [conv_state, ssm_state]
+            _, x_B_C, dt = _parts(_call(projected, span), shape)
+            convolved, conv_state = _convolve(conv, x_B_C, conv_weight, conv_bias, conv_state, _cut(mask, span))
+            out, _, _, _, _, ssm_state = scan._mamba_chunk_scan_combined_fwd(
+                *_scanned(convolved, _masked(dt, _cut(mask, span)), A, shape), shape.chunk_size, D=D.float(),
+                dt_bias=dt_bias.float(), initial_states=ssm_state, dt_softplus=True, dt_limit=shape.time_step_limit,
+            )  # fmt: skip
+            scanned[:, span] = out.flatten(2)
+        y, rstd = _gated_norm(shape, scanned, projected, norm_weight)
+        ctx.shape, ctx.conv = shape, conv
+        ctx.save_for_backward(projected, mask, scanned, rstd, *params, *borders)
+        kept.append(scanned)
+        return y, conv_state, ssm_state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y, grad_conv_state, grad_ssm_state):
+        shape = ctx.shape
+        projected, mask, scanned, rstd, *params = ctx.saved_tensors
+        params, borders = params[:6], params[6:]
+        conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
+        A = -A_log.float().exp()
+        grad_projected = torch.empty_like(projected)
+        sums = [None if p is None else torch.zeros_like(p, dtype=torch.float32) for p in params]
+        for span in reversed(_spans(projected, shape)):
+            ssm_state, conv_state = borders.pop(), borders.pop()
+            piece, grad_piece = _call(projected, span), _call(grad_projected, span)
+            gate, x_B_C, dt = _parts(piece, shape)
+            grad_gate, grad_x_B_C, grad_dt = _parts(grad_piece, shape)
+            where = _cut(mask, span)
+
+            grad_scanned, grad_weight, grad_z = _gated_norm_backward(
+                shape, grad_y[:, span], scanned[:, span], gate, norm_weight, rstd[:, _rows(projected, span)]
+            )
+            grad_gate.copy_(grad_z)
+            sums[5] += grad_weight
+
+            wanted = [x_B_C, conv_weight, conv_bias, conv_state]
+            wanted = [None if t is None else t.detach().requires_grad_() for t in wanted]
+            with torch.enable_grad():
+                convolved, new_conv_state = _convolve(ctx.conv, *wanted, where)
+            operands = _scanned(convolved.detach(), _masked(dt, where), A, shape)
+            grad_convolved = torch.empty(convolved.shape, dtype=convolved.dtype, device=convolved.device)
+            grad_A, grad_D, grad_dt_bias, grad_ssm_state = _scan_backward(
+                shape, grad_scanned, operands, D.float(), dt_bias.float(), ssm_state, grad_ssm_state,
+                _split_scanned(grad_convolved, shape), grad_dt,
+            )  # fmt: skip
+            sums[2] += grad_dt_bias
+            sums[3] += grad_A * A
+            sums[4] += grad_D
+            found = iter(torch.autograd.grad(
+                (convolved, new_conv_state), [t for t in wanted if t is not None], (grad_convolved, grad_conv_state)
+            ))  # fmt: skip
+            grad_x_B_C.copy_(next(found))
+            sums[0] += next(found)
+            if conv_bias is not None:
+                sums[1] += next(found)
+            grad_conv_state = next(found)
+            if grad_piece.data_ptr() != grad_projected[:, span].data_ptr():
+                grad_projected[:, span] = grad_piece
+        sums = [None if p is None else s.to(p.dtype) for p, s in zip(params, sums, strict=True)]
+        return None, None, None, grad_projected, None, grad_conv_state, grad_ssm_state, *sums
+
+
+def _scan_backward(shape, grad_y, operands, D, dt_bias, ssm_state, grad_final, grads, grad_dt):
+    """The backward pass of the scan, piece by piece as mamba_ssm does it, with states and their gradients in float32.
+
+    Writes into `grads`, those of x, B and C, and into `grad_dt`. Returns the gradients of A, D, dt_bias, ssm_state.
+    """
+    k = scan_kernels().scan
+    x, dt, A, B, C = operands
+    grad_x, grad_B, grad_C = grads
+    grad_y = grad_y.view(x.shape)
+    softplus = {"dt_bias": dt_bias, "dt_softplus": True, "dt_limit": shape.time_step_limit}
+    log_decay, step = k._chunk_cumsum_fwd(dt, A, shape.chunk_size, **softplus)  # (b, h, c, q) each
+    of_chunk = log_decay[..., -1]
+    # the states at the start of each chunk, and their gradients
+    added = k._chunk_state_fwd(B, x, step, log_decay, states_in_fp32=True)  # (b, c, h, p, n)
+    states, _ = k._state_passing_fwd(added.flatten(-2), of_chunk, initial_states=ssm_state.flatten(-2))
+    del added
+    grad_states = k._chunk_scan_bwd_dstates(C, log_decay, grad_y, dtype=torch.float32)
+    grad_states, grad_of_chunk, grad_initial = k._state_passing_bwd(
+        states, of_chunk, grad_states.flatten(-2), dfinal_states=grad_final.flatten(-2), has_initial_states=True
+    )
+    # matrix products run in the dtype of x
+    states = states.to(x.dtype).unflatten(-1, ssm_state.shape[-2:])
+    grad_states = grad_states.to(x.dtype).unflatten(-1, ssm_state.shape[-2:])
+    scores = k._bmm_chunk_fwd(C, B, shape.chunk_size, output_dtype=torch.float32)  # C B^T of each chunk
+    _, grad_step, grad_D = k._chunk_scan_chunk_state_bwd_dx(
+        x, step, log_decay, B, scores, grad_y, grad_states, D=D, dx=grad_x
+    )
+    part_B, grad_after = k._chunk_state_bwd_db(x, step, log_decay, grad_states, B=B, ngroups=shape.n_groups)
+    part_C, grad_before = k._chunk_scan_bwd_dC(states, log_decay, grad_y, C=C, ngroups=shape.n_groups)
+    grad_scores = k._chunk_scan_bwd_dcb(x, step, log_decay, grad_y, ngroups=shape.n_groups).to(scores.dtype)
+    k._bmm_chunk_bwd(C, grad_scores, residual=part_B, out=grad_B)
+    k._bmm_chunk_bwd(B, grad_scores.transpose(-1, -2), residual=part_C, out=grad_C)
+    # of the log decay inside each chunk, which is a cumulative sum of dt * A
+    grad_before[..., -1] += grad_of_chunk
+    grad_decay = grad_before.flip(-1).cumsum(-1).flip(-1)
+    grad_decay += k._chunk_scan_bwd_ddAcs_stable(x, step, log_decay, grad_y, scores)
+    grad_decay += grad_after
+    _, grad_A, grad_dt_bias = k._chunk_cumsum_bwd(grad_decay, grad_step, dt, A, **softplus, ddt=grad_dt)
+    return grad_A, grad_D, grad_dt_bias, grad_initial.view(ssm_state.shape)
+
+
+def _step(shape, conv, projected, mask, states, params):
+    """One token, without gradient: the state is read and written once."""
+    conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
+    conv_state, ssm_state = states
+    _, x_B_C, dt = _parts(projected, shape)
+    convolved, conv_state = _convolve(conv, x_B_C, conv_weight, conv_bias, conv_state, mask)
+    x, B, C = (part[:, 0] for part in _split_scanned(convolved, shape))
+
+    def of_heads(value, *tail):  # the kernel knows by the strides of 0 that a head shares one number
+        return value.float().view(*value.shape, *(1,) * len(tail)).expand(*value.shape, *tail)
+
+    ssm_state = ssm_state.clone()  # the kernel writes in place, and whoever gave us the state may want it again
+    y = scan_kernels().update.selective_state_update(
+        ssm_state, x, of_heads(_masked(dt, mask)[:, 0], shape.head_dim),
+        of_heads(-A_log.float().exp(), shape.head_dim, shape.state_size), B, C, of_heads(D, shape.head_dim),
+        dt_bias=of_heads(dt_bias, shape.head_dim), dt_softplus=True,
+    )  # fmt: skip
+    return _gated_norm(shape, y.flatten(1)[:, None], projected, norm_weight)[0], (conv_state, ssm_state)
+
+
+def _gated_norm(shape, scanned, projected, weight):
+    """RMS norm of `scanned` times silu(gate) over each group: (batch, tokens, inner), and 1 / root-mean-square."""
+    y, rstd = torch.empty_like(scanned), []
+    for span in _spans(projected, shape):
+        gate = _call(projected, span)[..., : shape.inner]
+        out, _, one = scan_kernels().norm._layer_norm_fwd(
+            scanned[:, span].reshape(-1, shape.inner), weight, None, shape.epsilon, z=gate.reshape(-1, shape.inner),
+            group_size=shape.inner // shape.n_groups, norm_before_gate=False, is_rms_norm=True,
+        )  # fmt: skip
+        y[:, span] = out.view(y[:, span].shape)
+        rstd.append(one.view(shape.n_groups, -1))
+    return y, torch.cat(rstd, dim=1)
+
+
+def _gated_norm_backward(shape, grad_y, scanned, gate, weight, rstd):
+    """Gradients of `scanned` (batch, tokens, inner), of the weight, and of the gate."""
+    rows = [t.reshape(-1, shape.inner) for t in (grad_y, scanned, gate)]
+    grad_scanned, grad_weight, _, grad_gate = scan_kernels().norm._layer_norm_bwd(
+        rows[0], rows[1], weight, None, shape.epsilon, None, rstd.flatten().contiguous(), z=rows[2],
+        group_size=shape.inner // shape.n_groups, norm_before_gate=False, is_rms_norm=True,
+    )[:4]  # fmt: skip
+    return grad_scanned.view(scanned.shape), grad_weight, grad_gate.view(gate.shape)
+
+
+def _convolve(conv, x, weight, bias, conv_state, mask):
+    """Convolution and silu: (batch, tokens, conv_dim), and the new conv state. weight: (conv_dim, 1, width)."""
+    weight = weight[:, 0]
+    if conv is None:
+        y, conv_state = causal_conv1d(x, weight, bias, conv_state, mask)
+        return torch.nn.functional.silu(y), conv_state
+    y = conv(
+        x.transpose(1, 2), weight.to(x.dtype), None if bias is None else bias.to(x.dtype),
+        initial_states=conv_state.to(x.dtype).transpose(1, 2), activation="silu",
+    )  # fmt: skip
+    return y.transpose(1, 2), last_inputs(x, conv_state, mask)
+
+
+def _spans(projected, shape):
+    """The slices of tokens that the kernels get one after another."""
+    step = tokens_per_call(projected.shape[0], shape)
+    return [slice(start, start + step) for start in range(0, projected.shape[1], step)]
+
+
+def _call(tensor, span):
+    """A slice of tokens, copied where its rows lie further apart than the kernels can address."""
+    piece = tensor[:, span]
+    return piece if piece.shape[0] == 1 or tensor.numel() <= MAX_OFFSET else piece.contiguous()
+
+
+def _rows(projected, span):
+    """Where the statistics of a slice of tokens stand: slice by slice, in each sequence by sequence."""
+    b = projected.shape[0]
+    return slice(b * span.start, b * min(span.stop, projected.shape[1]))
+
+
+def _cut(mask, span):
+    return None if mask is None else mask[:, span]
+
+
+def _parts(projected, shape):
+    """gate, (x, B, C) and dt."""
+    return projected.split([shape.inner, shape.conv_dim, shape.num_heads], dim=-1)
+
+
+def _masked(dt, mask):
+    return dt if mask is None else dt.masked_fill(~mask[..., None], NEVER)
+
+
+def _split_scanned(convolved, shape):
+    """Views x (batch, tokens, heads, head_dim), B and C (batch, tokens, groups, state)."""
+    x, B, C = convolved.split([shape.inner] + [shape.n_groups * shape.state_size] * 2, dim=-1)
+    B, C = (t.unflatten(-1, (shape.n_groups, shape.state_size)) for t in (B, C))
+    return x.unflatten(-1, (shape.num_heads, shape.head_dim)), B, C
+
+
+def _scanned(convolved, dt, A, shape):
+    """The operands x, dt, A, B, C of the scan."""
+    x, B, C = _split_scanned(convolved, shape)
+    B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (B, C))
+    return x, dt, A, B, C

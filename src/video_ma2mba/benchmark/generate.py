@@ -1,0 +1,84 @@
+"""Answering: tokens per second of prefill, seconds per new token by the length of the context, frames per second.
+
+The past of the model is a state of one size, so a new token must cost the same after a thousand tokens as after a
+million. Contexts are random text, prefilled in chunks. New tokens of all contexts are timed in turns, one by one, and
+their median is given. A prefill that runs out of memory is reported as such.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..modeling import VideoMa2mbaForConditionalGeneration
+from ..modeling.configuration_video_ma2mba import PRESETS
+from .machine import describe
+from .train import backbone_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=["small", *PRESETS], default="small", help="small: for a CPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2**10, 2**14], metavar="TOKENS")
+    parser.add_argument("--new-tokens", type=int, default=50, help="timed after each context (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=16, help="through the tower (default: %(default)s)")
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if min(*args.contexts, args.new_tokens, args.frames) < 1:
+        raise ValueError("--contexts, --new-tokens and --frames must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    torch.manual_seed(0)
+    config = backbone_config(args.model)
+    model = VideoMa2mbaForConditionalGeneration._from_config(config, dtype=dtype).to(args.device).eval()
+
+    def clock(work: Callable[[], Any]) -> tuple[float, Any]:
+        _wait(args.device)
+        start = time.perf_counter()
+        result = work()
+        _wait(args.device)
+        return time.perf_counter() - start, result
+
+    rows, caches = [], {}
+    for context in args.contexts:
+        ids = torch.randint(2, 500, (1, context), device=args.device)
+        model(ids[:, :64], use_cache=True)  # warms up
+        seconds, output = clock(lambda ids=ids: model(ids, use_cache=True, logits_to_keep=1))
+        caches[context] = output.cache_params
+        rows.append({"context_tokens": context, "prefill_s": seconds, "prefill_tokens_per_s": context / seconds})
+    token = torch.full((1, 1), 3, device=args.device)
+    times: dict[int, list[float]] = {context: [] for context in caches}
+    for turn in range(args.new_tokens + 3):
+        for context, cache in caches.items():
+            seconds, _ = clock(lambda cache=cache: model(token, cache_params=cache, use_cache=True))
+            if turn >= 3:
+                times[context].append(seconds)
+    for row in rows:
+        row["s_per_new_token"] = statistics.median(times[row["context_tokens"]])
+        row["cache_bytes"] = caches[row["context_tokens"]].num_bytes
+    pixels = torch.randint(
+        0, 256, (1, args.frames, 3, *2 * [config.vision_config.image_size]), dtype=torch.uint8, device=args.device
+    )
+    clock(lambda: model.get_video_features(pixels[:, :1]))
+    seconds, _ = clock(lambda: model.get_video_features(pixels))
+    return {
+        "benchmark": "generate",
+        "model": args.model,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rows": rows,
+        "longest_over_shortest_context": rows[-1]["s_per_new_token"] / rows[0]["s_per_new_token"],
+        "frames_per_s": args.frames / seconds,
+        "machine": describe(args.device),
+    }
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
