@@ -1,13 +1,14 @@
 """Train the tiny Video-Ma²mba of `model_cards/video-ma2mba-tiny` from random weights with the stock Trainer.
 
-    python examples/train_tiny.py                           # train, evaluate, save: under an hour on 2 CPU cores
+    python examples/train_tiny.py                           # train, evaluate, save: some half an hour on 2 CPU cores
     python examples/train_tiny.py --evaluate-only --seed 1  # ask it 200 fresh questions, and 200 at 4x the length
 
 The videos are synthetic stories (`video_ma2mba.data.synthetic`): one coloured shape after another, among them one
 circle. All questions about one story make one chat of several turns, in random order, as in the paper's stage 2: the
 video is paid for once. The training begins with single pictures to be named, as the paper's begins with captions; then
 videos grow from three seconds to three minutes. Part of them were encoded as H.264 and decoded by the processor, once,
-before the training starts; the rest are drawn afresh for every step.
+before the training starts; the rest are drawn afresh for every step. The checkpoint that is kept took two more rounds
+with `--continue-from`; its card has their commands.
 """
 
 import argparse
