@@ -1,0 +1,1 @@
+"""Weights in and out: other formats into ours, ours to the Hub."""

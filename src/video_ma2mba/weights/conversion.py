@@ -1,0 +1,205 @@
+"""Carry out a conversion: check every tensor against the model, then stream them into a folder of safetensors."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+
+from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
+from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
+from .checkpoint_reader import CheckpointReader, list_names
+from .mapping import Source
+
+SHARD_BYTES = 2**30
+_HEAD, _TABLE = "lm_head.weight", "model.language_model.embeddings.weight"
+
+
+@dataclass
+class Conversion:
+    """What will become a folder.
+
+    Attributes:
+        sources: checkpoints whose tensors make up the model.
+        fresh: our name -> tensors that no source has.
+    """
+
+    config: VideoMa2mbaConfig
+    processor: VideoMa2mbaProcessor
+    sources: list[Source]
+    fresh: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def dropped(self) -> dict[str, list[str]]:
+        """Why tensors are left out -> which, by the names of their source."""
+        by_reason: dict[str, list[str]] = {}
+        for source in self.sources:
+            for name, reason in source.dropped.items():
+                by_reason.setdefault(reason, []).append(name)
+        return by_reason
+
+    def write(
+        self, folder: Path, dtype: torch.dtype | None = None, verify: bool = False, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        """Write the model, its code and its processor to `folder`, whole or not at all.
+
+        One shard of the result is in memory at a time. The parameters that decide how fast a state decays stay float32.
+
+        Args:
+            folder: must not exist yet, or be empty.
+            dtype: of the other tensors; None: that of the source's embedding table.
+            verify: afterwards compare every tensor with its source, load the folder and run a forward pass; this takes
+                the memory of the whole model.
+            shard_bytes: size of a file of weights at most, where no single tensor is larger.
+
+        Raises:
+            ValueError: a missing tensor or a wrong shape, by name; a folder that is there already; a failed
+                verification.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder}: is there already; remove it or choose another folder")
+        if not folder.parent.is_dir():
+            raise ValueError(f"{folder}: create the folder {folder.parent} first")
+        with torch.device("meta"):
+            model = VideoMa2mbaForConditionalGeneration(self.config)
+        self._check(model)
+        dtype = dtype or self._source_dtype()
+        dtypes = {
+            name: torch.float32 if any(part in name for part in model._keep_in_fp32_modules_strict) else dtype
+            for name, _ in self._wanted(model)
+        }
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            # everything but the weights: config, generation config and code
+            model.to(dtype).save_pretrained(partial, state_dict={})
+            (partial / "model.safetensors").unlink(missing_ok=True)  # some versions write an empty one
+            self.processor.save_pretrained(partial)
+            sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in self._wanted(model)}
+            shards = _shards(sizes, shard_bytes)
+            self._write_weights(partial, shards, dtypes)
+            if verify:
+                self._verify(partial, dtypes)
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _wanted(self, model: VideoMa2mbaForConditionalGeneration) -> Iterator[tuple[str, torch.Tensor]]:
+        tied = self.config.tie_word_embeddings
+        return ((name, tensor) for name, tensor in model.state_dict().items() if not (tied and name == _HEAD))
+
+    def _check(self, model: VideoMa2mbaForConditionalGeneration) -> None:
+        """Nothing missing, nothing left over, every shape right; a tied head equal to its table."""
+        if self.config.tie_word_embeddings:
+            for source in self.sources:
+                if (head := source.names.pop(_HEAD, None)) is not None:
+                    both = dict(source.reader.read([head, source.names[_TABLE]]))
+                    if not torch.equal(both[head], both[source.names[_TABLE]]):
+                        raise ValueError(
+                            f"{source.reader.folder}: the config says that the head is tied to the embeddings, but "
+                            f"{head} differs from {source.names[_TABLE]}"
+                        )
+                    source.dropped[head] = "tied: the same tensor as the embeddings"
+        wanted, problems = dict(self._wanted(model)), []
+        missing = wanted.keys() - self.fresh.keys()
+        for source in self.sources:
+            missing -= source.names.keys()
+            if unplaced := [theirs for ours, theirs in source.names.items() if ours not in wanted]:
+                problems.append(f"{source.reader.folder}: the config describes a model without {list_names(unplaced)}")
+            for ours, theirs in source.names.items():
+                found = source.reader.shapes[theirs]
+                if ours in wanted and found != (expected := tuple(wanted[ours].shape)):
+                    problems.append(
+                        f"{source.reader.folder}: {theirs} has the shape {found}, the config says {expected}"
+                    )
+        if missing:
+            folders = " and ".join(str(source.reader.folder) for source in self.sources)
+            problems.append(f"{folders}: no tensor for {list_names(sorted(missing))}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _source_dtype(self) -> torch.dtype:
+        source = next(source for source in self.sources if _TABLE in source.names)
+        return source.reader.dtypes[source.names[_TABLE]]
+
+    def _tensors(self, names: list[str], dtypes: dict[str, torch.dtype]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(our name, tensor of its dtype that is no view of a file), in whatever order the files give them."""
+        for source in self.sources:
+            ours = {source.names[name]: name for name in names if name in source.names}
+            for theirs, tensor in source.reader.read(list(ours)):
+                yield ours[theirs], tensor.to(dtypes[ours[theirs]], copy=True).contiguous()
+        for name in names:
+            if name in self.fresh:
+                yield name, self.fresh[name].to(dtypes[name])
+
+    def _write_weights(self, folder: Path, shards: list[dict[str, int]], dtypes: dict[str, torch.dtype]) -> None:
+        total = sum(sum(shard.values()) for shard in shards)
+        index = {}
+        with _progress("Converting") as progress:
+            task = progress.add_task("convert", total=total)
+            for number, shard in enumerate(shards, 1):
+                file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+                tensors = {}
+                for name, tensor in self._tensors(list(shard), dtypes):
+                    tensors[name] = tensor
+                    progress.update(task, advance=tensor.nbytes)
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+                index.update(dict.fromkeys(shard, file))
+        if len(shards) > 1:
+            value = {"metadata": {"total_size": total}, "weight_map": index}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+    def _verify(self, folder: Path, dtypes: dict[str, torch.dtype]) -> None:
+        written = CheckpointReader(folder)
+        with _progress("Verifying") as progress:
+            task = progress.add_task("verify", total=sum(written.num_bytes(name) for name in written.shapes))
+            for name in dtypes:
+                (_, found), (_, expected) = next(written.read([name])), next(self._tensors([name], dtypes))
+                if not torch.equal(found, expected):
+                    raise ValueError(f"verification failed: {name} in {folder} is not what its source holds")
+                progress.update(task, advance=found.nbytes)
+        check_forward(folder)
+
+
+def check_forward(folder: Path) -> None:
+    """Load a model and its processor and run one frame and a question through them.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(folder)
+    processor = VideoMa2mbaProcessor.from_pretrained(folder)
+    side = processor.video_processor.side
+    frames = torch.zeros(1, side, side, 3, dtype=torch.uint8).numpy()
+    content = [{"type": "video", "video": frames}, {"type": "text", "text": "What is shown?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True
+    )
+    with torch.no_grad():
+        logits = model(**inputs, logits_to_keep=1).logits
+    if not logits.isfinite().all():
+        raise ValueError(f"{folder}: the logits of a forward pass are not finite")
+
+
+def _shards(sizes: dict[str, int], most: int) -> list[dict[str, int]]:
+    """Cut name -> bytes, in order, into parts of at most `most` bytes."""
+    shards: list[dict[str, int]] = [{}]
+    for name, size in sizes.items():
+        if shards[-1] and sum(shards[-1].values()) + size > most:
+            shards.append({})
+        shards[-1][name] = size
+    return shards
+
+
+def _progress(text: str) -> Progress:
+    return Progress(
+        TextColumn(text), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    )
