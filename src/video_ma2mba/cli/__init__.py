@@ -10,9 +10,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import ask, bench, convert, plan
+from . import ask, bench, convert, plan, share
 
-COMMANDS = {"ask": ask, "bench": bench, "convert": convert, "plan": plan}
+COMMANDS = {"ask": ask, "bench": bench, "convert": convert, "plan": plan, "share": share}
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 

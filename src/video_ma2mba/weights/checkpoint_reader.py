@@ -41,6 +41,11 @@ class CheckpointReader:
             wrong = sorted(set(indexed.items()) ^ {(name, file.name) for name, file in self._files.items()})
             raise ValueError(f"{folder}: the index and the shards disagree about {list_names([n for n, _ in wrong])}")
 
+    def file_names(self) -> set[str]:
+        """The files that hold the tensors, and their index where there is one."""
+        names = {file.name for file in self._files.values()}
+        return names | {path.name for path in self.folder.glob("*.safetensors.index.json")}
+
     def num_bytes(self, name: str) -> int:
         return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 

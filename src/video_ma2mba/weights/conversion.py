@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 
-from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
-from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
+# from there, because transformers must know the classes before a folder that holds code is written or read
+from ..registration import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
 from .checkpoint_reader import CheckpointReader, list_names
 from .mapping import Source
 
@@ -166,11 +165,11 @@ class Conversion:
                 if not torch.equal(found, expected):
                     raise ValueError(f"verification failed: {name} in {folder} is not what its source holds")
                 progress.update(task, advance=found.nbytes)
-        check_forward(folder)
+        check_answers(folder)
 
 
-def check_forward(folder: Path) -> None:
-    """Load a model and its processor and run one frame and a question through them.
+def check_answers(folder: Path) -> None:
+    """Load a model and its processor, and let it answer a question about one frame.
 
     Raises:
         ValueError: logits that are not finite.
@@ -187,6 +186,7 @@ def check_forward(folder: Path) -> None:
         logits = model(**inputs, logits_to_keep=1).logits
     if not logits.isfinite().all():
         raise ValueError(f"{folder}: the logits of a forward pass are not finite")
+    model.generate(**inputs, max_new_tokens=2)
 
 
 def _shards(sizes: dict[str, int], most: int) -> list[dict[str, int]]:

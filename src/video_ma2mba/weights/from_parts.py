@@ -2,8 +2,8 @@
 
 import torch
 
-from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 from ..modeling.modeling_video_ma2mba import VideoMa2mbaProjector
+from ..registration import VideoMa2mbaConfig
 from . import parts
 from .checkpoint_reader import CheckpointReader
 from .conversion import Conversion

@@ -10,9 +10,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
-from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
-from ..processing.video_processing_video_ma2mba import VideoMa2mbaVideoProcessor
+from ..registration import VideoMa2mbaConfig, VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
 from .checkpoint_reader import read_json
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"  # of all state-spaces/mamba2-*

@@ -1,0 +1,190 @@
+"""A model card from what is known: the config, the memory plan, reports of training and evaluation, licence, bases."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..modeling.checkpoint_plan import InfeasibleMemoryBudget, format_bytes, plan_checkpoints
+from ..registration import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
+from .checkpoint_reader import read_json
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A video language model that watches every frame at 1 FPS: a vision tower, a projector and a Mamba-2 backbone, whose
+memory of the past is a state of fixed size ([paper](https://arxiv.org/abs/2411.19460)).
+
+| | |
+| --- | --- |
+{% for name, value in facts.items() -%}
+| {{ name }} | {{ value }} |
+{% endfor %}
+{%- if not has_weights %}
+There are no weights here yet: config, processor and this card only.{% if base_models %} The untrained model of this
+size, from which the training starts, is made by
+
+```
+video-ma2mba convert init --language-model {{ base_models[0] }} --vision-model {{ base_models[1] }} -o DIR
+```
+{% endif %}
+{%- endif %}
+{%- if has_weights %}
+## Use
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{{ repo }}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{{ repo }}", trust_remote_code=True)
+content = [{"type": "video", "path": "talk.mp4"}, {"type": "text", "text": "What is on the last slide?"}]
+chat = [{"role": "user", "content": content}]
+inputs = processor.apply_chat_template(chat, fps=1.0, add_generation_prompt=True, tokenize=True)
+answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```
+
+With the package `video-ma2mba` installed, `import video_ma2mba` takes the place of `trust_remote_code=True`, and
+`video-ma2mba ask talk.mp4 "What is on the last slide?" --model {{ repo }}` asks from the command line.
+{% endif %}
+{%- if training %}
+## Training
+
+| | |
+| --- | --- |
+{% for name, value in training.items() -%}
+| {{ name }} | {{ value }} |
+{% endfor %}
+{%- endif %}
+{%- if results %}
+## Evaluation
+
+| data set | metric | value |
+| --- | --- | --- |
+{% for row in results -%}
+| {{ row.dataset }}{% if row.split %} ({{ row.split }}){% endif %} | {{ row.metric }} | {{ row.value }} |
+{% endfor %}
+{%- endif %}
+## Limits
+
+- {{ "Other tasks than those above were not measured." if results else "It was not evaluated." }}
+- It takes pictures and text, and no sound. What happens between two sampled frames is not seen.
+- Its memory has a fixed size: of a long video, details fade that a question asks for later.
+- It repeats what its training data say, wrong and biased statements among them: its answers are no ground on which to
+  decide about people.
+"""
+
+
+def render_card(
+    folder: Path,
+    repo: str,
+    *,
+    licence: str = "apache-2.0",
+    base_models: list[str] | None = None,
+    training: dict[str, Any] | None = None,
+    evaluation: dict[str, Any] | None = None,
+) -> ModelCard:
+    """The card of the checkpoint in `folder`, to be published as `repo`.
+
+    Args:
+        licence: identifier of the Hub.
+        base_models: Hub ids; where there are no weights yet, the language model's comes first, then the tower's.
+        training: what to state about the training, name -> value.
+        evaluation: {"results": [{"dataset", "metric", "value"}, ...]}, each with "split" if it wants to.
+
+    Raises:
+        ValueError: an evaluation of another form.
+    """
+    config = VideoMa2mbaConfig.from_pretrained(folder)
+    results = [_checked(row) for row in (evaluation or {}).get("results", [])]
+    name = repo.rpartition("/")[2]
+    has_weights = any(folder.glob("*.safetensors"))
+    data = ModelCardData(
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="video-text-to-text",
+        tags=["video", "mamba2", "video-ma2mba"],
+        base_model=base_models or None,
+        model_name=name if results else None,
+        eval_results=[_eval_result(row) for row in results] or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        title=name,
+        repo=repo,
+        facts=_facts(config),
+        has_weights=has_weights,
+        base_models=base_models,
+        training=training,
+        results=results,
+    )
+
+
+def check_card(path: Path) -> None:
+    """Read a card as the Hub does.
+
+    Raises:
+        ValueError: metadata that is missing or that the Hub cannot read.
+    """
+    try:
+        data = ModelCard.load(path).data
+    except ValueError as error:
+        raise ValueError(f"{path}: the Hub cannot read this card: {error}") from error
+    if missing := [field for field in ("license", "library_name", "pipeline_tag") if not data.get(field)]:
+        raise ValueError(f"{path}: the metadata lack {', '.join(missing)}")
+
+
+def _facts(config: VideoMa2mbaConfig) -> dict[str, str]:
+    with torch.device("meta"):
+        num_parameters = VideoMa2mbaForConditionalGeneration(config).num_parameters()
+    text, vision = config.text_config, config.vision_config
+    num_frames = 7200
+    family = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP"}.get(vision.model_type, vision.model_type)
+    facts = {
+        "parameters": f"{num_parameters:,}",
+        "frames": f"{vision.image_size} x {vision.image_size} pixels",
+        "tokens per frame": f"{config.tokens_per_frame}",
+        "vision tower": f"{family}, {config.num_vision_layers} layers of width {vision.hidden_size}",
+        "backbone": (
+            f"Mamba-2, {text.num_hidden_layers} layers of width {text.hidden_size}, {text.num_heads} heads of "
+            f"{text.head_dim}, state {text.state_size}"
+        ),
+        "vocabulary": f"{text.vocab_size:,} rows",
+        "weights in bfloat16": format_bytes(2 * num_parameters),
+    }
+    try:
+        plan = plan_checkpoints(config, 1, num_frames * config.tokens_per_frame, num_frames=num_frames)
+    except InfeasibleMemoryBudget:
+        return facts
+    facts["training on two hours at 1 FPS"] = f"planned over weights, gradients and optimizer: {plan}"
+    return facts
+
+
+def _checked(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict) or not {"dataset", "metric", "value"} <= row.keys():
+        raise ValueError(f"a result of the evaluation needs dataset, metric and value; got {row!r}")
+    if isinstance(row["value"], bool) or not isinstance(row["value"], int | float):
+        raise ValueError(f"the value of {row['dataset']} must be a number, got {row['value']!r}")
+    return row
+
+
+def _eval_result(row: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="video-text-to-text",
+        dataset_type=row["dataset"].lower().replace(" ", "-"),
+        dataset_name=row["dataset"],
+        dataset_split=row.get("split"),
+        metric_type=row["metric"].lower().replace(" ", "_"),
+        metric_name=row["metric"],
+        metric_value=row["value"],
+    )
+
+
+def read_report(path: Path | None) -> dict[str, Any] | None:
+    """A JSON file of a training or an evaluation; None for None."""
+    return None if path is None else read_json(path.parent, path.name)

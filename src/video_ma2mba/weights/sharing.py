@@ -1,0 +1,92 @@
+"""From a folder to the Hub: which files a repository needs, whether they are sound, and their upload."""
+
+import os
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .checkpoint_reader import CheckpointReader, read_json
+from .conversion import check_answers
+from .model_card import check_card
+
+_NEEDED = (
+    "config.json", "generation_config.json", "processor_config.json", "chat_template.jinja", "tokenizer.json",
+    "tokenizer_config.json",
+)  # fmt: skip
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib"}
+
+
+def files_to_share(folder: Path) -> list[str]:
+    """The names of the files that a Hub repository of this checkpoint needs, sorted, README.md aside.
+
+    Raises:
+        ValueError: files that are missing, weights that are broken, or a pickle in the folder.
+    """
+    if pickles := sorted(path.name for path in folder.rglob("*") if path.suffix in _PICKLES):
+        raise ValueError(f"{folder}: holds {', '.join(pickles)}, which may run code when loaded; remove them")
+    if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{folder}: lacks {', '.join(missing)}; write them with model.save_pretrained and processor.save_pretrained"
+        )
+    return sorted({*_NEEDED, *CheckpointReader(folder).file_names(), *_code(folder)})
+
+
+def _code(folder: Path) -> set[str]:
+    """The modules that `auto_map` names, and all that they import from beside them."""
+    classes = [
+        *read_json(folder, "config.json").get("auto_map", {}).values(),
+        *read_json(folder, "processor_config.json").get("auto_map", {}).values(),
+    ]
+    modules = {f"{name.partition('.')[0]}.py" for name in classes}
+    if not {"modeling_video_ma2mba.py", "processing_video_ma2mba.py"} <= modules:
+        raise ValueError(
+            f"{folder}: has no auto_map that names its code; write it again with model.save_pretrained and "
+            "processor.save_pretrained of the package video_ma2mba"
+        )
+    if missing := sorted(name for name in modules if not (folder / name).is_file()):
+        raise ValueError(f"{folder}: lacks the code {', '.join(missing)}")
+    imported = {Path(file).name for module in modules for file in get_relative_import_files(folder / module)}
+    return modules | imported
+
+
+def check_folder(folder: Path) -> None:
+    """Load the model and its processor, let it answer, and read its card.
+
+    Raises:
+        ValueError: a card that the Hub cannot read, or an answer that is none.
+    """
+    check_card(folder / "README.md")
+    check_answers(folder)
+
+
+def upload(folder: Path, repo: str, files: list[str], private: bool) -> str:
+    """Create the repository if need be, and upload `files` of `folder` in one commit; returns its address.
+
+    Raises:
+        ValueError: the Hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    hub = HfApi()
+    try:
+        address = str(hub.create_repo(repo, private=private, exist_ok=True))
+        hub.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=files,
+            commit_message="Video-Ma2mba: weights, code and card",
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(f"{repo}: the Hub does not take the upload: {error}") from error
+    return address
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write README.md whole or not at all."""
+    temporary = folder / f".README.md.{os.getpid()}"
+    try:
+        temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
+        os.replace(temporary, folder / "README.md")
+    finally:
+        temporary.unlink(missing_ok=True)
