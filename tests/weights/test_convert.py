@@ -168,6 +168,14 @@ def test_result_is_a_whole_folder(parts, tmp_path):
     assert_dtypes(out, torch.float16)
 
 
+def test_result_is_ready_to_be_shared(parts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main([*parts, "-o", str(out)]) == 0
+    capsys.readouterr()
+    assert cli.main(["share", str(out), "--repo", "me/mine", "--dry-run"]) == 0
+    assert {line.split()[1] for line in capsys.readouterr().out.splitlines()} == {path.name for path in out.iterdir()}
+
+
 def test_shards_and_seed(parts, tmp_path):
     arguments = dict(zip(("language_model", "vision_model", "tokenizer"), parts[3::2], strict=True))
     read_parts(**arguments).write(tmp_path / "whole")

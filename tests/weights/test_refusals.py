@@ -228,6 +228,18 @@ def test_tokenizer_that_does_not_fit(command, tokenizer_folder, tmp_path, capsys
     assert_refused(command, capsys, tmp_path, "--tokenizer", "288")
 
 
+def test_heads_of_the_frame_selector_are_left_out(command, tmp_path, capsys):
+    heads = {name: torch.zeros(2) for name in ("key_head.weight", "value_embedding.weight", "logit_scale")}
+    change(tmp_path, lambda tensors: tensors.update(heads))
+    assert cli.main(command) == 0
+    assert "left out 3: a head of the frame selector" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["nobody/nothing", "no/such/folder", "nowhere"])
+def test_source_that_is_not_there(command, source, tmp_path, capsys):
+    assert_refused(["convert", "llava-mamba", source, *command[3:]], capsys, tmp_path, f"{source}: ", "check the name")
+
+
 def test_config_that_is_no_json(command, tmp_path, capsys):
     (tmp_path / "source" / "config.json").write_text("{")
     assert_refused(command, capsys, tmp_path, "config.json", "JSON")

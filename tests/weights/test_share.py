@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from video_ma2mba import cli
 from video_ma2mba.data.synthetic import make_story
@@ -35,13 +37,14 @@ def test_dry_run_lists_exactly_what_is_needed(folder):
     (folder / "events.out.tfevents.1").write_text("log")
     (folder / "optimizer.safetensors").write_bytes(b"")
     (folder / "scratch.py").write_text("print()")
+    (folder / "training_args.bin").write_bytes(b"\x80")
     done = subprocess.run(
         [Path(sys.executable).with_name("video-ma2mba"), "share", str(folder), "--repo", "me/tiny", "--dry-run"],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert listed(done.stdout) == FILES
-    assert "not uploaded: events.out.tfevents.1, optimizer.safetensors, scratch.py" in done.stderr
+    assert "not uploaded: events.out.tfevents.1, optimizer.safetensors, scratch.py, training_args.bin" in done.stderr
     assert "custom code" not in done.stderr
 
 
@@ -119,9 +122,18 @@ def test_incomplete_folder(folder, missing, capsys):
     refused(["share", str(folder), "--repo", "me/tiny", "--dry-run"], capsys, says)
 
 
-def test_pickle_is_refused(folder, capsys):
-    (folder / "training_args.bin").write_bytes(b"\x80")
-    refused(["share", str(folder), "--repo", "me/tiny", "--dry-run"], capsys, "training_args.bin", "remove")
+def test_weights_that_are_a_pickle(folder, capsys):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused(["share", str(folder), "--repo", "me/tiny", "--dry-run"], capsys, "pytorch_model.bin", "safetensors")
+
+
+def test_weights_that_are_not_all_there(folder, capsys):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.language_model.layers.1.mixer.D"
+    tensors["model.extra"] = tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(["share", str(folder), "--repo", "me/tiny", "--dry-run"], capsys, name, "model.extra")
 
 
 def test_truncated_weights(folder, capsys):

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     check_folder(folder)
     for name in files:
         print(f"{(folder / name).stat().st_size:>14,}  {name}")
+    print(f"{sum((folder / name).stat().st_size for name in files):>14,}  bytes in all", file=sys.stderr)
     if left_out := sorted({path.name for path in folder.iterdir()} - set(files)):
         print(f"not uploaded: {', '.join(left_out)}", file=sys.stderr)
     if not args.dry_run:

@@ -172,9 +172,11 @@ def check_answers(folder: Path) -> None:
     """Load a model and its processor, and let it answer a question about one frame.
 
     Raises:
-        ValueError: logits that are not finite.
+        ValueError: weights that are not all there, or too many; logits that are not finite.
     """
-    model = VideoMa2mbaForConditionalGeneration.from_pretrained(folder)
+    model, loading = VideoMa2mbaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    if wrong := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):
+        raise ValueError(f"{folder}: weights that are missing, or that the model does not have: {list_names(wrong)}")
     processor = VideoMa2mbaProcessor.from_pretrained(folder)
     side = processor.video_processor.side
     frames = torch.zeros(1, side, side, 3, dtype=torch.uint8).numpy()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..modeling.checkpoint_plan import InfeasibleMemoryBudget, format_bytes, plan_checkpoints
+from ..modeling.checkpoint_plan import format_bytes, plan_checkpoints
 from ..registration import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from .checkpoint_reader import read_json
 
@@ -145,7 +145,8 @@ def _facts(config: VideoMa2mbaConfig) -> dict[str, str]:
     text, vision = config.text_config, config.vision_config
     num_frames = 7200
     family = {"clip_vision_model": "CLIP", "siglip_vision_model": "SigLIP"}.get(vision.model_type, vision.model_type)
-    facts = {
+    plan = plan_checkpoints(config, 1, num_frames * config.tokens_per_frame, num_frames=num_frames)
+    return {
         "parameters": f"{num_parameters:,}",
         "frames": f"{vision.image_size} x {vision.image_size} pixels",
         "tokens per frame": f"{config.tokens_per_frame}",
@@ -156,13 +157,8 @@ def _facts(config: VideoMa2mbaConfig) -> dict[str, str]:
         ),
         "vocabulary": f"{text.vocab_size:,} rows",
         "weights in bfloat16": format_bytes(2 * num_parameters),
+        "training on two hours at 1 FPS": f"planned over weights, gradients and optimizer: {plan}",
     }
-    try:
-        plan = plan_checkpoints(config, 1, num_frames * config.tokens_per_frame, num_frames=num_frames)
-    except InfeasibleMemoryBudget:
-        return facts
-    facts["training on two hours at 1 FPS"] = f"planned over weights, gradients and optimizer: {plan}"
-    return facts
 
 
 def _checked(row: Any) -> dict[str, Any]:

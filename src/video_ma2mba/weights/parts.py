@@ -54,7 +54,9 @@ def fetch(name: str, patterns: tuple[str, ...] = ("*.json", "*.safetensors")) ->
         if "*.safetensors" in patterns and not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"{name}: there is no such folder, and the Hub does not give it; check the name") from error
+        raise ValueError(
+            f"{name}: there is no such folder, and the Hub does not give it ({type(error).__name__}); check the name"
+        ) from error
     return folder
 
 

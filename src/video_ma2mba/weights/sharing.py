@@ -13,22 +13,24 @@ _NEEDED = (
     "config.json", "generation_config.json", "processor_config.json", "chat_template.jinja", "tokenizer.json",
     "tokenizer_config.json",
 )  # fmt: skip
-_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib"}
 
 
 def files_to_share(folder: Path) -> list[str]:
     """The names of the files that a Hub repository of this checkpoint needs, sorted, README.md aside.
 
+    What else lies there, such as the Trainer's `training_args.bin`, is not among them; so no pickle ever is.
+
     Raises:
-        ValueError: files that are missing, weights that are broken, or a pickle in the folder.
+        ValueError: files that are missing, weights that are broken or a pickle.
     """
-    if pickles := sorted(path.name for path in folder.rglob("*") if path.suffix in _PICKLES):
-        raise ValueError(f"{folder}: holds {', '.join(pickles)}, which may run code when loaded; remove them")
     if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
         raise ValueError(
             f"{folder}: lacks {', '.join(missing)}; write them with model.save_pretrained and processor.save_pretrained"
         )
-    return sorted({*_NEEDED, *CheckpointReader(folder).file_names(), *_code(folder)})
+    weights = CheckpointReader(folder).file_names()
+    if pickles := sorted(name for name in weights if name.endswith(".bin")):
+        raise ValueError(f"{folder}: {', '.join(pickles)} may run code when loaded; save as safetensors")
+    return sorted({*_NEEDED, *weights, *_code(folder)})
 
 
 def _code(folder: Path) -> set[str]:
