@@ -75,6 +75,17 @@ class VideoMa2mbaConfig(PreTrainedConfig):
             raise ValueError(f"no preset {size!r}: choose one of {', '.join(PRESETS)}")
         return cls(**{"text_config": _mamba2(*PRESETS[size]), **kwargs})
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, which would read the format of the model's authors as if it were this one."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type") == "llava_mamba":
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is of type llava_mamba, the format of the model's authors; convert "
+                f"it: video-ma2mba convert llava-mamba {pretrained_model_name_or_path} -o DIR"
+            )
+        return config, kwargs
+
     def validate_architecture(self):
         """Called by `strict` once all fields are set."""
         num_layers = self.vision_config.num_hidden_layers

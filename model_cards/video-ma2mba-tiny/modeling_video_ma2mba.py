@@ -453,8 +453,7 @@ def _build_tower(config):
     """The tower up to the layer whose output is used: what comes after would be neither run nor trained."""
     vision_config = copy.deepcopy(config.vision_config)
     vision_config.num_hidden_layers = config.num_vision_layers
-    if hasattr(vision_config, "vision_use_head"):
-        vision_config.vision_use_head = False  # SigLIP's attention pooling
+    vision_config.vision_use_head = False  # SigLIP's attention pooling; not all versions declare the field
     tower = AutoModel.from_config(vision_config)
     tower.post_layernorm = nn.Identity()
     return tower
