@@ -12,11 +12,15 @@ from pathlib import PurePath
 from typing import Any
 
 __all__ = [
+    "CheckpointPlan",
+    "InfeasibleMemoryBudget",
     "VideoMa2mbaConfig",
     "VideoMa2mbaForConditionalGeneration",
     "VideoMa2mbaModel",
     "VideoMa2mbaProcessor",
     "VideoMa2mbaVideoProcessor",
+    "VideoMemory",
+    "plan_checkpoints",
 ]
 __version__ = version("video-ma2mba")
 
@@ -31,9 +35,13 @@ def __getattr__(name: str) -> Any:
 
 if PurePath(sys.argv[0] if sys.argv else "").stem != "video-ma2mba":
     from .registration import (
+        CheckpointPlan,
+        InfeasibleMemoryBudget,
         VideoMa2mbaConfig,
         VideoMa2mbaForConditionalGeneration,
         VideoMa2mbaModel,
         VideoMa2mbaProcessor,
         VideoMa2mbaVideoProcessor,
+        VideoMemory,
+        plan_checkpoints,
     )

@@ -7,17 +7,23 @@ not: `save_pretrained` then copies the code beside the weights, and `trust_remot
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import is_torchvision_available
 
+from .modeling.checkpoint_plan import CheckpointPlan, InfeasibleMemoryBudget, plan_checkpoints
 from .modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 from .modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaModel
+from .modeling.video_memory import VideoMemory
 from .processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .processing.video_processing_video_ma2mba import VideoMa2mbaVideoProcessor
 
 __all__ = [
+    "CheckpointPlan",
+    "InfeasibleMemoryBudget",
     "VideoMa2mbaConfig",
     "VideoMa2mbaForConditionalGeneration",
     "VideoMa2mbaModel",
     "VideoMa2mbaProcessor",
     "VideoMa2mbaVideoProcessor",
+    "VideoMemory",
+    "plan_checkpoints",
 ]
 
 AutoConfig.register(VideoMa2mbaConfig.model_type, VideoMa2mbaConfig, exist_ok=True)

@@ -50,12 +50,25 @@ def test_answers_equal_generate_on_the_whole_input(run, model, processor, video)
         assert one["tokens"] == len(tokens)
 
 
-def test_split_prompt_leaves_out_nothing_but_the_frames(processor):
-    head, tail = ask.split_prompt(processor, QUESTION)
-    text = processor.tokenizer.decode(torch.cat([head, tail], dim=1)[0])
-    assert text == (
-        f"<|system|>You are a helpful assistant.<|endoftext|><|user|>\n{QUESTION}<|endoftext|><|assistant|>"
-    )
+def test_a_memory_is_asked_like_the_video(run, model_folder, video, tmp_path, capsys):
+    folder = tmp_path / "memory"
+    assert cli.main(["watch", video, "-o", str(folder), "--model", model_folder]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "10 frames" in err
+    of_video, of_memory = run(video, QUESTION, QUESTION + "?"), run(folder, QUESTION, QUESTION + "?")
+    assert of_memory[:2] == of_video[:2]
+    assert "Watching" not in of_memory[2]
+
+
+def test_watch_refuses_a_place_that_is_not_there(model_folder, video, tmp_path, capsys):
+    assert cli.main(["watch", video, "-o", str(tmp_path / "no" / "memory"), "--model", model_folder]) == 2
+    assert "create the folder" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("five years")
+    assert cli.main(["watch", video, "-o", str(tmp_path / "full"), "--model", model_folder]) == 2
+    assert "something other than a video memory" in capsys.readouterr().err
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "five years"
 
 
 def test_json_schema(run, video, model):

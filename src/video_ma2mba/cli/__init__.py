@@ -10,9 +10,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import ask, bench, convert, plan, share
+from . import ask, bench, convert, plan, share, watch
 
-COMMANDS = {"ask": ask, "bench": bench, "convert": convert, "plan": plan, "share": share}
+COMMANDS = {"ask": ask, "bench": bench, "convert": convert, "plan": plan, "share": share, "watch": watch}
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 

@@ -1,29 +1,35 @@
-"""Watch a video once and answer questions about it. Answers go to stdout, everything else to stderr."""
+"""Answer questions about a video, which is watched once, or about a memory that `video-ma2mba watch` wrote.
+
+Answers go to stdout, everything else to stderr.
+"""
 
 import argparse
 import json
 import re
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-    from ..modeling.mamba2 import Mamba2Cache
-    from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-    from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
-    from ..processing.video_reader import VideoFrames
+    from ..modeling.video_memory import VideoMemory
 
 HELP = "answer questions about a video"
 TINY_MODEL = Path(__file__).resolve().parents[3] / "model_cards" / "video-ma2mba-tiny"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("video", metavar="VIDEO", help="path or URL of a video")
+    parser.add_argument("video", metavar="VIDEO", help="path or URL of a video, or the folder of a memory")
     parser.add_argument("questions", metavar="QUESTION", nargs="+", help="each is answered on its own")
+    add_watching_arguments(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="per answer (default: 128)")
+    parser.add_argument("--json", action="store_true", help="print one object with answers, tokens, seconds, bytes")
+
+
+def add_watching_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that watches a video."""
     parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="default: the tiny model of the repository's clone")
     parser.add_argument("--fps", type=float, help="frames per second of video (default: the model's, usually 1)")
     parser.add_argument("--max-frames", type=int, metavar="N", help="watch at most N frames, spread evenly")
@@ -33,8 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="per answer (default: 128)")
-    parser.add_argument("--json", action="store_true", help="print one object with answers, tokens, seconds, bytes")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,24 +50,37 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from .. import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
+    from .. import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
+    from ..modeling.stopping import RepetitionStop
+    from ..modeling.video_memory_files import CONFIG_NAME
 
     device = choose_device(args.device)
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype == "auto" else args.dtype
     processor = load(VideoMa2mbaProcessor, name)
-    # The video is opened before the weights are read: a wrong path shows at once, not after minutes.
-    frames = processor.video_processor.open_video(
-        args.video, fps=args.fps, max_frames=args.max_frames, start_s=args.start, end_s=args.end
-    )
+    is_memory = (Path(args.video) / CONFIG_NAME).is_file()
+    if not is_memory:
+        # The video is opened before the weights are read: a wrong path shows at once, not after minutes.
+        processor.video_processor.open_video(
+            args.video, fps=args.fps, max_frames=args.max_frames, start_s=args.start, end_s=args.end
+        ).close()
     model = load(VideoMa2mbaForConditionalGeneration, name, dtype=getattr(torch, dtype)).to(device).eval()
+    if is_memory:
+        memory = VideoMemory.from_pretrained(args.video, model, processor)
+        watched = {"decode_s": 0.0, "encode_s": 0.0}
+    else:
+        memory = VideoMemory(model, processor)
+        watched = watch(memory, args)
 
-    prompts = [split_prompt(processor, question) for question in args.questions]
-    cache, watched = watch(model, prompts[0][0], frames)
     answers = []
-    for question, (_, tail) in zip(args.questions, prompts, strict=True):
-        answers.append({"question": question, **answer(model, processor, cache, tail, args.max_new_tokens)})
+    for question in args.questions:
+        begin = time.perf_counter()
+        stop = RepetitionStop(prompt_length=memory.num_prompt_tokens(question))
+        (ids,) = memory.generate([question], max_new_tokens=args.max_new_tokens, stopping_criteria=[stop])
+        text = processor.decode(ids, skip_special_tokens=True).strip()
+        seconds = time.perf_counter() - begin
+        answers.append({"question": question, "answer": text, "tokens": len(ids), "seconds": seconds})
         if not args.json:
-            print(answers[-1]["answer"], flush=True)
+            print(text, flush=True)
     if args.json:
         report = {
             "video": args.video,
@@ -71,8 +88,8 @@ def run(args: argparse.Namespace) -> None:
             "device": device.type,
             "dtype": dtype,
             "answers": answers,
-            "frames": watched["frames"],
-            "tokens": {"watched": watched["tokens"], "answered": sum(one["tokens"] for one in answers)},
+            "frames": memory.num_frames,
+            "tokens": {"watched": memory.num_tokens, "answered": sum(one["tokens"] for one in answers)},
             "seconds": {
                 "decode_s": watched["decode_s"],
                 "encode_s": watched["encode_s"],
@@ -129,89 +146,20 @@ def choose_device(name: str) -> "torch.device":
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def split_prompt(processor: "VideoMa2mbaProcessor", question: str) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Token ids of the prompt before and after the video's frames, int64 (1, tokens) each."""
-    import numpy as np
-
-    side = processor.video_processor.side
-    content = [{"type": "video", "video": np.zeros((1, side, side, 3), np.uint8)}, {"type": "text", "text": question}]
-    ids = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )["input_ids"]
-    places = (ids[0] == processor.video_token_id).nonzero().flatten()
-    return ids[:, : places[0]], ids[:, places[-1] + 1 :]
-
-
-def watch(
-    model: "VideoMa2mbaForConditionalGeneration", head: "torch.Tensor", frames: "VideoFrames"
-) -> tuple["Mamba2Cache", dict[str, Any]]:
-    """Decode a video and read it, a few frames at a time, so that memory does not grow with its length.
-
-    Args:
-        head: (1, tokens) int64, the prompt before the frames.
-        frames: Frames of the model's size.
-
-    Returns:
-        The states after the last frame, and a dict of frames, tokens, decode_s, encode_s.
-    """
-    import numpy as np
-    import torch
+def watch(memory: "VideoMemory", args: argparse.Namespace) -> dict[str, Any]:
+    """Watch `args.video` with a progress bar; returns frames, tokens, decode_s, encode_s."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    config, device = model.config, model.device
     columns = (TextColumn("Watching"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn())
-    decode_s = encode_s = 0.0
-    num_frames = 0
-    with torch.no_grad(), Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("watch", total=frames.num_frames)
-        cache = model(head.to(device), use_cache=True, logits_to_keep=1).cache_params
-        while True:
-            begin = time.perf_counter()
-            batch = [frame.pixels for frame in islice(frames, config.vision_chunk_size)]
-            decoded = time.perf_counter()
-            decode_s += decoded - begin
-            if not batch:
-                break
-            pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)[None].to(device)
-            ids = torch.full((1, len(batch) * config.tokens_per_frame), config.video_token_id, device=device)
-            cache = model(
-                ids, pixel_values_videos=pixels, cache_params=cache, use_cache=True, logits_to_keep=1
-            ).cache_params
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # or the seconds would be those of the launches
-            encode_s += time.perf_counter() - decoded
-            num_frames += len(batch)
-            progress.update(task, completed=num_frames)
-        progress.update(task, total=num_frames)  # a truncated file ends early
-    tokens = head.shape[1] + num_frames * config.tokens_per_frame
-    return cache, {"frames": num_frames, "tokens": tokens, "decode_s": decode_s, "encode_s": encode_s}
-
-
-def answer(
-    model: "VideoMa2mbaForConditionalGeneration",
-    processor: "VideoMa2mbaProcessor",
-    cache: "Mamba2Cache",
-    tail: "torch.Tensor",
-    max_new_tokens: int,
-) -> dict[str, Any]:
-    """Answer one question, `tail` (1, tokens) int64, from the states after the video, which stay as they are."""
-    from ..modeling.stopping import RepetitionStop
-
-    begin = time.perf_counter()
-    sequence = model.generate(
-        tail.to(model.device),
-        cache_params=cache,
-        max_new_tokens=max_new_tokens,
-        stopping_criteria=[RepetitionStop(prompt_length=tail.shape[1])],
-    )[0]
-    new = sequence[tail.shape[1] :]
-    text = processor.decode(new, skip_special_tokens=True).strip()
-    return {"answer": text, "tokens": len(new), "seconds": time.perf_counter() - begin}
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("watch", total=None)
+        watched = memory.watch(
+            args.video, args.fps, start_s=args.start, end_s=args.end, max_frames=args.max_frames,
+            progress=lambda done, expected: progress.update(task, completed=done, total=expected),
+        )  # fmt: skip
+        progress.update(task, total=watched["num_frames"])  # a truncated file ends early
+    return watched
 
 
 def peak_bytes(device: "torch.device") -> int:

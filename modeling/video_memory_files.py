@@ -1,0 +1,158 @@
+"""A video memory as a folder: states and timestamps in safetensors, the rest in JSON, written whole or not at all.
+
+It says which model and processor it belongs to, and is read back for these alone: the states mean nothing to another.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .mamba2 import LayerState, Mamba2Cache
+
+FORMAT_VERSION = 1
+CONFIG_NAME, STATES_NAME = "video_memory.json", "video_memory.safetensors"
+FINGERPRINT_ELEMENTS = 1024  # of each weight
+# where a model came from and how it is run; not what it computes
+_INCIDENTAL = {
+    "_name_or_path", "transformers_version", "dtype", "auto_map", "architectures", "scan_backend", "vision_chunk_size",
+    "prefill_chunk_size", "loss_chunk_size",
+}  # fmt: skip
+
+
+def write_memory(folder, model, processor, *, caches, timestamps_s, described):
+    """Write beside the place and then move there.
+
+    Args:
+        caches: name -> `Mamba2Cache`. timestamps_s: seconds, one per frame. described: what else the JSON is to say.
+
+    Raises:
+        OSError: it cannot be written; what was in `folder` is still there.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / CONFIG_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: holds something other than a video memory; choose another folder")
+    partial, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+    tensors = {
+        f"{name}.{layer}.{field}": getattr(state, field).contiguous()
+        for name, cache in caches.items()
+        for layer, state in enumerate(cache.layers)
+        for field in LayerState._fields
+    }
+    tensors["timestamps_s"] = torch.tensor(timestamps_s, dtype=torch.float64)
+    try:
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / STATES_NAME)
+        described = {
+            "format_version": FORMAT_VERSION,
+            **_identity(model, processor),
+            "states_sha256": _file_hash(partial / STATES_NAME),
+            "num_tokens_of": {name: cache.num_tokens for name, cache in caches.items()},
+            **described,
+        }
+        (partial / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    except BaseException as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        if isinstance(error, SafetensorError):  # its writer says so of a full disk
+            raise OSError(f"{folder}: could not be written: {error}") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_memory(folder, model, processor):
+    """What `write_memory` wrote: the JSON, name -> `Mamba2Cache` on the model's device, and timestamps in seconds.
+
+    Raises:
+        ValueError: no memory there, a damaged one, one of a newer format, or one of another model or processor.
+    """
+    folder = Path(folder)
+    described = _read_json(folder / CONFIG_NAME)
+    if (version := described.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder}: a memory of format {version!r}; this version of the library reads format {FORMAT_VERSION}"
+        )
+    for name, value in _identity(model, processor).items():
+        if described.get(name) != value:
+            raise ValueError(
+                f"{folder}: the memory of another model (its {name.partition('_')[0]} differs): load the model that "
+                "watched the video"
+            )
+    path = folder / STATES_NAME
+    if not path.is_file() or _file_hash(path) != described.get("states_sha256"):
+        raise ValueError(f"{path}: missing or damaged; watch the video again")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    num_layers = model.config.text_config.num_hidden_layers
+
+    def cache(name, num_tokens):
+        layers = [
+            LayerState(*(tensors[f"{name}.{layer}.{field}"].to(model.device) for field in LayerState._fields))
+            for layer in range(num_layers)
+        ]
+        return Mamba2Cache(layers, num_tokens)
+
+    caches = {name: cache(name, num_tokens) for name, num_tokens in described["num_tokens_of"].items()}
+    return described, caches, tensors["timestamps_s"].tolist()
+
+
+def _identity(model, processor):
+    return {
+        "config_sha256": _hash(_essential(model.config.to_dict())),
+        "weights_sha256": _fingerprint(model),
+        "processor_sha256": _hash(_prompt_and_frames(processor)),
+    }
+
+
+def _essential(value):
+    if isinstance(value, dict):
+        return {name: _essential(item) for name, item in value.items() if name not in _INCIDENTAL}
+    return value
+
+
+def _fingerprint(model):
+    """Of some elements of every weight: training changes them, and reading them takes no second."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // FINGERPRINT_ELEMENTS)].float().cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _prompt_and_frames(processor):
+    video = processor.video_processor
+    ids = processor.tokenizer("<|system|>You <|user|>What is shown? <|assistant|>")["input_ids"]
+    return [ids, processor.chat_template, video.size, video.image_mean, video.image_std, video.resize_mode]
+
+
+def _hash(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path.parent}: no video memory there: it has no {path.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); watch the video again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: damaged, not a JSON object; watch the video again")
+    return value

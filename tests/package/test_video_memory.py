@@ -1,0 +1,293 @@
+"""`VideoMemory`: what it answers is what `generate` answers on the whole input, and nothing is lost on the way."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
+from video_ma2mba.data.synthetic import make_story
+from video_ma2mba.modeling import video_memory_files
+
+TINY = Path(__file__).resolve().parents[2] / "model_cards" / "video-ma2mba-tiny"
+QUESTIONS = [
+    "What colour was the circle?", "Which shape came first of all?", "Which shape came last of all?",
+    "Did a red square ever appear?", "Which came first, the red square or the blue cross?",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The model of the repository: here a wrong token would be a wrong word."""
+    return (
+        VideoMa2mbaForConditionalGeneration.from_pretrained(TINY).eval(), VideoMa2mbaProcessor.from_pretrained(TINY)
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["trained", "random"])
+def pair(request):
+    if request.param == "trained":
+        return request.getfixturevalue("trained")
+    return request.getfixturevalue("model"), request.getfixturevalue("processor")
+
+
+@pytest.fixture
+def memory(model, processor, video):
+    watched = VideoMemory(model, processor)
+    watched.watch(video)
+    return watched
+
+
+def generated(model, processor, frames, messages, new_tokens=8):
+    """The new ids of `generate` on a whole chat; `frames` stand before the first question."""
+    first, *rest = messages
+    content = [{"type": "video", "video": frames}, {"type": "text", "text": first["content"]}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}, *rest], add_generation_prompt=True, tokenize=True
+    )
+    return model.generate(**inputs, max_new_tokens=new_tokens)[0, inputs["input_ids"].shape[1] :]
+
+
+def assert_same_tokens(model, processor, frames, questions, found):
+    assert len(found) == len(questions)
+    for question, ids in zip(questions, found, strict=True):
+        expected = generated(model, processor, frames, [{"role": "user", "content": question}])
+        assert len(expected) > 1
+        # in a batch, a row that has ended is filled up
+        assert ids[: len(expected)].tolist() == expected.tolist()
+        assert set(ids[len(expected) :].tolist()) <= {processor.tokenizer.pad_token_id}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_token_for_token(pair, count, video):
+    model, processor = pair
+    memory = VideoMemory(model, processor)
+    memory.watch(video)
+    frames = processor.video_processor.load(video).frames
+    questions = QUESTIONS[:count]
+    assert_same_tokens(model, processor, frames, questions, memory.generate(questions, max_new_tokens=8))
+    one_by_one = [memory.generate([question], max_new_tokens=8)[0] for question in questions]
+    assert_same_tokens(model, processor, frames, questions, one_by_one)
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_the_trained_model_tells_the_truth(trained, tmp_path, seed):
+    """In the two kinds of question in which it is always right."""
+    story = make_story(seed=seed, duration_s=60)
+    memory = VideoMemory(*trained)
+    memory.watch(story.render(tmp_path / "story.mp4"))
+    assert memory.ask(["What colour was the circle?", "Which shape came last of all?"]) == [
+        story.circle.colour, story.scenes[-1].shape
+    ]  # fmt: skip
+
+
+def test_asking_changes_nothing_and_watching_goes_on(pair, video, tmp_path):
+    model, processor = pair
+    memory = VideoMemory(model, processor)
+    memory.watch(video)
+    before = [state.clone() for layer in memory._cache.layers for state in layer]
+    memory.ask(QUESTIONS, max_new_tokens=8)
+    assert all(
+        torch.equal(now, then)
+        for now, then in zip((s for layer in memory._cache.layers for s in layer), before, strict=True)
+    )
+    more = make_story(seed=4, duration_s=7).render(tmp_path / "more.mp4")
+    memory.watch(more)
+    assert memory.num_frames == 17
+    assert memory.timestamps_s == [float(second) for second in range(17)]
+    frames = torch.cat([processor.video_processor.load(path).frames for path in (video, more)])
+    assert_same_tokens(model, processor, frames, QUESTIONS, memory.generate(QUESTIONS, max_new_tokens=8))
+
+
+def test_frames_pushed_are_frames_watched(model, processor, video, memory):
+    loaded = processor.video_processor.load(video)
+    pushed = VideoMemory(model, processor)
+    pushed.push_frames(loaded.frames[:3])
+    pushed.push_frames(loaded.frames[3:].permute(0, 2, 3, 1).numpy())
+    assert pushed.timestamps_s == memory.timestamps_s
+    assert [one["num_frames"] for one in pushed.sources] == [3, 7]
+    for mine, other in zip(pushed._cache.layers, memory._cache.layers, strict=True):
+        torch.testing.assert_close(mine.ssm_state, other.ssm_state)
+
+
+def test_a_memory_outlives_its_process(trained, video, tmp_path):
+    model, processor = trained
+    memory = VideoMemory(model, processor)
+    memory.watch(video)
+    memory.chat(QUESTIONS[0], max_new_tokens=8)
+    memory.save_pretrained(tmp_path / "memory")
+    code = f"""
+import json
+from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
+model = VideoMa2mbaForConditionalGeneration.from_pretrained({str(TINY)!r}).eval()
+memory = VideoMemory.from_pretrained(
+    {str(tmp_path / "memory")!r}, model, VideoMa2mbaProcessor.from_pretrained({str(TINY)!r})
+)
+ids = [row.tolist() for row in memory.generate({QUESTIONS!r}, max_new_tokens=8)]
+print(json.dumps([ids, memory.num_frames, memory.timestamps_s, memory.dialogue, memory.sources]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    ids, *rest = json.loads(done.stdout.splitlines()[-1])
+    assert ids == [row.tolist() for row in memory.generate(QUESTIONS, max_new_tokens=8)]
+    assert rest == [memory.num_frames, memory.timestamps_s, memory.dialogue, memory.sources]
+
+
+def test_size_does_not_grow_with_the_video(model, processor, tmp_path):
+    sizes, files = [], []
+    for minutes in (1, 3):
+        memory = VideoMemory(model, processor)
+        memory.watch(make_story(seed=minutes, duration_s=60 * minutes, size=16).render(tmp_path / f"{minutes}.mp4"))
+        memory.save_pretrained(tmp_path / f"memory{minutes}")
+        sizes.append(memory.num_bytes)
+        files.append((tmp_path / f"memory{minutes}" / video_memory_files.STATES_NAME).stat().st_size)
+    assert sizes[0] == sizes[1] > 0
+    assert files[1] - files[0] <= 120 * 8 + 16  # a timestamp a frame
+
+
+def test_chat_is_generate_on_the_whole_chat(trained, video):
+    model, processor = trained
+    memory = VideoMemory(model, processor)
+    memory.watch(video)
+    frames = processor.video_processor.load(video).frames
+    messages = []
+    for question in QUESTIONS[:3]:
+        messages.append({"role": "user", "content": question})
+        expected = generated(model, processor, frames, messages)
+        answer = processor.tokenizer.decode(expected, skip_special_tokens=True).strip()
+        assert memory.chat(question, max_new_tokens=8) == answer
+        messages.append({"role": "assistant", "content": answer})
+    assert memory.dialogue == messages
+
+
+def test_streamed_text_is_the_answer(memory):
+    whole = memory.ask(QUESTIONS[0], max_new_tokens=12)
+    assert "".join(memory.ask(QUESTIONS[0], stream=True, max_new_tokens=12)).strip() == whole
+    pieces = list(memory.chat(QUESTIONS[0], stream=True, max_new_tokens=12))
+    assert "".join(pieces).strip() == whole == memory.dialogue[-1]["content"]
+    with pytest.raises(ValueError, match="one question at a time"):
+        memory.ask(QUESTIONS, stream=True)
+    with pytest.raises(Exception, match="max_new_tokens"):
+        list(memory.ask(QUESTIONS[0], stream=True, max_new_tokens=-1))
+
+
+def test_snapshots(model, processor, video):
+    memory = VideoMemory(model, processor)
+    memory.watch(video, snapshots_s=[2, 5.5, 9])
+    for seconds, num_frames in ((2, 3), (5.5, 6), (9, 10)):
+        earlier = memory.at(seconds=seconds)
+        assert earlier.num_frames == num_frames
+        frames = processor.video_processor.load(video).frames[:num_frames]
+        assert_same_tokens(model, processor, frames, QUESTIONS[:1], earlier.generate(QUESTIONS[:1], max_new_tokens=8))
+    assert memory.num_frames == 10
+    with pytest.raises(ValueError, match=r"there are, in seconds: 2, 5\.5, 9"):
+        memory.at(minutes=1)
+    with pytest.raises(ValueError, match="either in seconds or in minutes"):
+        memory.at()
+
+
+def test_snapshots_are_saved(memory, model, processor, video, tmp_path):
+    memory = VideoMemory(model, processor)
+    memory.watch(video, snapshots_s=[4])
+    memory.save_pretrained(tmp_path / "memory")
+    read = VideoMemory.from_pretrained(tmp_path / "memory", model, processor)
+    assert read.at(seconds=4).num_frames == 5
+    assert read.at(seconds=4).ask(QUESTIONS[0]) == memory.at(seconds=4).ask(QUESTIONS[0])
+
+
+# --- what goes wrong ---
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_watch_leaves_the_old_memory(memory, video, error):
+    answer, layers = memory.ask(QUESTIONS[0]), memory._cache.layers
+
+    def interrupt(done, expected):
+        if done > 4:
+            raise error
+
+    with pytest.raises(error):
+        memory.watch(video, progress=interrupt)
+    assert (memory.num_frames, len(memory.sources), memory._cache.layers) == (10, 1, layers)
+    assert memory.ask(QUESTIONS[0]) == answer
+
+
+@pytest.mark.parametrize("step", ["save_file", "_file_hash", "_identity"])
+def test_an_interrupted_save_leaves_the_old_folder(memory, model, processor, video, tmp_path, monkeypatch, step):
+    memory.save_pretrained(tmp_path / "memory")
+    memory.watch(video)
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video_memory_files, step, full)
+        with pytest.raises(OSError, match="No space left"):
+            memory.save_pretrained(tmp_path / "memory")
+    assert [path.name for path in tmp_path.iterdir()] == ["memory"]
+    assert VideoMemory.from_pretrained(tmp_path / "memory", model, processor).num_frames == 10
+    memory.save_pretrained(tmp_path / "memory")
+    assert VideoMemory.from_pretrained(tmp_path / "memory", model, processor).num_frames == 20
+
+
+def test_damaged_and_foreign_memories_are_refused(memory, model, processor, trained, tmp_path):
+    def saved(name):
+        memory.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    with pytest.raises(ValueError, match="no video memory there"):
+        VideoMemory.from_pretrained(tmp_path / "nothing", model, processor)
+    with pytest.raises(ValueError, match="another model"):
+        VideoMemory.from_pretrained(saved("one"), *trained)
+    folder = saved("two")
+    states = folder / video_memory_files.STATES_NAME
+    states.write_bytes(states.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="missing or damaged"):
+        VideoMemory.from_pretrained(folder, model, processor)
+    described = saved("three") / video_memory_files.CONFIG_NAME
+    described.write_text(described.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ValueError, match="format 2"):
+        VideoMemory.from_pretrained(described.parent, model, processor)
+    described.write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        VideoMemory.from_pretrained(described.parent, model, processor)
+    with torch.no_grad():  # further training makes it another model
+        weight = model.model.language_model.layers[0].mixer.in_proj.weight
+        weight.add_(1e-3)
+        try:
+            with pytest.raises(ValueError, match="its weights differs"):
+                VideoMemory.from_pretrained(tmp_path / "one", model, processor)
+        finally:
+            weight.sub_(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("frames", "timestamps_s", "message"),
+    [
+        (torch.zeros(2, 3, 28, 28), None, "uint8"),
+        (torch.zeros(3, 28, 28, dtype=torch.uint8), None, "uint8 and"),
+        (torch.zeros(2, 4, 28, 28, dtype=torch.uint8), None, "uint8 and"),
+        (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), [12.0], "1 timestamps for 2 frames"),
+        (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), [13.0, 12.0], "must rise"),
+        (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), [8.0, 12.0], "must rise, also from the 9 s"),
+        (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), [12.0, float("nan")], "must rise"),
+    ],
+)
+def test_frames_that_cannot_be_watched(memory, frames, timestamps_s, message):
+    with pytest.raises(ValueError, match=message):
+        memory.push_frames(frames, timestamps_s)
+    assert memory.num_frames == 10
+
+
+def test_questions_and_videos_that_are_none(memory, tmp_path):
+    for question in ("", "  ", ["What?", ""]):
+        with pytest.raises(ValueError, match="is empty"):
+            memory.ask(question)
+    assert memory.ask([]) == []
+    with pytest.raises(ValueError, match="empty"):
+        memory.chat(" ")
+    with pytest.raises(ValueError, match=r"nothing\.mp4"):
+        memory.watch(tmp_path / "nothing.mp4")
+    assert memory.num_frames == 10
