@@ -55,6 +55,15 @@ class Mamba2Cache:
         """A cache that can go its own way; the states themselves are never written in place, so they are shared."""
         return Mamba2Cache(self.layers, self.num_tokens)
 
+    @staticmethod
+    def joined(caches):
+        """The rows of several caches as one batch."""
+        layers = [
+            LayerState(*(torch.cat(states) for states in zip(*layer, strict=True)))
+            for layer in zip(*(cache.layers for cache in caches), strict=True)
+        ]
+        return Mamba2Cache(layers, caches[0].num_tokens)
+
     def reorder_cache(self, beam_idx):
         """Keep the rows `beam_idx` (beams,) of the batch, in that order, in place."""
         self.layers = [LayerState(*(s.index_select(0, beam_idx.to(s.device)) for s in layer)) for layer in self.layers]

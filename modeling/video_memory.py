@@ -10,21 +10,22 @@ Frames and text stand in the order of the chat template: an answer is what `gene
 """
 
 import math
-import queue
-import threading
+import os
 import time
 from contextlib import contextmanager
 from itertools import islice, pairwise
 
 import torch
-from transformers import TextIteratorStreamer
 
+from .mamba2 import Mamba2Cache
+from .read_ahead import read_ahead
+from .video_memory_answers import VideoMemoryAnswers
 from .video_memory_files import read_memory, write_memory
 
-READ_AHEAD = 2  # micro-batches that are decoded while the model is at work
+MAX_FRAMES_PER_CALL = 32  # of the model; more would only hold more memory
 
 
-class VideoMemory:
+class VideoMemory(VideoMemoryAnswers):
     """What a model remembers of the video it has watched: one state per layer, of a size that never changes.
 
     Args:
@@ -32,7 +33,7 @@ class VideoMemory:
         processor: its `VideoMa2mbaProcessor`.
 
     Attributes:
-        sources: for each call of `watch` or `push_frames`, what it watched: a dict of name and number of frames.
+        sources: what was watched, one after another: dicts of name, num_frames, and for videos fps, start_s, end_s.
         timestamps_s: of every frame, in seconds of the whole that was watched.
         dialogue: the messages of `chat` so far.
     """
@@ -65,6 +66,11 @@ class VideoMemory:
         """Seconds from the start of the first frame to the start of the last one."""
         return self.timestamps_s[-1] if self.timestamps_s else 0.0
 
+    @property
+    def snapshot_times_s(self):
+        """The times that `at` knows, in order."""
+        return sorted(self._snapshots)
+
     def at(self, seconds=None, minutes=None):
         """The memory as it was at a time for which `watch` was asked to keep a snapshot.
 
@@ -78,7 +84,7 @@ class VideoMemory:
             raise ValueError("say the time either in seconds or in minutes")
         wanted = float(seconds if minutes is None else 60 * minutes)
         if wanted not in self._snapshots:
-            kept = ", ".join(f"{time_s:g}" for time_s in sorted(self._snapshots)) or "none"
+            kept = ", ".join(f"{time_s:g}" for time_s in self.snapshot_times_s) or "none"
             raise ValueError(f"no snapshot at {wanted:g} s; there are, in seconds: {kept}. Ask `watch` for it")
         cache, num_frames = self._snapshots[wanted]
         earlier = self._of(self.model, self.processor, cache.copy())
@@ -89,18 +95,24 @@ class VideoMemory:
 
     # --- watching ----------------------------------------------------------------------------------------------------
 
-    def watch(self, source, fps=None, *, start_s=0.0, end_s=None, max_frames=None, snapshots_s=(), progress=None):
-        """Watch a video file to its end, on from where the memory stands.
+    def watch(
+        self, source, fps=None, *, start_s=0.0, end_s=None, max_frames=None, max_duration_s=None, snapshots_s=(),
+        progress=None,
+    ):  # fmt: skip
+        """Watch a video to its end, on from where the memory stands.
 
         Decoding runs ahead in a thread of its own while the model reads. Interrupted or failing, it leaves the memory
-        as it was.
+        as it was. A call that begins where the one before ended in the same video goes on in it seamlessly.
 
         Args:
-            source: path or URL.
+            source: path or URL, or an iterator of uint8 frames (3, height, width) or (height, width, 3), which may be
+                endless.
             fps: frames per second of video; None takes the processor's, usually 1.
             start_s, end_s, max_frames: which part; see `VideoMa2mbaVideoProcessor.open_video`.
+            max_duration_s: stop after so many seconds of video, whatever the source says of its length.
             snapshots_s: times of the whole that was watched at which the memory is kept for `at`.
-            progress: called with (frames so far, frames expected) after every micro-batch.
+            progress: called with (frames so far, frames expected or None) after every micro-batch. The memory then
+                stands for what was watched so far, and can be saved.
 
         Returns:
             A dict of num_frames, num_tokens, decode_s, encode_s.
@@ -108,35 +120,126 @@ class VideoMemory:
         Raises:
             ValueError: the video cannot be read, or holds no frame.
         """
-        frames = self.processor.video_processor.open_video(
-            source, fps=fps, start_s=start_s, end_s=end_s, max_frames=max_frames
-        )
-        offset_s = self._next_start_s()
+        fps = self.processor.video_processor.fps if fps is None else fps
+        if max_duration_s is not None:
+            if not max_duration_s > 0:
+                raise ValueError(f"max_duration_s must be positive, got {max_duration_s}")
+            end_s = min(math.inf if end_s is None else end_s, start_s + max_duration_s)
+        name, frames, expected = self._open(source, fps, start_s, end_s, max_frames)
+        last = self.sources[-1] if self.sources else {}
+        goes_on = (last.get("name"), last.get("fps"), last.get("end_s")) == (name, fps, start_s)
+        earlier, before = (self.sources[:-1], last["num_frames"]) if goes_on else (self.sources, 0)
+        offset_s = last["offset_s"] if goes_on else self._next_start_s(1 / fps) - start_s
+        seen = {"name": name, "fps": fps, "start_s": last["start_s"] if goes_on else start_s, "offset_s": offset_s}
         seconds = {"decode_s": 0.0, "encode_s": 0.0}
 
         def batches():
             while True:
                 begin = time.perf_counter()
-                batch = list(islice(frames, self.model.config.vision_chunk_size))
+                batch = list(islice(frames, self._frames_per_call))
                 seconds["decode_s"] += time.perf_counter() - begin
                 if not batch:
                     return
-                pixels = torch.stack([torch.from_numpy(frame.pixels) for frame in batch]).permute(0, 3, 1, 2)
-                yield pixels, [offset_s + frame.timestamp_s - start_s for frame in batch]
+                yield torch.stack([pixels for _, pixels in batch]), [offset_s + time_s for time_s, _ in batch]
 
         with self._whole_or_not(snapshots_s) as absorb:
             count = 0
-            for pixels, timestamps_s in _ahead(batches()):
+            for pixels, timestamps_s in read_ahead(batches()):
                 begin = time.perf_counter()
                 absorb(pixels, timestamps_s)
                 seconds["encode_s"] += time.perf_counter() - begin
                 count += len(pixels)
+                seen["num_frames"] = before + count
+                seen["end_s"] = start_s + count / fps if max_frames is None else None  # spread frames have no next one
+                self.sources = [*earlier, dict(seen)]
                 if progress is not None:
-                    progress(count, frames.num_frames)
+                    progress(count, expected)
             if count == 0:
-                raise ValueError(f"{source}: no frame of it could be read")
-            self.sources = [*self.sources, {"name": str(source), "num_frames": count}]
+                raise ValueError(f"{name}: no frame of it could be read")
         return {"num_frames": count, "num_tokens": count * self.model.config.tokens_per_frame, **seconds}
+
+    @classmethod
+    def watch_together(cls, model, processor, sources, fps=None, *, progress=None):
+        """Watch several videos side by side, as a batch: each micro-batch holds frames of all that go on.
+
+        Args:
+            sources: paths or URLs. fps: as of `watch`. progress: called with (frames so far, frames expected).
+
+        Returns:
+            A `VideoMemory` for each, as `watch` alone would have left it.
+
+        Raises:
+            ValueError: one of them cannot be read.
+        """
+        memories = [cls(model, processor) for _ in sources]
+        if not memories:
+            return []
+        fps = processor.video_processor.fps if fps is None else fps
+        opened = [memory._open(source, fps, 0.0, None, None) for memory, source in zip(memories, sources, strict=True)]
+        expected, done, size = sum(count for _, _, count in opened), 0, memories[0]._frames_per_call
+        batches = [read_ahead(iter(lambda f=frames: list(islice(f, size)), [])) for _, frames, _ in opened]
+        try:
+            while True:
+                parts = [next(batch, None) for batch in batches]
+                rows = [(memory, part) for memory, part in zip(memories, parts, strict=True) if part]
+                if not rows:
+                    break
+                cls._absorb_rows(rows)
+                done += sum(len(part) for _, part in rows)
+                if progress is not None:
+                    progress(done, expected)
+        finally:
+            for batch in batches:
+                batch.close()
+        for memory, (name, _, _) in zip(memories, opened, strict=True):
+            if not memory.num_frames:
+                raise ValueError(f"{name}: no frame of it could be read")
+            end_s = memory.num_frames / fps
+            seen = {"name": name, "fps": fps, "start_s": 0.0, "offset_s": 0.0}
+            memory.sources = [{**seen, "num_frames": memory.num_frames, "end_s": end_s}]
+        return memories
+
+    @staticmethod
+    @torch.no_grad()
+    def _absorb_rows(rows):
+        """One call of the model for a few frames of several memories; rows with fewer are padded."""
+        model, processor = rows[0][0].model, rows[0][0].processor
+        config, longest = model.config, max(len(part) for _, part in rows)
+        ids = torch.full((len(rows), longest * config.tokens_per_frame), processor.tokenizer.pad_token_id)
+        pixels = torch.zeros(len(rows), longest, *rows[0][1][0][1].shape, dtype=torch.uint8)
+        for row, (_, part) in enumerate(rows):
+            ids[row, : len(part) * config.tokens_per_frame] = config.video_token_id
+            pixels[row, : len(part)] = torch.stack([frame for _, frame in part])
+        mask, caches = ids == config.video_token_id, [memory._cache for memory, _ in rows]
+        together = Mamba2Cache.joined(caches)
+        together = model(
+            ids.to(model.device), attention_mask=mask.to(model.device), pixel_values_videos=pixels.to(model.device),
+            cache_params=together, use_cache=True, logits_to_keep=1,
+        ).cache_params  # fmt: skip
+        for row, (memory, part) in enumerate(rows):
+            before, cache = memory._cache.num_tokens, together.copy()
+            cache.reorder_cache(torch.tensor([row]))
+            cache.num_tokens = before + len(part) * config.tokens_per_frame
+            memory._cache = cache
+            memory.timestamps_s.extend(time_s for time_s, _ in part)
+
+    def _open(self, source, fps, start_s, end_s, max_frames):
+        """Name, iterator of (seconds, (3, side, side) uint8), and number of frames expected (None: nobody knows)."""
+        video_processor = self.processor.video_processor
+        if isinstance(source, str | os.PathLike):
+            opened = video_processor.open_video(
+                source, fps=fps, start_s=start_s, end_s=None if end_s == math.inf else end_s, max_frames=max_frames
+            )
+            frames = ((frame.timestamp_s, torch.from_numpy(frame.pixels).permute(2, 0, 1)) for frame in opened)
+            return str(source), frames, opened.num_frames
+        if max_frames is not None or start_s:
+            raise ValueError("start_s and max_frames are for files; cut the iterator of frames instead")
+        limit = None if end_s is None else math.ceil(end_s * fps)
+        frames = (
+            (number / fps, video_processor.load(self._checked(frame)[None]).frames[0])
+            for number, frame in enumerate(islice(source, limit))
+        )
+        return "frames", frames, limit
 
     def push_frames(self, frames, timestamps_s=None):
         """Watch frames that are at hand, as a live source gives them.
@@ -150,14 +253,13 @@ class VideoMemory:
             ValueError: frames of another dtype or form, or timestamps that do not fit or go backwards.
         """
         pixels = torch.as_tensor(frames)
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or 3 not in (pixels.shape[1], pixels.shape[-1]):
-            raise ValueError(
-                "frames must be uint8 and (frames, 3, height, width) or (frames, height, width, 3); got "
-                f"{pixels.dtype} {tuple(pixels.shape)}"
-            )
-        pixels = self.processor.video_processor.load(pixels).frames
+        if pixels.ndim != 4:
+            raise ValueError(f"frames must have four dimensions, (frames, 3, height, width); got {tuple(pixels.shape)}")
+        if len(pixels):
+            self._checked(pixels[0])
+            pixels = self.processor.video_processor.load(pixels).frames
         if timestamps_s is None:
-            first = self._next_start_s()
+            first = self._next_start_s(1.0)
             timestamps_s = [first + i for i in range(len(pixels))]
         timestamps_s = [float(time_s) for time_s in timestamps_s]
         if len(timestamps_s) != len(pixels):
@@ -167,7 +269,7 @@ class VideoMemory:
             later <= earlier for earlier, later in pairwise(rising)
         ):
             raise ValueError(f"timestamps_s must rise, also from the {self.duration_s:g} s watched so far")
-        size = self.model.config.vision_chunk_size
+        size = self._frames_per_call
         with self._whole_or_not() as absorb:
             for start in range(0, len(pixels), size):
                 absorb(pixels[start : start + size], timestamps_s[start : start + size])
@@ -212,126 +314,22 @@ class VideoMemory:
         ).cache_params
         self.timestamps_s.extend(timestamps_s)
 
-    def _next_start_s(self):
-        return self.duration_s + 1.0 if self.timestamps_s else 0.0
+    @property
+    def _frames_per_call(self):
+        return min(self.model.config.vision_chunk_size, MAX_FRAMES_PER_CALL)
 
-    # --- asking ------------------------------------------------------------------------------------------------------
+    def _next_start_s(self, step_s):
+        return self.duration_s + step_s if self.timestamps_s else 0.0
 
-    def ask(self, question, *, stream=False, **generate_kwargs):
-        """Answer from a copy of the states; the memory stays as it is.
-
-        Args:
-            question: one question, or a list of them, which are answered in one batch.
-            stream: yield the text of the answer to one question as it is produced.
-            generate_kwargs: for `generate`, such as max_new_tokens.
-
-        Returns:
-            The answer; a list of answers for a list; an iterator of pieces of text with `stream`.
-
-        Raises:
-            ValueError: an empty question, or a list to be streamed.
-        """
-        questions = [question] if isinstance(question, str) else list(question)
-        for number, text in enumerate(questions, 1):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"question {number} is empty")
-        if not questions:
-            return []
-        dialogues = [[{"role": "user", "content": text}] for text in questions]
-        if stream:
-            if not isinstance(question, str):
-                raise ValueError("only one question at a time can be streamed")
-            return self._stream(dialogues[0], generate_kwargs)
-        answers = [self._text(ids) for ids in self._generate(dialogues, generate_kwargs)]
-        return answers[0] if isinstance(question, str) else answers
-
-    def chat(self, message, *, stream=False, **generate_kwargs):
-        """As `ask`, but what was said before stands in the prompt, and this is added to `dialogue`."""
-        if not message.strip():
-            raise ValueError("the message is empty")
-        dialogue = [*self.dialogue, {"role": "user", "content": message}]
-        if not stream:
-            answer = self._text(self._generate([dialogue], generate_kwargs)[0])
-            self.dialogue = [*dialogue, {"role": "assistant", "content": answer}]
-            return answer
-
-        def pieces():
-            said = []
-            for piece in self._stream(dialogue, generate_kwargs):
-                said.append(piece)
-                yield piece
-            self.dialogue = [*dialogue, {"role": "assistant", "content": "".join(said).strip()}]
-
-        return pieces()
-
-    def num_prompt_tokens(self, question):
-        """Tokens of the prompt after the video."""
-        return len(self._tail([{"role": "user", "content": question}]))
-
-    def generate(self, questions, **generate_kwargs):
-        """The token ids of the answers to a list of questions: int64 (new tokens,) each."""
-        return self._generate([[{"role": "user", "content": text}] for text in questions], generate_kwargs)
-
-    @torch.no_grad()
-    def _generate(self, dialogues, generate_kwargs):
-        tails = [self._tail(dialogue) for dialogue in dialogues]
-        longest = max(tail.shape[0] for tail in tails)
-        pad = self.processor.tokenizer.pad_token_id
-        ids = torch.full((len(tails), longest), pad, device=self.model.device)
-        mask = torch.zeros_like(ids)
-        for row, tail in enumerate(tails):
-            ids[row, longest - len(tail) :] = tail.to(ids.device)
-            mask[row, longest - len(tail) :] = 1
-        cache = self._cache.copy()
-        cache.batch_repeat_interleave(len(tails))
-        sequences = self.model.generate(ids, attention_mask=mask, cache_params=cache, **generate_kwargs)
-        return list(sequences[:, longest:])
-
-    def _stream(self, dialogue, generate_kwargs):
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failure = []
-
-        def work():
-            try:
-                self._generate([dialogue], {**generate_kwargs, "streamer": streamer})
-            except BaseException as error:  # handed to whoever reads the text
-                failure.append(error)
-                streamer.end()
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        for piece in streamer:
-            if piece:
-                yield piece
-        thread.join()
-        if failure:
-            raise failure[0]
-
-    def _text(self, ids):
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-    # --- the prompt --------------------------------------------------------------------------------------------------
-
-    def _prompt(self, dialogue):
-        """Token ids of a dialogue about a video of one frame, and where that frame stands."""
-        side = self.processor.video_processor.side
-        frame = {"type": "video", "video": torch.zeros(1, 3, side, side, dtype=torch.uint8)}
-        first, *rest = dialogue
-        content = [frame, {"type": "text", "text": first["content"]}]
-        ids = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}, *rest],
-            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        )["input_ids"][0]  # fmt: skip
-        places = (ids == self.processor.video_token_id).nonzero().flatten()
-        return ids, places[0], places[-1]
-
-    def _head(self):
-        ids, first, _ = self._prompt([{"role": "user", "content": "?"}])
-        return ids[None, :first]
-
-    def _tail(self, dialogue):
-        ids, _, last = self._prompt(dialogue)
-        return ids[last + 1 :]
+    @staticmethod
+    def _checked(frame):
+        frame = torch.as_tensor(frame)
+        if frame.dtype != torch.uint8 or frame.ndim != 3 or 3 not in (frame.shape[0], frame.shape[-1]):
+            raise ValueError(
+                "a frame must be uint8 and (3, height, width) or (height, width, 3); got "
+                f"{frame.dtype} {tuple(frame.shape)}"
+            )
+        return frame
 
     # --- keeping -----------------------------------------------------------------------------------------------------
 
@@ -383,39 +381,3 @@ class VideoMemory:
 
 def _label(time_s):
     return f"snapshot-{time_s!r}"
-
-
-def _ahead(batches):
-    """What `batches` yields, made in a thread at most `READ_AHEAD` items before it is asked for."""
-    ready, stopped = queue.Queue(maxsize=READ_AHEAD), threading.Event()
-
-    def put(item):
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work():
-        try:
-            for batch in batches:
-                put((batch, None))
-                if stopped.is_set():
-                    return
-            put((None, None))
-        except BaseException as error:  # raised where the batches are read
-            put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            batch, error = ready.get()
-            if error is not None:
-                raise error
-            if batch is None:
-                return
-            yield batch
-    finally:
-        stopped.set()
-        thread.join()

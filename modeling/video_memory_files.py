@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from .mamba2 import LayerState, Mamba2Cache
 
 FORMAT_VERSION = 1
-CONFIG_NAME, STATES_NAME = "video_memory.json", "video_memory.safetensors"
+CONFIG_NAME, STATES_PREFIX = "video_memory.json", "states-"
 FINGERPRINT_ELEMENTS = 1024  # of each weight
 # where a model came from and how it is run; not what it computes
 _INCIDENTAL = {
@@ -26,7 +26,7 @@ _INCIDENTAL = {
 
 
 def write_memory(folder, model, processor, *, caches, timestamps_s, described):
-    """Write beside the place and then move there.
+    """Write the states under a name of their own, and then the JSON that names them, in one stroke.
 
     Args:
         caches: name -> `Mamba2Cache`. timestamps_s: seconds, one per frame. described: what else the JSON is to say.
@@ -35,9 +35,9 @@ def write_memory(folder, model, processor, *, caches, timestamps_s, described):
         OSError: it cannot be written; what was in `folder` is still there.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    is_new = not folder.exists()
+    if not is_new and not (folder / CONFIG_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: holds something other than a video memory; choose another folder")
-    partial, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
     tensors = {
         f"{name}.{layer}.{field}": getattr(state, field).contiguous()
         for name, cache in caches.items()
@@ -45,29 +45,41 @@ def write_memory(folder, model, processor, *, caches, timestamps_s, described):
         for field in LayerState._fields
     }
     tensors["timestamps_s"] = torch.tensor(timestamps_s, dtype=torch.float64)
+    partial = folder / f".partial-{os.getpid()}"
     try:
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / STATES_NAME)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial)
+        digest = _file_hash(partial)
+        states = folder / f"{STATES_PREFIX}{digest[:16]}.safetensors"
+        partial.replace(states)
         described = {
             "format_version": FORMAT_VERSION,
             **_identity(model, processor),
-            "states_sha256": _file_hash(partial / STATES_NAME),
+            "states": states.name,
+            "states_sha256": digest,
             "num_tokens_of": {name: cache.num_tokens for name, cache in caches.items()},
             **described,
         }
-        (partial / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
+        partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / CONFIG_NAME)  # from here on it is the new memory, all at once
     except BaseException as error:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, SafetensorError):  # its writer says so of a full disk
             raise OSError(f"{folder}: could not be written: {error}") from error
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder):
+    """What the JSON does not name: states of an older memory, or of a save that was cut off."""
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    kept = _read_json(folder / CONFIG_NAME).get("states")
+    for path in (*folder.glob(f"{STATES_PREFIX}*.safetensors"), *folder.glob(".partial-*")):
+        if path.name != kept:
+            path.unlink(missing_ok=True)
 
 
 def read_memory(folder, model, processor):
@@ -88,7 +100,8 @@ def read_memory(folder, model, processor):
                 f"{folder}: the memory of another model (its {name.partition('_')[0]} differs): load the model that "
                 "watched the video"
             )
-    path = folder / STATES_NAME
+    name = str(described.get("states"))
+    path = folder / Path(name).name
     if not path.is_file() or _file_hash(path) != described.get("states_sha256"):
         raise ValueError(f"{path}: missing or damaged; watch the video again")
     with safe_open(path, framework="pt") as file:

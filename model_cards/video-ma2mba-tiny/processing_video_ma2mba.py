@@ -24,6 +24,7 @@ class VideoMa2mbaProcessorOptions(TypedDict, total=False):
             may also stand in a video's own content entry, for that video alone.
         padding: Bring all rows to the length of the longest (default True).
         padding_side: "left" (default), as generation needs it, or "right".
+        pad_to_multiple_of: Pad on, to the next multiple of this many tokens (default 1).
         return_tensors: "pt" (default), "np", or None for lists of ids.
         return_labels: Also return `labels` (chats only): the ids of the answers and of the end of their turns, -100
             elsewhere.
@@ -37,6 +38,7 @@ class VideoMa2mbaProcessorOptions(TypedDict, total=False):
     strict: bool
     padding: bool | str
     padding_side: str
+    pad_to_multiple_of: int
     return_tensors: str | None
     return_labels: bool
     return_timestamps: bool
@@ -234,6 +236,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         strict: bool = False,
         padding: bool | str = True,
         padding_side: str = "left",
+        pad_to_multiple_of: int = 1,
         return_tensors: str | None = "pt",
         return_labels: bool = False,
         return_timestamps: bool = False,
@@ -242,6 +245,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             raise ValueError(f"padding must be True, False or 'longest', got {padding!r}.")
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
+        if pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}.")
         sampling = {"fps": fps, "max_frames": max_frames, "start_s": start_s, "end_s": end_s, "strict": strict}
         encoded = [self._encode_row(segments, split_special_tokens, sampling) for segments in rows]
 
@@ -250,7 +255,9 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         if return_labels:
             data["labels"] = [row.labels for row in encoded]
         if padding:
-            data = {name: _pad(values, fill[name], padding_side) for name, values in data.items()}
+            longest = max(len(row.ids) for row in encoded)
+            length = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+            data = {name: _pad(values, fill[name], padding_side, length) for name, values in data.items()}
         for name, clips in (
             ("pixel_values_videos", [row.videos for row in encoded]),
             ("pixel_values", [row.images for row in encoded]),
@@ -332,8 +339,7 @@ def _flatten_images(images: Any) -> list:
     return [flat for image in images for flat in _flatten_images(image)]
 
 
-def _pad(rows: list[list[int]], value: int, side: str) -> list[list[int]]:
-    longest = max(map(len, rows))
+def _pad(rows: list[list[int]], value: int, side: str, length: int) -> list[list[int]]:
     return [
-        [value] * (longest - len(row)) + row if side == "left" else row + [value] * (longest - len(row)) for row in rows
+        [value] * (length - len(row)) + row if side == "left" else row + [value] * (length - len(row)) for row in rows
     ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from video_ma2mba import cli
-from video_ma2mba.cli import ask
+from video_ma2mba.cli import watching
 from video_ma2mba.data.synthetic import make_story
 
 QUESTION = "What colour was the circle?"
@@ -114,15 +114,15 @@ def test_pipe_gets_answers_alone(model_folder, video):
 
 
 def test_tiny_model_is_the_default(monkeypatch, model_folder, tmp_path):
-    monkeypatch.setattr(ask, "TINY_MODEL", Path(model_folder))
-    assert ask.find_model(None) == model_folder
-    monkeypatch.setattr(ask, "TINY_MODEL", tmp_path)
+    monkeypatch.setattr(watching, "TINY_MODEL", Path(model_folder))
+    assert watching.find_model(None) == model_folder
+    monkeypatch.setattr(watching, "TINY_MODEL", tmp_path)
     with pytest.raises(ValueError, match="--model"):
-        ask.find_model(None)
+        watching.find_model(None)
 
 
 def test_hub_id_is_left_to_the_hub():
-    assert ask.find_model("owner/some-model.v2") == "owner/some-model.v2"
+    assert watching.find_model("owner/some-model.v2") == "owner/some-model.v2"
 
 
 @pytest.mark.parametrize("left_out", ["config.json", "processor_config.json"])

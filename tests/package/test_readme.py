@@ -1,7 +1,10 @@
 """What the README prints is what works."""
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,13 @@ def test_plan_is_what_the_command_prints(capsys):
     table = table[: table.index(next(line for line in table if line.startswith("└"))) + 1]
     assert len(table) > 10
     assert "\n".join(table) in README
+
+
+def test_fine_tuning_on_own_videos_runs_as_printed(tmp_path, capfd):
+    lines = re.findall(r"^python (examples/finetune_own_videos.py .*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        script, *arguments = shlex.split(line)
+        subprocess.run([sys.executable, ROOT / script, *arguments], cwd=tmp_path, check=True)
+    truth = json.loads((tmp_path / "my_videos" / "questions.jsonl").read_text().splitlines()[0])
+    assert capfd.readouterr().out.splitlines()[-1] == truth["answer"]

@@ -10,7 +10,7 @@ import torch
 
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
 from video_ma2mba.data.synthetic import make_story
-from video_ma2mba.modeling import video_memory_files
+from video_ma2mba.modeling import video_memory_answers, video_memory_files
 
 TINY = Path(__file__).resolve().parents[2] / "model_cards" / "video-ma2mba-tiny"
 QUESTIONS = [
@@ -39,6 +39,11 @@ def memory(model, processor, video):
     watched = VideoMemory(model, processor)
     watched.watch(video)
     return watched
+
+
+def states_file(folder):
+    (path,) = folder.glob("*.safetensors")
+    return path
 
 
 def generated(model, processor, frames, messages, new_tokens=8):
@@ -142,7 +147,7 @@ def test_size_does_not_grow_with_the_video(model, processor, tmp_path):
         memory.watch(make_story(seed=minutes, duration_s=60 * minutes, size=16).render(tmp_path / f"{minutes}.mp4"))
         memory.save_pretrained(tmp_path / f"memory{minutes}")
         sizes.append(memory.num_bytes)
-        files.append((tmp_path / f"memory{minutes}" / video_memory_files.STATES_NAME).stat().st_size)
+        files.append(states_file(tmp_path / f"memory{minutes}").stat().st_size)
     assert sizes[0] == sizes[1] > 0
     assert files[1] - files[0] <= 120 * 8 + 16  # a timestamp a frame
 
@@ -227,6 +232,7 @@ def test_an_interrupted_save_leaves_the_old_folder(memory, model, processor, vid
         with pytest.raises(OSError, match="No space left"):
             memory.save_pretrained(tmp_path / "memory")
     assert [path.name for path in tmp_path.iterdir()] == ["memory"]
+    assert len(list((tmp_path / "memory").iterdir())) == 2
     assert VideoMemory.from_pretrained(tmp_path / "memory", model, processor).num_frames == 10
     memory.save_pretrained(tmp_path / "memory")
     assert VideoMemory.from_pretrained(tmp_path / "memory", model, processor).num_frames == 20
@@ -242,7 +248,7 @@ def test_damaged_and_foreign_memories_are_refused(memory, model, processor, trai
     with pytest.raises(ValueError, match="another model"):
         VideoMemory.from_pretrained(saved("one"), *trained)
     folder = saved("two")
-    states = folder / video_memory_files.STATES_NAME
+    states = states_file(folder)
     states.write_bytes(states.read_bytes()[:-10])
     with pytest.raises(ValueError, match="missing or damaged"):
         VideoMemory.from_pretrained(folder, model, processor)
@@ -267,7 +273,7 @@ def test_damaged_and_foreign_memories_are_refused(memory, model, processor, trai
     ("frames", "timestamps_s", "message"),
     [
         (torch.zeros(2, 3, 28, 28), None, "uint8"),
-        (torch.zeros(3, 28, 28, dtype=torch.uint8), None, "uint8 and"),
+        (torch.zeros(3, 28, 28, dtype=torch.uint8), None, "four dimensions"),
         (torch.zeros(2, 4, 28, 28, dtype=torch.uint8), None, "uint8 and"),
         (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), [12.0], "1 timestamps for 2 frames"),
         (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), [13.0, 12.0], "must rise"),
@@ -291,3 +297,90 @@ def test_questions_and_videos_that_are_none(memory, tmp_path):
     with pytest.raises(ValueError, match=r"nothing\.mp4"):
         memory.watch(tmp_path / "nothing.mp4")
     assert memory.num_frames == 10
+
+
+def test_watching_in_parts_is_watching(model, processor, video, memory):
+    parts = VideoMemory(model, processor)
+    parts.watch(video, end_s=4.0)
+    parts.watch(video, start_s=4.0)
+    assert parts.timestamps_s == memory.timestamps_s
+    assert parts.sources == memory.sources
+    for mine, other in zip(parts._cache.layers, memory._cache.layers, strict=True):
+        torch.testing.assert_close(mine.ssm_state, other.ssm_state)
+    halves = VideoMemory(model, processor)
+    halves.watch(video, 2.0, end_s=3.5)
+    halves.watch(video, 2.0, start_s=3.5)
+    whole = VideoMemory(model, processor)
+    whole.watch(video, 2.0)
+    assert halves.timestamps_s == whole.timestamps_s
+    assert [source["num_frames"] for source in halves.sources] == [20]
+
+
+def test_several_videos_as_a_batch(pair, video, tmp_path):
+    model, processor = pair
+    paths = [video, *(make_story(seed, length).render(tmp_path / f"{seed}.mp4") for seed, length in ((5, 3), (6, 14)))]
+    together = VideoMemory.watch_together(model, processor, paths)
+    for path, memory in zip(paths, together, strict=True):
+        alone = VideoMemory(model, processor)
+        alone.watch(path)
+        assert (memory.timestamps_s, memory.sources) == (alone.timestamps_s, alone.sources)
+        assert memory.num_tokens == alone.num_tokens
+        frames = processor.video_processor.load(path).frames
+        assert_same_tokens(model, processor, frames, QUESTIONS[:2], memory.generate(QUESTIONS[:2], max_new_tokens=8))
+
+
+def test_an_endless_stream_ends_with_its_time(model, processor):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield torch.zeros(3, 40, 30, dtype=torch.uint8)
+
+    memory = VideoMemory(model, processor)
+    watched = memory.watch(endless(), 2.0, max_duration_s=5.0)
+    assert watched["num_frames"] == memory.num_frames == len(taken) == 10
+    assert memory.duration_s == 4.5
+    with pytest.raises(ValueError, match="must be positive"):
+        memory.watch(endless(), max_duration_s=0)
+
+
+def test_max_duration_cuts_a_file(model, processor, video):
+    memory = VideoMemory(model, processor)
+    memory.watch(video, start_s=2.0, max_duration_s=3.0)
+    assert memory.num_frames == 3
+
+
+def test_a_question_has_a_limit(memory, monkeypatch):
+    monkeypatch.setattr(video_memory_answers, "MAX_QUESTION_TOKENS", 50)
+    memory.ask("Short?", max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"question 2 has \d+ tokens, .*at most 50"):
+        memory.ask(["Short?", "word " * 50], max_new_tokens=2)
+
+
+def test_a_stream_of_text_that_is_closed_stops_the_model(memory):
+    steps = []
+
+    def count(input_ids, scores, **kwargs):
+        steps.append(1)
+        return torch.zeros(1, dtype=torch.bool)
+
+    pieces = memory.ask(QUESTIONS[0], stream=True, max_new_tokens=3000, min_new_tokens=2999, stopping_criteria=[count])
+    next(pieces)
+    pieces.close()
+    assert len(steps) < 1000
+
+
+def test_a_full_disk_leaves_the_old_memory(memory, model, processor, tmp_path, monkeypatch):
+    folder = tmp_path / "memory"
+    memory.save_pretrained(folder)
+    memory.push_frames(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video_memory_files, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        memory.save_pretrained(folder)
+    assert VideoMemory.from_pretrained(folder, model, processor).num_frames == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["memory"]

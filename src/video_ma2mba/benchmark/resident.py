@@ -10,15 +10,17 @@ import gc
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..memory import resident
+
 NUM_SUPERVISED = 512
 NUM_STEPS = 3
+WARM_UP_TOKENS = 8192
 METHODS = {"off": None, "MA-GC": {}}
 
 
@@ -36,8 +38,8 @@ def measure(device: str, lengths: list[int]) -> dict[str, Any]:
 
 def _in_a_process(device: str, num_tokens: int, method: str) -> dict[str, Any]:
     # One thread, for the same sums in the same order. And glibc is to give freed tensors back at once, as it would
-    # those of a large model: its own threshold, which it would else raise as it goes. Then resident is what is in use.
-    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "8388608"}
+    # those of a large model: its own thresholds, which it would else raise as it goes. Then resident is what is in use.
+    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     command = [sys.executable, "-m", __name__, device, str(num_tokens), method]
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     if done.returncode != 0:
@@ -99,7 +101,7 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
             trainer.train()
         return trainer, watch
 
-    run(num_tokens - 1024, 0.0)  # changes nothing, and loads what is loaded late
+    run(max(num_tokens - WARM_UP_TOKENS, 0), 0.0)  # changes nothing, and loads what is loaded late
     model.zero_grad()
     trainer, watch = run(0, 1e-3)
     peak = _peak(device) - watch.before
@@ -128,7 +130,7 @@ def _restart_peak(device: str) -> int:
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return resident("VmRSS")
 
 
 def _peak(device: str) -> int:
@@ -136,12 +138,7 @@ def _peak(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
+    return resident("VmHWM")
 
 
 if __name__ == "__main__":

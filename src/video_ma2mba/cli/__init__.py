@@ -10,9 +10,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import ask, bench, convert, plan, share, watch
+from . import ask, bench, chat, convert, data, plan, share, train, ui, watch
 
-COMMANDS = {"ask": ask, "bench": bench, "convert": convert, "plan": plan, "share": share, "watch": watch}
+COMMANDS = {
+    "ask": ask, "bench": bench, "chat": chat, "convert": convert, "data": data, "plan": plan, "share": share,
+    "train": train, "ui": ui, "watch": watch,
+}  # fmt: skip
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("VIDEO_MA2MBA_TRACEBACK") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
 

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "memory": "memory of training by checkpointing method and length: counted at full size, or measured",
     "train": "training throughput by checkpointing method",
     "generate": "prefill, seconds per new token by length of the context, and frames per second of the tower",
+    "memory-of-video": "a video memory against an attention model: bytes and seconds per question, by minutes of video",
     "backends": "which kernels run on this machine, and why not the others",
 }
 
@@ -24,7 +25,7 @@ BENCHMARKS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "benchmarks (`video-ma2mba bench NAME --help` lists the options of one):\n" + "\n".join(
-        f"  {name:<10} {text}" for name, text in BENCHMARKS.items()
+        f"  {name:<16} {text}" for name, text in BENCHMARKS.items()
     )
     parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help="which benchmark to run")
     # Their options are known only once the module is imported, which takes seconds: so only the one that is asked for.
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    module = importlib.import_module(f"video_ma2mba.benchmark.{args.name}")
+    module = importlib.import_module(f"video_ma2mba.benchmark.{args.name.replace('-', '_')}")
     parser = argparse.ArgumentParser(prog=f"video-ma2mba bench {args.name}", description=module.__doc__)
     module.add_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the JSON here as well")

@@ -1,40 +1,60 @@
-"""Watch a video once and keep its memory: a folder of one size, whatever the length, to be asked with `ask`."""
+"""Watch a video once and keep its memory: a folder of one size, whatever the length, to be asked with `ask` or `chat`.
+
+What was watched so far is kept beside MEMORY as it goes; after an interruption `--resume` goes on there. MEMORY itself
+appears, or is replaced, only when the video is watched to its end.
+"""
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
-from . import ask
+from . import watching
 
 HELP = "watch a video and keep its memory, to be asked later"
+FRAMES_BETWEEN_SAVES = 600
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="path or URL of a video")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MEMORY", help="folder to write")
-    ask.add_watching_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted call stood")
+    watching.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     if not args.output.absolute().parent.is_dir():
         raise ValueError(f"cannot write {args.output}: create the folder {args.output.parent} first")
-    name = ask.find_model(args.model)
+    unfinished = args.output.with_name(f".{args.output.name}.unfinished")
+    if args.resume and not unfinished.is_dir():
+        raise ValueError(f"--resume: no interrupted call for {args.output} was found; leave the option out")
+    model, processor = watching.load_model_and_processor(args, args.video)
 
-    import torch
-
-    from .. import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
+    from .. import VideoMemory
     from ..modeling.checkpoint_plan import format_bytes
 
-    device = ask.choose_device(args.device)
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype == "auto" else args.dtype
-    processor = ask.load(VideoMa2mbaProcessor, name)
-    processor.video_processor.open_video(
-        args.video, fps=args.fps, max_frames=args.max_frames, start_s=args.start, end_s=args.end
-    ).close()  # a wrong path shows at once
-    model = ask.load(VideoMa2mbaForConditionalGeneration, name, dtype=getattr(torch, dtype)).to(device).eval()
-    memory = VideoMemory(model, processor)
-    ask.watch(memory, args)
+    memory, start_s = VideoMemory(model, processor), args.start
+    if args.resume:
+        memory = VideoMemory.from_pretrained(unfinished, model, processor)
+        (seen,) = memory.sources
+        fps = processor.video_processor.fps if args.fps is None else args.fps
+        if (seen["name"], seen["fps"], seen["start_s"]) != (args.video, fps, args.start):
+            raise ValueError(
+                f"--resume: the interrupted call watched {seen['name']} from {seen['start_s']:g} s at {seen['fps']:g} "
+                "frames per second; give the same options, or leave --resume out"
+            )
+        start_s = seen["end_s"]
+    saved = memory.num_frames
+
+    def save() -> None:
+        nonlocal saved
+        if memory.num_frames - saved >= FRAMES_BETWEEN_SAVES and args.max_frames is None:
+            memory.save_pretrained(unfinished)
+            saved = memory.num_frames
+
+    watching.watch(memory, args, start_s, pause=save)
     memory.save_pretrained(args.output)
+    shutil.rmtree(unfinished, ignore_errors=True)
     print(
         f"{args.output}: {memory.num_frames} frames, {memory.num_tokens} tokens, "
         f"{format_bytes(memory.num_bytes)} of states",

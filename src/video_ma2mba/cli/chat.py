@@ -1,0 +1,111 @@
+"""Talk about a video, or about a memory of one: what was said before counts.
+
+/seek SECONDS goes back to a snapshot, /save FOLDER keeps the memory with the talk, /stats says what it holds, /forget
+begins the talk anew, /quit ends. Ctrl-C stops an answer, and at the prompt the command.
+"""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from . import watching
+
+if TYPE_CHECKING:
+    from ..modeling.video_memory import VideoMemory
+
+HELP = "talk about a video or a memory"
+PROMPT = "> "
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", metavar="MEMORY_OR_VIDEO", help="folder of a memory, or path or URL of a video")
+    watching.add_arguments(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="per answer (default: 128)")
+
+
+def run(args: argparse.Namespace) -> None:
+    memory, _ = watching.open_memory(args)
+    talk = Talk(memory, args.max_new_tokens)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 - gives `input` a history and editing
+
+        print(talk.stats())
+        print("/seek SECONDS, /save FOLDER, /stats, /forget, /quit")
+    while True:
+        try:
+            line = input(PROMPT if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip() == "/quit":
+            return
+        if line.strip():
+            try:
+                talk.take(line.strip())
+            except (ValueError, OSError) as error:
+                print(f"error: {error}", file=sys.stderr)
+
+
+class Talk:
+    """A memory being talked about: `memory` as it is now, `whole` as it was in the beginning."""
+
+    def __init__(self, memory: "VideoMemory", max_new_tokens: int):
+        self.whole = self.memory = memory
+        self.max_new_tokens = max_new_tokens
+
+    def take(self, line: str) -> None:
+        """One line of the user: a command that begins with "/", or a question."""
+        if not line.startswith("/"):
+            self.answer(line)
+            return
+        command, _, argument = line.partition(" ")
+        if command == "/stats":
+            print(self.stats())
+        elif command == "/forget":
+            self.memory.dialogue = []
+        elif command == "/save" and argument.strip():
+            self.memory.save_pretrained(argument.strip())
+            print(f"saved to {argument.strip()}")
+        elif command == "/seek":
+            self.seek(argument.strip())
+        else:
+            raise ValueError(f"{line}: the commands are /seek SECONDS, /save FOLDER, /stats, /forget and /quit")
+
+    def answer(self, question: str) -> None:
+        """Print the answer as it comes; Ctrl-C ends it, and it then counts as not asked."""
+        pieces = self.memory.chat(question, stream=True, max_new_tokens=self.max_new_tokens)
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pieces.close()
+            print(" [stopped]", end="")
+        print(flush=True)
+
+    def seek(self, time: str) -> None:
+        """Go to the last snapshot at or before a time; "end" is the whole video. The talk begins anew there."""
+        if time == "end":
+            self.memory = self.whole
+        else:
+            try:
+                wanted = float(time)
+            except ValueError:
+                raise ValueError("/seek: say a time in seconds, or end") from None
+            kept = [time_s for time_s in self.whole.snapshot_times_s if time_s <= wanted]
+            if not kept:
+                raise ValueError(
+                    f"no snapshot at or before {wanted:g} s; `--snapshots 600 1200` makes them while a video is watched"
+                )
+            self.memory = self.whole.at(seconds=max(kept))
+        print(self.stats())
+
+    def stats(self) -> str:
+        from ..modeling.checkpoint_plan import format_bytes
+
+        memory = self.memory
+        minutes, seconds = divmod(round(memory.duration_s), 60)
+        snapshots = ", ".join(f"{time_s:g} s" for time_s in self.whole.snapshot_times_s)
+        return (
+            f"{memory.num_frames} frames up to {minutes}:{seconds:02d}, {memory.num_tokens} tokens, "
+            f"{format_bytes(memory.num_bytes)} of states, {len(memory.dialogue) // 2} question(s) so far"
+            + (f"; snapshots at {snapshots}" if snapshots else "")
+        )

@@ -1,0 +1,196 @@
+"""Train a model as a recipe says: the paper's three stages, or fine-tuning on videos of your own.
+
+Several devices, also on several machines: start the same command by `torchrun`, as in
+`torchrun --nproc-per-node 8 -m video_ma2mba.cli train 3.1b-stage2`. The recipe's global batch stays what it is.
+"""
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .plan import RESERVED_BYTES, parse_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..training.recipe import Recipe
+
+HELP = "train a model as a recipe says"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="3.1b-stage1, 1.8b-stage2, finetune, finetune-lora, or a file")
+    parser.add_argument(
+        "--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change one line of the recipe"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in the output")
+    parser.add_argument("--strict", action="store_true", help="stop at a sample that cannot be used")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and whether it fits")
+    parser.add_argument(
+        "--gpu-memory", type=parse_bytes, metavar="SIZE", help="with --dry-run: default, that of the GPU here"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..training.recipe import read_recipe
+
+    recipe = read_recipe(args.recipe, [*args.changes, *(["strict=true"] if args.strict else [])])
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(recipe.output, "logs"))
+    if args.dry_run:
+        dry_run(recipe, args.gpu_memory)
+        return
+
+    from ..training.run import prepare_run, train
+    from .watching import find_model, load
+
+    find_model(recipe.model)
+    prepared = prepare_run(recipe, load)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        print(_batch_line(recipe), file=sys.stderr)
+    report = train(prepared, resume=args.resume)
+    if first:
+        held_out = report["held_out_loss"]
+        if held_out["after"] is not None:
+            print(f"held-out loss: {held_out['before']:.4f} before, {held_out['after']:.4f} after")
+        left_out = f", {report['skipped_samples']} left out" if report["skipped_samples"] else ""
+        print(
+            f"{recipe.output}/model: {report['steps']} steps, {report['samples']} samples{left_out}, "
+            f"{report['tokens']} tokens in {report['wall_s']:.0f} s"
+        )
+
+
+def _batch_line(recipe: "Recipe") -> str:
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = recipe.accumulation_steps(devices)
+    return (
+        f"global batch {recipe.global_batch_size} = {recipe.device_batch_size} at a time x {devices} device(s) x "
+        f"{steps} batch(es) accumulated"
+    )
+
+
+def dry_run(recipe: "Recipe", gpu_bytes: int | None) -> None:
+    """Print parameter groups, steps, the checkpoint plan of the longest sample, and whether it fits."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..modeling.checkpoint_plan import format_bytes
+    from ..training.run import describe_groups, make_trainable
+
+    if gpu_bytes is None and torch.cuda.is_available():
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    config, processor = _config_and_processor(recipe)
+    model = make_trainable(_on_meta(config, recipe), recipe)
+    groups = describe_groups(model, recipe)
+    console = Console(highlight=False, width=100)
+    table = Table(title="what trains")
+    for name in ("group", "tensors", "parameters", "learning rate", "weight decay"):
+        table.add_column(name, justify="left" if name == "group" else "right")
+    for group in groups:
+        table.add_row(
+            group["name"],
+            str(group["tensors"]),
+            f"{group['parameters']:,}",
+            f"{group['lr']:g}",
+            f"{group['weight_decay']:g}",
+        )
+    console.print(table)
+    console.print(
+        f"AdamW, betas {recipe.adam_beta1:g} and {recipe.adam_beta2:g}; cosine after {recipe.warmup_ratio:.0%} of "
+        f"warm-up; gradients clipped at {recipe.max_grad_norm:g}"
+    )
+    console.print(_batch_line(recipe))
+
+    num_tokens = recipe.max_tokens
+    if processor is not None:
+        num_tokens = _data_lines(recipe, processor, console) or num_tokens
+    if num_tokens is None:
+        console.print(
+            "the data are not there yet, so neither steps nor memory can be told; max_tokens would do for memory"
+        )
+        return
+    _memory_lines(model, recipe, num_tokens, gpu_bytes, groups, console, format_bytes)
+
+
+def _config_and_processor(recipe: "Recipe") -> tuple[Any, Any]:
+    """Of the model where it is there; else the configuration of its size, by its name."""
+    from pathlib import Path
+
+    from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
+    from ..processing import VideoMa2mbaProcessor
+
+    if Path(recipe.model).is_dir():
+        return VideoMa2mbaConfig.from_pretrained(recipe.model), VideoMa2mbaProcessor.from_pretrained(recipe.model)
+    size = next((size for size in PRESETS if size in recipe.model), None)
+    if size is None:
+        raise ValueError(f"{recipe.model}: there is no such folder, and its name holds none of {', '.join(PRESETS)}")
+    return VideoMa2mbaConfig.from_preset(size), None
+
+
+def _on_meta(config: Any, recipe: "Recipe") -> "torch.nn.Module":
+    import torch
+
+    from ..modeling import VideoMa2mbaForConditionalGeneration
+
+    with torch.device("meta"):
+        return VideoMa2mbaForConditionalGeneration._from_config(config, dtype=getattr(torch, recipe.dtype))
+
+
+def _data_lines(recipe: "Recipe", processor: Any, console: Any) -> int | None:
+    """Print samples and steps; returns the tokens of the longest sample, if the data are there."""
+    from pathlib import Path
+
+    from ..training.run import read_data
+
+    if not all(Path(folder).is_dir() for folder in recipe.data):
+        return None
+    data = read_data(recipe.data, recipe, processor)
+    if recipe.streaming:
+        console.print(f"streamed; {recipe.max_steps} steps")
+        return None
+    steps = recipe.max_steps or -(-len(data) * recipe.num_epochs // recipe.global_batch_size)
+    longest = max(data["num_tokens"])
+    console.print(f"{len(data):,} samples, {steps:,.0f} steps; the longest sample has about {longest:,} tokens")
+    return min(longest, recipe.max_tokens or longest)
+
+
+def _memory_lines(
+    model: Any, recipe: "Recipe", num_tokens: int, gpu_bytes: int | None, groups: list[dict], console: Any, show: Any
+) -> None:
+    from ..modeling.checkpoint_plan import InfeasibleMemoryBudget, peak_bytes_without, plan_checkpoints
+
+    config, batch = model.config, recipe.device_batch_size
+    num_frames = batch * (num_tokens // config.tokens_per_frame)
+    side = config.vision_config.image_size
+    trained_bytes = sum(group["bytes"] for group in groups)
+    fixed = {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "gradients": trained_bytes,
+        "optimizer": 2 * trained_bytes,
+        "frames": num_frames * 3 * side**2,
+    }
+    options = recipe.gradient_checkpointing
+    shape = {
+        "dtype_bytes": 2 if recipe.bf16 else 4, "num_frames": num_frames,
+        "trains_vision": any(group["name"].startswith("vision") for group in groups),
+    }  # fmt: skip
+    if options is None:
+        fixed["activations"] = peak_bytes_without(config, batch, num_tokens, **shape)
+        console.print("no gradient checkpointing")
+    else:
+        try:
+            plan = plan_checkpoints(config, batch, num_tokens, **{"axes": ("layer", "sequence"), **options}, **shape)
+        except InfeasibleMemoryBudget as error:
+            raise ValueError(f"the recipe's memory_budget_bytes: {error}") from error
+        fixed["activations"] = plan.predicted_peak_bytes
+        console.print(f"{batch} x {num_tokens:,} tokens: {plan}", soft_wrap=True)
+    total = sum(fixed.values()) + RESERVED_BYTES
+    console.print(
+        ", ".join(f"{name} {show(size)}" for name, size in fixed.items()) + f"; with 2 GiB kept back {show(total)}"
+    )
+    if gpu_bytes is None:
+        console.print("no GPU here: say with --gpu-memory what it must fit into")
+    else:
+        console.print(f"fits into {show(gpu_bytes)}: {'yes' if total <= gpu_bytes else 'no'}")

@@ -1,0 +1,166 @@
+"""What the commands have in common that watch a video: their options, loading a model, watching with a progress bar."""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..modeling.video_memory import VideoMemory
+
+TINY_MODEL = Path(__file__).resolve().parents[3] / "model_cards" / "video-ma2mba-tiny"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that runs a model."""
+    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="default: the tiny model of the repository's clone")
+    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapters that were trained on the model")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that watches a video."""
+    add_model_arguments(parser)
+    parser.add_argument("--fps", type=float, help="frames per second of video (default: the model's, usually 1)")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="watch at most N frames, spread evenly")
+    parser.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="where in the video to begin")
+    parser.add_argument("--end", type=float, metavar="SECONDS", help="where to stop (default: the end)")
+    parser.add_argument("--max-duration", type=float, metavar="SECONDS", help="watch no more than this of the video")
+    parser.add_argument("--snapshots", type=float, nargs="+", default=[], metavar="SECONDS", help="times to go back to")
+
+
+def find_model(name: str | None) -> str:
+    """The model to load: a folder that has what it takes, or a Hub id.
+
+    Raises:
+        ValueError: `name` is no such folder, or None where the tiny model is not at hand; the message says what to do.
+    """
+    if name is None:
+        if not (TINY_MODEL / "config.json").is_file():
+            raise ValueError("the tiny model is only at hand in a clone of the repository: name one with --model")
+        name = str(TINY_MODEL)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        for file, part in (("config.json", "model"), ("processor_config.json", "processor")):
+            if not (folder / file).is_file():
+                raise ValueError(f"{name}: this folder has no {file}; write it with {part}.save_pretrained({name!r})")
+        return str(folder)
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ValueError(f"{name}: there is no such folder, and a Hub id looks like owner/name")
+    return name
+
+
+def load(cls: Any, name: str, **kwargs: Any) -> Any:
+    """`cls.from_pretrained`, whose errors about a Hub id are pages long."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers import PreTrainedConfig
+
+    try:
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        if model_type != "video_ma2mba":
+            raise ValueError(f"{name}: this is a model of type {model_type!r}; this needs one of type 'video_ma2mba'")
+        return cls.from_pretrained(name, **kwargs)
+    except (HfHubHTTPError, OSError) as error:
+        if Path(name).is_dir():
+            raise
+        raise ValueError(f"{name}: there is no such folder, and the Hub does not give it; check the name") from error
+
+
+def load_model(name: str, dtype: str, adapter: str | None) -> Any:
+    """The model in eval mode; LoRA adapters are merged into its weights.
+
+    Raises:
+        ValueError: There are no such adapters, or they belong to another model.
+    """
+    import torch
+
+    from .. import VideoMa2mbaForConditionalGeneration
+
+    model = load(VideoMa2mbaForConditionalGeneration, name, dtype=getattr(torch, dtype)).eval()
+    if adapter is None:
+        return model
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"--adapter {adapter}: there is no adapter_config.json; `train finetune-lora` writes one")
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except RuntimeError as error:  # sizes that do not match
+        raise ValueError(f"--adapter {adapter}: these adapters do not fit {name}") from error
+
+
+def choose_device(name: str) -> "torch.device":
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_model_and_processor(args: argparse.Namespace, video: str | None = None) -> tuple[Any, Any]:
+    """Model and processor of the options. A video is opened first: a wrong path shows at once, not after minutes."""
+    from .. import VideoMa2mbaProcessor
+
+    name = find_model(args.model)
+    device = choose_device(args.device)
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype == "auto" else args.dtype
+    processor = load(VideoMa2mbaProcessor, name)
+    if video is not None:
+        processor.video_processor.open_video(
+            video, fps=args.fps, max_frames=args.max_frames, start_s=args.start, end_s=args.end
+        ).close()
+    return load_model(name, dtype, args.adapter).to(device), processor
+
+
+def is_memory(path: str) -> bool:
+    """Whether this is the folder of a memory."""
+    from ..modeling.video_memory_files import CONFIG_NAME
+
+    return (Path(path) / CONFIG_NAME).is_file()
+
+
+def open_memory(args: argparse.Namespace) -> tuple["VideoMemory", dict[str, Any]]:
+    """A memory read from its folder, or of the video, watched now; and what watching took."""
+    from .. import VideoMemory
+
+    if is_memory(args.video):
+        model, processor = load_model_and_processor(args)
+        return VideoMemory.from_pretrained(args.video, model, processor), {"decode_s": 0.0, "encode_s": 0.0}
+    memory = VideoMemory(*load_model_and_processor(args, args.video))
+    return memory, watch(memory, args, args.start)
+
+
+def watch(
+    memory: "VideoMemory", args: argparse.Namespace, start_s: float, pause: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """Watch `args.video` from `start_s` on with a progress bar; returns frames, tokens, decode_s, encode_s.
+
+    Args:
+        pause: Called after every micro-batch, where the memory can be saved.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    before = memory.num_frames
+    max_duration_s = None if args.max_duration is None else args.max_duration - (start_s - args.start)
+    columns = (TextColumn("Watching"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("watch", total=None)
+
+        def progress(done: int, expected: int | None) -> None:
+            bar.update(task, completed=before + done, total=None if expected is None else before + expected)
+            if pause is not None:
+                pause()
+
+        watched = memory.watch(
+            args.video, args.fps, start_s=start_s, end_s=args.end, max_frames=args.max_frames,
+            max_duration_s=max_duration_s, snapshots_s=args.snapshots, progress=progress,
+        )  # fmt: skip
+        bar.update(task, total=memory.num_frames)  # a truncated file ends early
+    return watched

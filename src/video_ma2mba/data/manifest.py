@@ -1,0 +1,82 @@
+"""The one form all training data take: a folder with chat messages, one conversation a line.
+
+dataset.json       {"media_root": ..., "num_samples": ...}
+manifest.jsonl     or manifest.parquet: FEATURES below
+frames/            decoded frames, where they were cached; see `frame_cache`
+report.json        what was left out and why
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+
+DESCRIPTION = "dataset.json"
+NAMES = ("manifest.jsonl", "manifest.parquet")
+
+
+def features() -> "datasets.Features":
+    """The columns of a manifest. An entry has only the keys of its type; the others are null."""
+    from datasets import Features, List, Value
+
+    text, number = Value("string"), Value("float64")
+    entry = {"type": text, "text": text, "path": text, "start_s": number, "end_s": number, "duration_s": number}
+    return Features(
+        {
+            "id": text,
+            "messages": List({"role": text, "content": List(entry)}),
+            "watched_s": number,  # seconds of video in all entries
+            "num_images": Value("int64"),
+            "num_characters": Value("int64"),
+        }
+    )
+
+
+def load_manifest(folder: str | Path, streaming: bool = False) -> "datasets.Dataset | datasets.IterableDataset":
+    """The samples of a folder that `video-ma2mba data prepare` wrote.
+
+    Returns:
+        A data set with the columns of `features()`, and `media_root` and `folder`, the same in every row.
+
+    Raises:
+        ValueError: No such folder, or not one of ours; says what is missing.
+    """
+    from datasets import Features, Value, load_dataset
+
+    folder = Path(folder).resolve()
+    described = read_description(folder)
+    file = next((folder / name for name in NAMES if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder}: neither {' nor '.join(NAMES)} is there; run `video-ma2mba data prepare` again")
+    kind = "json" if file.suffix == ".jsonl" else "parquet"
+    dataset = load_dataset(kind, data_files=str(file), features=features(), split="train", streaming=streaming)
+    places = {"media_root": str((folder / described["media_root"]).resolve()), "folder": str(folder)}
+    all_features = Features({**features(), "media_root": Value("string"), "folder": Value("string")})
+    return dataset.map(lambda batch: _constant(batch, places), batched=True, features=all_features)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """`dataset.json` of a prepared folder."""
+    try:
+        return json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: no prepared data set; make one with `video-ma2mba data prepare`") from error
+
+
+def clean_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as a manifest's reader gives them, without the nulls of other types of entry."""
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {key: value for key, value in entry.items() if value is not None} for entry in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def _constant(batch: dict[str, list], values: dict[str, str]) -> dict[str, list]:
+    return {name: [value] * len(batch["id"]) for name, value in values.items()}

@@ -1,0 +1,107 @@
+"""Adapters of question sets that come apart from their videos: NExT-QA, ActivityNet-QA, PerceptionTest."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .llava import question_and_answer
+from .records import Item, Malformed, Problem, Record, each, text_of
+
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+ONLY_THE_LETTER = "Please respond with only the letter of the correct answer."
+
+
+def nextqa(source: Path) -> Iterator[Record | Problem]:
+    """NExT-QA's CSV, multiple choice (`a0` to `a4`, `answer` a number) or open (`answer` a text).
+
+    `map_vid_vidorID.json` beside it says where the videos lie; without it they are looked for by their numbers.
+    """
+    mapping = source.with_name("map_vid_vidorID.json")
+    folders = json.loads(mapping.read_text(encoding="utf-8")) if mapping.is_file() else {}
+
+    def convert(item: Item) -> list[Record]:
+        row = item.value
+        video, question = text_of(row, "video"), as_question(text_of(row, "question"))
+        names = [name for name in (folders.get(video), video) if name]
+        paths = tuple(f"{folder}{name}.mp4" for name in names for folder in ("", "NExTVideo/"))
+        identity = f"{video}_{text_of(row, 'qid')}"
+        if "a0" not in row:
+            answer = text_of(row, "answer")
+            return [
+                question_and_answer(identity, item.where, paths, f"{question}\n{SHORT_ANSWER}", answer, "open_ended")
+            ]
+        options = [text_of(row, f"a{i}") for i in range(5)]
+        question, answer = multiple_choice(question, options, row.get("answer"))
+        return [question_and_answer(identity, item.where, paths, question, answer, "multiple_choice")]
+
+    return each(source, convert)
+
+
+def activitynet_qa(source: Path) -> Iterator[Record | Problem]:
+    """ActivityNet-QA: `{split}_q.json`, joined with `{split}_a.json` beside it on `question_id`."""
+    beside = source.with_name(source.name.replace("_q.json", "_a.json"))
+    if beside == source or not beside.is_file():
+        yield Problem(source.name, "malformed", f"its answers are not beside it: {beside.name}")
+        return
+    answers = {entry.get("question_id"): entry for entry in json.loads(beside.read_text(encoding="utf-8"))}
+
+    def convert(item: Item) -> list[Record]:
+        video, identity = text_of(item.value, "video_name"), text_of(item.value, "question_id")
+        if identity not in answers:
+            raise Malformed(f"no answer to {identity} in {beside.name}")
+        answer = text_of(answers[identity], "answer")
+        question = f"{as_question(text_of(item.value, 'question'))} {SHORT_ANSWER}"
+        paths = tuple(f"{folder}v_{video}{s}" for folder in ("", "videos/") for s in (".mp4", ".mkv", ".webm"))
+        return [question_and_answer(identity, item.where, paths, question, answer, "open_ended")]
+
+    yield from each(source, convert)
+
+
+def perception_test(source: Path) -> Iterator[Record | Problem]:
+    """PerceptionTest: `{video_id: {"metadata", "mc_question": [{"question", "options", "answer_id"}, ...]}}`.
+
+    In the cup games the end of a video gives the answer away: `cut_frame_mapping_*.json` beside it, where there is one,
+    says at which frame to stop.
+    """
+    cuts: dict[str, int] = {}
+    for file in source.parent.glob("cut_frame_mapping_*.json"):
+        cuts |= json.loads(file.read_text(encoding="utf-8"))
+
+    def convert(item: Item) -> Iterator[Record]:
+        video, entry = item.value.get("key"), item.value.get("value")
+        if not isinstance(entry, dict) or not isinstance(entry.get("mc_question"), list):
+            raise Malformed("a video needs a list under 'mc_question'")
+        paths = (f"{video}.mp4", f"videos/{video}.mp4", f"perception_test/videos/{video}.mp4")
+        for asked in entry["mc_question"]:
+            if not isinstance(asked, dict) or not isinstance(asked.get("options"), list):
+                raise Malformed("a question needs 'options'")
+            question, answer = multiple_choice(text_of(asked, "question"), asked["options"], asked.get("answer_id"))
+            identity = f"{video}_{asked.get('id', 0)}"
+            record = question_and_answer(identity, item.where, paths, question, answer, "multiple_choice")
+            if video in cuts:
+                rate = entry.get("metadata", {}).get("frame_rate")
+                if not isinstance(rate, int | float) or rate <= 0:
+                    raise Malformed("a video that is cut needs its frame_rate")
+                next(record.media()).update(start_s=0.0, end_s=cuts[video] / rate)
+            yield record
+
+    yield from each(source, convert)
+
+
+def as_question(text: str) -> str:
+    """ "why did it stop" -> "Why did it stop?" """
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith(("?", ".", "!")) else text + "?"
+
+
+def multiple_choice(question: str, options: list[str], answer: Any) -> tuple[str, str]:
+    """Question and answer in the words of LLaVA-Video: options "A. ...", answered by "B."."""
+    try:
+        number = int(answer)
+    except (TypeError, ValueError):
+        raise Malformed(f"the answer must be the number of an option, got {answer!r}") from None
+    if not 0 <= number < len(options):
+        raise Malformed(f"answer {number} of {len(options)} options")
+    lines = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+    return "\n".join([question, *lines, ONLY_THE_LETTER]), f"{chr(ord('A') + number)}."

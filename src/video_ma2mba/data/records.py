@@ -1,0 +1,176 @@
+"""What the adapters of published data sets hand on, and how their files are read: item by item, each with its line."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation of a published file.
+
+    Attributes:
+        id: As the file has it, or made of what identifies it there.
+        where: File and line (or row), for reports.
+        messages: {"role", "content"}; content is a list of {"type": "text", "text"} and
+            {"type": "video" | "image", "candidates", "start_s", "end_s"}. The candidates are paths under the media
+            root, tried in order; the times bound a clip and may be absent.
+        kind: "caption", "open_ended", "multiple_choice" or "chat": turns of one video are grouped in this order.
+    """
+
+    id: str
+    where: str
+    messages: list[dict[str, Any]]
+    kind: str = "chat"
+
+    def media(self) -> Iterator[dict[str, Any]]:
+        """The video and image entries, in order."""
+        return (entry for message in self.messages for entry in message["content"] if entry["type"] != "text")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a record, or a part of one, was left out."""
+
+    where: str
+    reason: str
+    message: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One raw entry of a file."""
+
+    where: str
+    value: Any = field(hash=False)
+
+
+class Malformed(ValueError):
+    """An item that is not what its format says; the message says how."""
+
+
+def medium(kind: str, *candidates: str, start_s: float | None = None, end_s: float | None = None) -> dict[str, Any]:
+    """A video or image entry of a message."""
+    entry: dict[str, Any] = {"type": kind, "candidates": list(candidates)}
+    if start_s is not None:
+        entry |= {"start_s": float(start_s), "end_s": float(end_s)}
+    return entry
+
+
+def user(*parts: dict[str, Any] | str) -> dict[str, Any]:
+    """A user turn of media and texts; empty texts are left out."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts if part]
+    return {"role": "user", "content": content}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def text_of(item: dict[str, Any], key: str) -> str:
+    """A text that must be there and must say something."""
+    value = item.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise Malformed(f"{key!r} must be a text, got {value!r}")
+    return value.strip()
+
+
+def each(source: Path, convert: Callable[[Item], Iterable[Record]]) -> Iterator[Record | Problem]:
+    """Converts a file item by item; an item that is malformed becomes a Problem and the others go on."""
+    for item in read_items(source):
+        if isinstance(item, Problem):
+            yield item
+            continue
+        try:
+            if not isinstance(item.value, dict):
+                raise Malformed(f"a record must be an object, got {str(item.value)[:60]!r}")
+            yield from convert(item)
+        except Malformed as error:
+            identity = item.value.get("id", "") if isinstance(item.value, dict) else ""
+            yield Problem(item.where, "malformed", str(error), str(identity))
+
+
+def read_items(source: Path) -> Iterator[Item | Problem]:
+    """The entries of a .json list, a .jsonl, a .csv or a .parquet file, each with its place.
+
+    A file of which the rest cannot be read ends with a Problem.
+    """
+    if source.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.ParquetFile(source)
+            number = 0
+            for batch in rows.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Item(f"{source.name}, row {number}", row)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            yield Problem(source.name, "malformed", f"not a Parquet file that can be read: {error}")
+        return
+    if source.suffix == ".csv":
+        with source.open(encoding="utf-8", errors="replace", newline="") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                yield Item(f"{source.name}:{reader.line_num}", row)
+        return
+    if source.suffix == ".jsonl":
+        with source.open(encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _parse(line, f"{source.name}:{number}")
+        return
+    yield from _read_json(source)
+
+
+def _parse(line: str, where: str) -> Item | Problem:
+    try:
+        return Item(where, json.loads(line))
+    except json.JSONDecodeError as error:
+        return Problem(where, "malformed", f"not JSON: {error.msg} at character {error.pos + 1}")
+
+
+def _read_json(source: Path) -> Iterator[Item | Problem]:
+    """The elements of a list, or the values of an object as {"key", "value"}; read one by one, for their lines."""
+    text = source.read_text(encoding="utf-8", errors="replace")
+    decoder = json.JSONDecoder()
+    position, line, counted = _skip(text, 0), 1, 0
+    opening = text[position : position + 1]
+    if opening not in ("[", "{"):
+        yield Problem(f"{source.name}:1", "malformed", "neither a JSON list nor a JSON object")
+        return
+    position = _skip(text, position + 1)
+    while text[position : position + 1] not in ("]", "}"):
+        line, counted = line + text.count("\n", counted, position), position
+        where = f"{source.name}:{line}"
+        try:
+            value, position = decoder.raw_decode(text, position)
+            if opening == "{":
+                position = _skip(text, position)
+                if text[position : position + 1] != ":":
+                    raise json.JSONDecodeError("no colon after a key", text, position)
+                key = value
+                value, position = decoder.raw_decode(text, _skip(text, position + 1))
+                value = {"key": key, "value": value}
+        except json.JSONDecodeError as error:
+            yield Problem(where, "malformed", f"not JSON from here on: {error.msg}")
+            return
+        yield Item(where, value)
+        position = _skip(text, position)
+        if text[position : position + 1] == ",":
+            position = _skip(text, position + 1)
+        elif text[position : position + 1] not in ("]", "}"):
+            yield Problem(where, "malformed", "the file ends, or breaks off, after this entry")
+            return
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n\ufeff":
+        position += 1
+    return position

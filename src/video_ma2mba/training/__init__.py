@@ -1,0 +1,1 @@
+"""Training through the Hugging Face Trainer: recipes, parameter groups, LoRA, reports."""

@@ -1,0 +1,242 @@
+"""From a recipe to a trained model: data, model, Trainer, and a report of what happened."""
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from ..data.collator import VideoChatCollator
+from ..data.manifest import load_manifest
+from ..modeling import VideoMa2mbaForConditionalGeneration
+from ..processing import VideoMa2mbaProcessor
+from .parameters import parameter_groups, set_trainable
+from .recipe import Recipe
+from .report import write_report
+from .trainer import VideoMa2mbaTrainer, last_checkpoint
+
+DISTRIBUTED = Path(__file__).with_name("distributed")
+CHECKPOINTS, MODEL = "checkpoints", "model"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a recipe comes to, before anything is trained."""
+
+    recipe: Recipe
+    model: torch.nn.Module
+    processor: VideoMa2mbaProcessor
+    train_data: Any
+    evaluation_data: Any | None
+
+
+def prepare_run(recipe: Recipe, load: Any = None) -> Prepared:
+    """Read model, processor and data of a recipe, and freeze what does not train.
+
+    Args:
+        load: `from_pretrained`, or something like it; for messages that fit a command line.
+    """
+    load = load or (lambda cls, name, **kwargs: cls.from_pretrained(name, **kwargs))
+    set_seed(recipe.seed)
+    processor = load(VideoMa2mbaProcessor, recipe.model)
+    train_data = read_data(recipe.data, recipe, processor)
+    evaluation_data = read_data(recipe.evaluation_data, recipe, processor) if recipe.evaluation_data else None
+    model = load(VideoMa2mbaForConditionalGeneration, recipe.model, dtype=getattr(torch, recipe.dtype))
+    return Prepared(recipe, make_trainable(model, recipe), processor, train_data, evaluation_data)
+
+
+def make_trainable(model: torch.nn.Module, recipe: Recipe) -> torch.nn.Module:
+    """The model with what the recipe trains unfrozen; wrapped by PEFT where it asks for adapters."""
+    set_trainable(model, recipe.trains)
+    if recipe.lora is None:
+        return model
+    from peft import get_peft_model
+
+    from .lora import lora_config
+
+    model = get_peft_model(model, lora_config(**asdict(recipe.lora)))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # adapters learn in float32, whatever the frozen weights are
+        elif any(f"{part}." in name for part in recipe.trains):
+            parameter.requires_grad_("lora_" not in name)
+    return model
+
+
+def read_data(folders: tuple[str, ...], recipe: Recipe, processor: VideoMa2mbaProcessor) -> Any:
+    """All folders as one data set, with `num_tokens`, an estimate by which samples are grouped."""
+    import datasets
+
+    parts = [load_manifest(folder, recipe.streaming) for folder in folders]
+    per_frame = processor.tokens_per_frame
+
+    def estimate(batch: dict[str, list]) -> dict[str, list]:
+        rows = zip(batch["watched_s"], batch["num_images"], batch["num_characters"], strict=True)
+        return {"num_tokens": [math.ceil(s * recipe.fps + n) * per_frame + c // 4 for s, n, c in rows]}
+
+    if recipe.streaming:
+        return datasets.interleave_datasets(parts).shuffle(seed=recipe.seed, buffer_size=1000)
+    whole = datasets.concatenate_datasets(parts)
+    if len(whole) == 0:
+        raise ValueError(f"{', '.join(folders)}: there is not one sample; report.json there says why")
+    return whole.map(estimate, batched=True)
+
+
+def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
+    """The Trainer of a recipe."""
+    recipe, model = prepared.recipe, prepared.model
+    on_gpu = torch.cuda.is_available()
+    num_devices = int(os.environ.get("WORLD_SIZE", "1"))
+    checkpointing: dict[str, Any] = {}
+    if recipe.gradient_checkpointing is not None:
+        known = {field.name for field in fields(TrainingArguments)}
+        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        checkpointing = {name: True, f"{name}_kwargs": dict(recipe.gradient_checkpointing)}
+    config = model.config
+    distributed: dict[str, Any] = {}
+    if recipe.deepspeed:
+        distributed["deepspeed"] = find_distributed(recipe.deepspeed)
+    if recipe.fsdp_config:
+        distributed |= {"fsdp": "full_shard", "fsdp_config": find_distributed(recipe.fsdp_config)}
+    arguments = TrainingArguments(
+        output_dir=str(Path(recipe.output) / CHECKPOINTS),
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.adam_beta1,
+        adam_beta2=recipe.adam_beta2,
+        warmup_steps=recipe.warmup_ratio,  # below one: a part of all steps
+        lr_scheduler_type="cosine",
+        max_grad_norm=recipe.max_grad_norm,
+        per_device_train_batch_size=recipe.device_batch_size,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=recipe.accumulation_steps(num_devices),
+        num_train_epochs=recipe.num_epochs,
+        max_steps=recipe.max_steps or -1,
+        bf16=recipe.bf16 and on_gpu,
+        use_cpu=not on_gpu,
+        accelerator_config={"dispatch_batches": False},  # each process makes its own batches
+        remove_unused_columns=False,  # the collator reads them
+        dataloader_num_workers=recipe.num_workers,
+        dataloader_pin_memory=on_gpu,
+        prediction_loss_only=True,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.save_total_limit,
+        eval_strategy="steps" if recipe.evaluation_steps else "no",
+        eval_steps=recipe.evaluation_steps or None,
+        ddp_find_unused_parameters=False,  # the Trainer sees to it that every batch uses all
+        report_to=["tensorboard"],
+        seed=recipe.seed,
+        **distributed,
+        **checkpointing,
+    )
+    collator = VideoChatCollator(
+        prepared.processor,
+        fps=recipe.fps,
+        max_tokens=recipe.max_tokens,
+        max_frames=recipe.max_frames,
+        too_long=recipe.too_long,
+        pad_to_multiple_of=config.text_config.chunk_size,
+        with_info=True,
+        strict=recipe.strict,
+    )
+    return VideoMa2mbaTrainer(
+        model, arguments, collator, prepared.train_data, prepared.evaluation_data,
+        processing_class=prepared.processor, vision_learning_rate=recipe.vision_learning_rate,
+    )  # fmt: skip
+
+
+def find_distributed(name: str) -> str:
+    """A configuration that is shipped, by its name, or a file."""
+    file = Path(name) if name.endswith(".json") else DISTRIBUTED / f"{name}.json"
+    if not file.is_file():
+        shipped = ", ".join(sorted(path.stem for path in DISTRIBUTED.glob("*.json")))
+        raise ValueError(f"{name}: no such configuration; shipped are {shipped}, or give a .json file")
+    return str(file)
+
+
+def train(prepared: Prepared, *, resume: bool = False) -> dict[str, Any]:
+    """Train, save the model under `output/model`, and write `train_report.json` and `loss.png`.
+
+    Args:
+        resume: Go on from the last whole checkpoint in `output`; with none there, begin.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: There are checkpoints in `output` already, and `resume` was not asked for.
+        NonFiniteLoss: See `VideoMa2mbaTrainer`.
+    """
+    output = Path(prepared.recipe.output)
+    checkpoints = output / CHECKPOINTS
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    first = os.environ.get("RANK", "0") == "0"
+    if not resume and any(checkpoints.glob("checkpoint-*")):
+        raise ValueError(f"{checkpoints} holds checkpoints: go on with --resume, or choose another output")
+    start = time.perf_counter()
+    trainer = make_trainer(prepared)
+    checkpoint = None
+    if resume:
+        if first:
+            last_checkpoint(checkpoints)  # removes what was cut off, before the others look
+        trainer.accelerator.wait_for_everyone()
+        checkpoint = last_checkpoint(checkpoints)
+    before = _held_out_loss(trainer, output, checkpoint is not None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    after = trainer.evaluate()["eval_loss"] if prepared.evaluation_data is not None else None
+    report: dict[str, Any] = {}
+    if trainer.is_world_process_zero():
+        report = write_report(output, prepared, trainer, before, after, time.perf_counter() - start)
+    _save_model(trainer, output / MODEL)
+    return report
+
+
+def _held_out_loss(trainer: VideoMa2mbaTrainer, output: Path, resumed: bool) -> float | None:
+    """The loss on the evaluation data before the first step; a resumed run remembers it."""
+    if trainer.eval_dataset is None:
+        return None
+    kept = output / "held_out_loss.json"
+    if resumed and kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))["before"]
+    loss = trainer.evaluate()["eval_loss"]
+    if trainer.is_world_process_zero():
+        kept.write_text(json.dumps({"before": loss}) + "\n", encoding="utf-8")
+    return loss
+
+
+def _save_model(trainer: VideoMa2mbaTrainer, folder: Path) -> None:
+    """Model and processor, or adapters alone; the folder appears when it is whole."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(partial))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to who loads the model
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def describe_groups(prepared_model: torch.nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The parameter groups as numbers: name, tensors, parameters, lr, weight_decay."""
+    groups = parameter_groups(prepared_model, recipe.learning_rate, recipe.vision_learning_rate, recipe.weight_decay)
+    return [
+        {
+            "name": group["name"],
+            "tensors": len(group["params"]),
+            "parameters": sum(parameter.numel() for parameter in group["params"]),
+            "bytes": sum(parameter.numel() * parameter.element_size() for parameter in group["params"]),
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+        }
+        for group in groups
+    ]

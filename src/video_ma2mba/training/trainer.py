@@ -1,0 +1,166 @@
+"""A thin subclass of the HF Trainer: rates by part, failing samples by name, counts, checkpoints that are whole."""
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..data.collator import INFO
+from ..data.sampling import LengthGroupedSampler
+from .parameters import parameter_groups
+
+COMPLETE = "complete"  # written into a checkpoint when all else is
+COUNTS = ("samples", "tokens", "supervised_tokens", "skipped_samples", "changed_samples")
+
+
+class NonFiniteLoss(ValueError):
+    """The loss is not a number any more; the message says where the batch was saved."""
+
+
+class VideoMa2mbaTrainer(Trainer):
+    """`transformers.Trainer` for `VideoMa2mbaForConditionalGeneration`.
+
+    Beyond the stock Trainer, which works too:
+    - the vision tower has a rate of its own, and only matrices decay (`parameters.parameter_groups`);
+    - a data set with `num_tokens` is sampled by length (`LengthGroupedSampler`);
+    - samples that `VideoChatCollator(with_info=True)` left out are counted, warned of and written to
+      `skipped_samples.jsonl`; an error names the samples and videos of its batch;
+    - a loss that is not finite stops the training, with the batch saved;
+    - the log has tokens and samples per second, and the part of the tokens that is supervised;
+    - a checkpoint counts only when it is whole: see `last_checkpoint`.
+
+    Args:
+        vision_learning_rate: Of the tower; None for that of the rest.
+        The others: as of `transformers.Trainer`.
+    """
+
+    def __init__(self, *args: Any, vision_learning_rate: float | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.vision_learning_rate = vision_learning_rate
+        self._counts = dict.fromkeys(COUNTS, 0)
+        self._counted_since = time.perf_counter()
+        self._batch_info: list[dict[str, Any]] = []
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(
+                model or self.model, self.args.learning_rate, self.vision_learning_rate, self.args.weight_decay
+            )
+            make, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = make(groups, **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(data, Dataset) or "num_tokens" not in data.column_names:
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.get_total_train_batch_size(self.args)
+        return LengthGroupedSampler(data["num_tokens"][:], batch_size, self.args.seed)
+
+    # --- samples -----------------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self._batch_info = inputs.pop(INFO, [])
+        if self.model.training:
+            self._count(self._batch_info)
+        return super()._prepare_inputs(inputs)
+
+    def _count(self, infos: list[dict[str, Any]]) -> None:
+        for info in infos:
+            if "error" in info:
+                self._counts["skipped_samples"] += 1
+                with (Path(self.args.output_dir) / "skipped_samples.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": self.state.global_step, **info}, ensure_ascii=False) + "\n")
+                self._warn(f"sample {info['id']} is left out: {info['error']}")
+                continue
+            self._counts["samples"] += 1
+            self._counts["tokens"] += info["tokens"]
+            self._counts["supervised_tokens"] += info["supervised"]
+            self._counts["changed_samples"] += "changed" in info
+
+    def _warn(self, text: str) -> None:
+        for callback in self.callback_handler.callbacks:
+            if bar := getattr(callback, "training_bar", None):
+                bar.write(f"warning: {text}")
+                return
+        print(f"warning: {text}", flush=True)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        except Exception as error:
+            names = [f"{info['id']} ({', '.join(info['videos']) or 'text only'})" for info in self._batch_info]
+            error.add_note(f"step {self.state.global_step}, samples: {'; '.join(names) or 'unknown'}")
+            raise
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss, *rest = result if isinstance(result, tuple) else (result,)
+        if self.model.training:
+            if not torch.isfinite(loss):
+                raise NonFiniteLoss(self._save_batch(inputs, loss))
+            if "pixel_values_videos" not in inputs and "pixel_values" not in inputs and self.args.world_size > 1:
+                # processes wait for a gradient of every parameter; a batch of text alone has none of the tower
+                parameters = [
+                    p for n, p in self.model.named_parameters() if p.requires_grad and "language_model" not in n
+                ]
+                loss = loss + sum(0.0 * parameter.sum() for parameter in parameters)
+        return (loss, *rest) if rest else loss
+
+    def _save_batch(self, inputs: dict[str, Any], loss: torch.Tensor) -> str:
+        """Writes the batch for study; returns what to say."""
+        folder = Path(self.args.output_dir)
+        name = f"non_finite_step{self.state.global_step}_rank{self.args.process_index}"
+        tensors = {key: value.contiguous().cpu() for key, value in inputs.items() if torch.is_tensor(value)}
+        save_file(tensors, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(self._batch_info, indent=2), encoding="utf-8")
+        return (
+            f"the loss is {loss.item()} at step {self.state.global_step}; the batch is in {folder / name}.safetensors. "
+            "Lower the learning rate, raise the warm-up, or look for what is odd in these samples"
+        )
+
+    # --- logs --------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs or "train_loss" in logs:  # of training: every process comes here at the same step
+            counts = torch.tensor([self._counts[name] for name in COUNTS], device=self.args.device)
+            if self.args.world_size > 1:
+                counts = self.accelerator.gather(counts[None]).sum(dim=0)
+            totals = dict(zip(COUNTS, counts.tolist(), strict=True))
+            elapsed_s = time.perf_counter() - self._counted_since
+            if totals["samples"] or totals["skipped_samples"]:
+                logs |= totals
+                logs["tokens_per_s"] = round(totals["tokens"] / elapsed_s, 1)
+                logs["samples_per_s"] = round(totals["samples"] / elapsed_s, 3)
+                logs["supervised_part"] = round(totals["supervised_tokens"] / max(totals["tokens"], 1), 4)
+            self._counts = dict.fromkeys(COUNTS, 0)
+            self._counted_since = time.perf_counter()
+        super().log(logs, *args, **kwargs)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / COMPLETE).touch()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; those that were cut off while they were written are removed."""
+    newest, newest_step = None, -math.inf
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not (path / COMPLETE).is_file():
+            shutil.rmtree(path)
+        elif (step := int(path.name.rpartition("-")[2])) > newest_step:
+            newest, newest_step = path, step
+    return newest

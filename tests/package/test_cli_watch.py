@@ -1,0 +1,160 @@
+"""`watch` that is interrupted, and `chat` in a terminal and in a pipe."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from video_ma2mba import VideoMemory
+from video_ma2mba.cli import main, watch
+from video_ma2mba.data.synthetic import make_story
+
+COMMAND = [sys.executable, "-m", "video_ma2mba.cli"]
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    """Forty seconds."""
+    return str(make_story(seed=8, duration_s=40).render(tmp_path_factory.mktemp("longer") / "story.mp4"))
+
+
+def test_an_interrupted_watch_is_taken_up_again(longer, model, processor, model_folder, tmp_path, monkeypatch, capsys):
+    out, unfinished = tmp_path / "memory", tmp_path / ".memory.unfinished"
+    monkeypatch.setattr(watch, "FRAMES_BETWEEN_SAVES", 12)
+    options = ["watch", longer, "-o", str(out), "--model", model_folder]
+    absorb, calls = VideoMemory._absorb, []
+
+    def interrupted(self, pixels, timestamps_s):
+        calls.append(len(pixels))
+        if sum(calls) > 30:
+            raise KeyboardInterrupt
+        absorb(self, pixels, timestamps_s)
+
+    monkeypatch.setattr(VideoMemory, "_absorb", interrupted)
+    assert main(options) == 130
+    assert not out.exists()
+    assert VideoMemory.from_pretrained(unfinished, model, processor).num_frames == 24
+    monkeypatch.setattr(VideoMemory, "_absorb", lambda *args: calls.append(0) or absorb(*args))
+    calls.clear()
+    assert main([*options, "--resume", "--fps", "2"]) == 2
+    assert "from 0 s at 1 frames per second; give the same options" in capsys.readouterr().err
+    calls.clear()
+    assert main([*options, "--resume"]) == 0
+    assert len(calls) == 4  # the sixteen frames that were left
+    resumed, whole = VideoMemory.from_pretrained(out, model, processor), VideoMemory(model, processor)
+    whole.watch(longer)
+    assert (resumed.timestamps_s, resumed.sources) == (whole.timestamps_s, whole.sources)
+    question = ["What is it?"]
+    assert (
+        resumed.generate(question, max_new_tokens=8)[0].tolist()
+        == whole.generate(question, max_new_tokens=8)[0].tolist()
+    )
+    assert not unfinished.exists()
+    assert main([*options, "--resume"]) == 2
+    assert "no interrupted call" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_a_kill_leaves_the_old_memory_or_the_new_one(longer, video, model, processor, model_folder, tmp_path, moment):
+    out = tmp_path / "memory"
+    old = VideoMemory(model, processor)
+    old.watch(video)
+    old.save_pretrained(out)
+    killer = (
+        "import os, signal, sys\n"
+        "from video_ma2mba.modeling import video_memory_files as files\n"
+        "count = int(sys.argv[1])\n"
+        "def counted(do):\n"
+        "    def call(*args, **kwargs):\n"
+        "        global count\n"
+        "        count -= 1\n"
+        "        if count < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return do(*args, **kwargs)\n"
+        "    return call\n"
+        "files.save_file, files._file_hash = counted(files.save_file), counted(files._file_hash)\n"
+        "files.Path.replace, files._remove_leftovers = counted(files.Path.replace), counted(files._remove_leftovers)\n"
+        "from video_ma2mba.cli import main\n"
+        "sys.exit(main(sys.argv[2:]))\n"
+    )
+    options = ["watch", longer, "-o", str(out), "--model", model_folder]
+    done = subprocess.run([sys.executable, "-c", killer, str(moment), *options], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert VideoMemory.from_pretrained(out, model, processor).num_frames == (40 if moment == 4 else 10)
+    assert main(options) == 0
+    assert VideoMemory.from_pretrained(out, model, processor).num_frames == 40
+    assert len(list(out.iterdir())) == 2
+
+
+class Terminal:
+    """A command in a terminal of its own."""
+
+    def __init__(self, *arguments):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ["TERM"] = "dumb"
+            os.execv(sys.executable, [*COMMAND, *arguments])
+        self.seen = ""
+
+    def wait_for(self, pattern, timeout_s=90):
+        """Read until the output holds the pattern; returns what came up to there and forgets it."""
+        end = time.monotonic() + timeout_s
+        while not (match := re.search(pattern, self.seen)):
+            ready, _, _ = select.select([self.fd], [], [], max(0, end - time.monotonic()))
+            assert ready, f"no {pattern!r} in {self.seen!r}"
+            self.seen += os.read(self.fd, 4096).decode(errors="replace")
+        text, self.seen = self.seen[: match.end()], self.seen[match.end() :]
+        return text
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def close(self):
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self.fd)
+        return code
+
+
+def test_chat_in_a_terminal(longer, model, processor, model_folder, tmp_path):
+    terminal = Terminal(
+        "chat", longer, "--model", model_folder, "--snapshots", "10", "20", "--max-new-tokens", "100000"
+    )
+    assert "40 frames up to 0:39" in terminal.wait_for(r"/quit\r\n")
+    terminal.wait_for("> ")
+    terminal.type("/stats\n")
+    assert "snapshots at 10 s, 20 s" in terminal.wait_for(r"20 s\r\n")
+    terminal.type("/seek 15\n")
+    assert "11 frames up to 0:10" in terminal.wait_for(r"so far[^\r]*\r\n")
+    terminal.type("/seek 5\n")
+    terminal.wait_for("error: no snapshot at or before 5 s")
+    terminal.type("/seek end\n")
+    terminal.wait_for("40 frames up to 0:39")
+    terminal.type("What was there to be seen, and to be told of it at great length?\n")
+    terminal.wait_for(r"length\?\r\n[^\[]")  # the answer has begun
+    terminal.type("\x03")  # stops the answer, and not the talk
+    terminal.wait_for(r"\[stopped\]\r\n")
+    terminal.type(f"/save {tmp_path / 'kept'}\n")
+    terminal.wait_for(r"saved to [^\n]*kept\r\n")
+    terminal.type("/dance\n")
+    terminal.wait_for("the commands are /seek SECONDS")
+    terminal.type("/quit\n")
+    assert terminal.close() == 0
+    assert VideoMemory.from_pretrained(tmp_path / "kept", model, processor).num_frames == 40
+
+
+def test_chat_in_a_pipe_prints_only_answers(video, model, processor, model_folder, tmp_path):
+    memory = VideoMemory(model, processor)
+    memory.watch(video)
+    memory.save_pretrained(tmp_path / "memory")
+    expected = [memory.chat(question, max_new_tokens=6) for question in ("First?", "Second?")]
+    done = subprocess.run(
+        [*COMMAND, "chat", str(tmp_path / "memory"), "--model", model_folder, "--max-new-tokens", "6"],
+        input="First?\n\nSecond?\n", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line.strip() for line in done.stdout.splitlines()] == [" ".join(text.splitlines()) for text in expected]

@@ -1,0 +1,242 @@
+"""Runs of the command: counts, samples that fail, losses that are no number, checkpoints, two processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from video_ma2mba import VideoMa2mbaForConditionalGeneration
+from video_ma2mba.cli import main
+from video_ma2mba.training.recipe import read_recipe
+from video_ma2mba.training.run import make_trainer, prepare_run
+from video_ma2mba.training.trainer import NonFiniteLoss, last_checkpoint
+
+
+def command(changes, *more):
+    return ["train", "finetune", *(word for change in changes for word in ("--set", change)), *more]
+
+
+def run_alone(arguments, launcher=(), script=("-m", "video_ma2mba.cli"), **environment):
+    """The command in a process of its own."""
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run(
+        [sys.executable, *launcher, *script, *arguments], env=settings, capture_output=True, text=True
+    )
+
+
+def report_of(folder):
+    return json.loads((folder / "train_report.json").read_text())
+
+
+def losses_of(folder):
+    return [entry["loss"] for entry in report_of(folder)["losses"]]
+
+
+def weights_of(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_run_trains_everything_and_leaves_a_model_a_report_and_a_picture(changes, stories, tmp_path, model_folder):
+    assert main(command(changes(max_steps=12, evaluation_data=str(stories), learning_rate=1e-2))) == 0
+    report = report_of(tmp_path / "run")
+    assert report["samples"] == 12 * 4
+    assert (report["skipped_samples"], report["steps"], report["global_batch_size"]) == (0, 12, 4)
+    assert report["tokens"] > report["supervised_tokens"] > 0
+    assert report["held_out_loss"]["after"] < 0.9 * report["held_out_loss"]["before"]
+    before = VideoMa2mbaForConditionalGeneration.from_pretrained(model_folder).state_dict()
+    after = VideoMa2mbaForConditionalGeneration.from_pretrained(tmp_path / "run" / "model").state_dict()
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert not still
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "run" / "logs").glob("events.*"))
+    assert {path.name for path in (tmp_path / "run" / "model").iterdir()} >= {"config.json", "processor_config.json"}
+    entry = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/trainer_state.json")).read_text())["log_history"]
+    assert {"tokens_per_s", "samples_per_s", "supervised_part"} <= entry[0].keys()
+
+
+def test_what_is_frozen_does_not_move(changes, tmp_path, model_folder):
+    assert main(command(changes(trains=["multi_modal_projector"]))) == 0
+    before = VideoMa2mbaForConditionalGeneration.from_pretrained(model_folder).state_dict()
+    after = VideoMa2mbaForConditionalGeneration.from_pretrained(tmp_path / "run" / "model").state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "multi_modal_projector" in name}
+
+
+@pytest.fixture
+def damaged(stories, tmp_path):
+    """The stories, one video of which has become unreadable since they were prepared."""
+    shutil.copytree(stories.parent, tmp_path / "damaged")
+    (tmp_path / "damaged" / "3.mp4").write_bytes(b"gone")
+    return tmp_path / "damaged" / "prepared"
+
+
+def test_a_sample_that_cannot_be_read_is_skipped_counted_and_said(changes, damaged, tmp_path, capsys):
+    assert main(command(changes(data=str(damaged), max_steps=0, num_epochs=2))) == 0
+    report = report_of(tmp_path / "run")
+    assert (report["samples"], report["skipped_samples"]) == (14, 2)
+    skipped = (tmp_path / "run" / "checkpoints" / "skipped_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["videos"] for line in skipped] == [["3.mp4"], ["3.mp4"]]
+    printed = capsys.readouterr()
+    assert "warning: sample 3-0 is left out: " in printed.out + printed.err
+    assert "14 samples, 2 left out" in printed.out
+
+
+def test_strict_stops_at_it(changes, damaged, capsys):
+    assert main(command(changes(data=str(damaged), max_steps=8), "--strict")) == 2
+    assert "sample 3-0 (3.mp4): " in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_with_the_batch_saved(changes, tmp_path):
+    prepared = prepare_run(read_recipe("finetune", changes()))
+    with torch.no_grad():
+        prepared.model.model.language_model.norm_f.weight.fill_(float("nan"))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 0; the batch is in .*safetensors"):
+        make_trainer(prepared).train()
+    (file,) = (tmp_path / "run" / "checkpoints").glob("non_finite_*.safetensors")
+    assert {"input_ids", "labels", "pixel_values_videos"} <= load_file(file).keys()
+    assert json.loads(file.with_suffix(".json").read_text())[0]["videos"]
+
+
+def test_an_error_names_the_samples_of_its_batch(changes, monkeypatch):
+    trainer = make_trainer(prepare_run(read_recipe("finetune", changes())))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(trainer.model, "forward", fail)
+    with pytest.raises(RuntimeError) as caught:
+        trainer.train()
+    assert "step 0, samples: " in caught.value.__notes__[0]
+    assert ".mp4)" in caught.value.__notes__[0]
+
+
+def test_output_that_holds_checkpoints_is_not_overwritten(changes, capsys):
+    assert main(command(changes(save_steps=2))) == 0
+    assert main(command(changes(save_steps=2))) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+
+
+KILLED_IN_A_SAVE = """
+import os, signal, sys
+from video_ma2mba.training.trainer import VideoMa2mbaTrainer
+from video_ma2mba.cli import main
+
+def die(self, output_dir):
+    if self.state.global_step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(self, output_dir)
+
+save, VideoMa2mbaTrainer._save_optimizer_and_scheduler = VideoMa2mbaTrainer._save_optimizer_and_scheduler, die
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_resume_after_a_kill_within_a_save_equals_the_uninterrupted_run(changes, stories, tmp_path):
+    more = {"max_steps": 9, "save_steps": 3, "evaluation_data": str(stories), "global_batch_size": 2}
+    whole, cut = (changes(output=str(tmp_path / name), **more) for name in ("whole", "cut"))
+    done = run_alone(command(whole))
+    assert done.returncode == 0, done.stderr
+    killed = run_alone(command(cut), script=("-c", KILLED_IN_A_SAVE))
+    assert killed.returncode == -9
+    half_written = tmp_path / "cut" / "checkpoints" / "checkpoint-6"
+    assert (half_written / "model.safetensors").is_file()
+    assert not (tmp_path / "cut" / "model").exists()
+    resumed = run_alone(command(cut, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    expected, got = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    one, other = report_of(tmp_path / "whole"), report_of(tmp_path / "cut")
+    for name in ("samples", "tokens", "supervised_tokens", "held_out_loss", "steps"):
+        assert one[name] == other[name], name
+
+
+def test_a_checkpoint_that_is_not_whole_is_removed(tmp_path):
+    for step, whole in ((5, True), (10, True), (15, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if whole:
+            (folder / "complete").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-15").exists()
+
+
+def test_two_processes_equal_one(changes, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    for name, launch in (("one", ()), ("two", launcher)):
+        done = run_alone(command(changes(output=str(tmp_path / name))), launch)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
+    assert (one["devices"], two["devices"]) == (1, 2)
+    assert one["samples"] == two["samples"] == 16
+    assert one["tokens"] == two["tokens"]
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
+
+
+def test_two_processes_go_on_where_one_has_only_text_or_only_bad_samples(changes, damaged, tmp_path):
+    """Processes wait for each other's gradients: one must not leave any out."""
+    lines = (damaged / "manifest.jsonl").read_text().splitlines()
+    bad = json.loads(lines[3])
+    text = {"role": "user", "content": [{"type": "text", "text": "Hello?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
+    only_text = {"id": "t", "messages": [text, answer], "watched_s": 0.0, "num_images": 0, "num_characters": 10}
+    rows = [json.loads(lines[0]), bad, only_text, json.loads(lines[1])]
+    (damaged / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = changes(data=str(damaged), max_steps=3, global_batch_size=2, gradient_checkpointing=None)
+    done = run_alone(command(options), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = report_of(tmp_path / "run")
+    assert report["samples"] + report["skipped_samples"] == 6
+    assert report["skipped_samples"] >= 1
+
+
+def test_streaming_trains_too(changes, tmp_path):
+    assert main(command(changes(streaming=True, max_steps=3))) == 0
+    assert report_of(tmp_path / "run")["samples"] == 12
+
+
+def test_the_stock_trainer_takes_the_same_data(model_folder, stories, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from video_ma2mba import VideoMa2mbaProcessor
+    from video_ma2mba.data.collator import VideoChatCollator
+    from video_ma2mba.data.manifest import load_manifest
+
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(model_folder)
+    collator = VideoChatCollator(VideoMa2mbaProcessor.from_pretrained(model_folder))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, use_cpu=True, remove_unused_columns=False,
+        report_to="none", save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, collator, load_manifest(stories))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+
+
+def test_the_shipped_configurations_for_many_devices_are_taken(changes, monkeypatch):
+    from accelerate import FullyShardedDataParallelPlugin
+
+    from video_ma2mba.training.run import DISTRIBUTED, find_distributed
+
+    zero = json.loads(Path(find_distributed("zero1")).read_text())
+    assert zero["zero_optimization"]["stage"] == 1
+    sharded = json.loads(Path(find_distributed("fsdp2")).read_text())
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=sharded["fsdp_version"], auto_wrap_policy=sharded["auto_wrap_policy"],
+        transformer_cls_names_to_wrap=sharded["transformer_layer_cls_to_wrap"],
+        reshard_after_forward=sharded["reshard_after_forward"], state_dict_type=sharded["state_dict_type"],
+    )  # fmt: skip
+    plugin.set_auto_wrap_policy(prepare_run(read_recipe("finetune", changes())).model)
+    assert plugin.auto_wrap_policy is not None  # it knows the class of the blocks
+    assert sorted(path.stem for path in DISTRIBUTED.glob("*.json")) == ["fsdp2", "zero1"]
+    with pytest.raises(ValueError, match=r"no such configuration; shipped are fsdp2, zero1"):
+        find_distributed("zero9")
