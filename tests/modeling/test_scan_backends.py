@@ -154,4 +154,3 @@ def test_a_model_hands_the_configuration_on():
     assert tiny_config().scan_backend == "auto"
     with pytest.raises(Exception, match="scan_backend"):
         tiny_config(scan_backend="cudnn")
-

@@ -39,9 +39,7 @@ def page(url):
 
     flags = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=[f"--{flag}" for flag in flags]
-        )
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in flags])
         opened = browser.new_page(viewport={"width": 1280, "height": 900})
         opened.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: route.abort())  # fonts of other hosts
         opened.set_default_timeout(60_000)
