@@ -1,6 +1,5 @@
 """The command's frame: exit codes, tracebacks on request, benchmarks."""
 
-import importlib
 import json
 import sys
 from types import SimpleNamespace
@@ -78,7 +77,7 @@ def doubling(monkeypatch):
 
 @pytest.mark.parametrize("name", bench.BENCHMARKS)
 def test_benchmarks_are_there(name):
-    module = importlib.import_module(f"video_ma2mba.benchmark.{name}")
+    module = bench.load(name)
     assert module.__doc__
     assert callable(module.add_arguments)
     assert callable(module.run)

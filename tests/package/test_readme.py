@@ -26,7 +26,7 @@ def test_python_example_runs_as_printed(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("line", re.findall(r"^video-ma2mba .*$", README, re.MULTILINE))
 def test_command_lines_are_understood(line):
-    command = shlex.split(line.partition(" | ")[0])
+    command = shlex.split(line.partition(" | ")[0], comments=True)
     args = cli.build_parser().parse_args(command[1:])
     assert args.command == command[1]
 

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 HELP = "run a benchmark and print its figures as JSON"
@@ -34,8 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def load(name: str) -> ModuleType:
+    """The module of a benchmark."""
+    return importlib.import_module(f"video_ma2mba.benchmark.{name.replace('-', '_')}")
+
+
 def run(args: argparse.Namespace) -> None:
-    module = importlib.import_module(f"video_ma2mba.benchmark.{args.name.replace('-', '_')}")
+    module = load(args.name)
     parser = argparse.ArgumentParser(prog=f"video-ma2mba bench {args.name}", description=module.__doc__)
     module.add_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the JSON here as well")
