@@ -36,7 +36,6 @@ def run(args: argparse.Namespace) -> None:
     from ..training.recipe import read_recipe
 
     recipe = read_recipe(args.recipe, [*args.changes, *(["strict=true"] if args.strict else [])])
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(recipe.output, "logs"))
     if args.dry_run:
         dry_run(recipe, args.gpu_memory)
         return

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from ..data.collator import VideoChatCollator
 from ..data.manifest import load_manifest
@@ -132,7 +133,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         eval_strategy="steps" if recipe.evaluation_steps else "no",
         eval_steps=recipe.evaluation_steps or None,
         ddp_find_unused_parameters=False,  # the Trainer sees to it that every batch uses all
-        report_to=["tensorboard"],
+        report_to="none",  # TensorBoard is told below where to write
         seed=recipe.seed,
         **distributed,
         **checkpointing,
@@ -147,8 +148,10 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         with_info=True,
         strict=recipe.strict,
     )
+    tensorboard = TensorBoardCallback()
+    tensorboard.logging_dir = str(Path(recipe.output) / "logs")  # the Trainer's own way is an environment variable
     return VideoMa2mbaTrainer(
-        model, arguments, collator, prepared.train_data, prepared.evaluation_data,
+        model, arguments, collator, prepared.train_data, prepared.evaluation_data, callbacks=[tensorboard],
         processing_class=prepared.processor, vision_learning_rate=recipe.vision_learning_rate,
     )  # fmt: skip
 
