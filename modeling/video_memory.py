@@ -87,11 +87,19 @@ class VideoMemory(VideoMemoryAnswers):
             kept = ", ".join(f"{time_s:g}" for time_s in self.snapshot_times_s) or "none"
             raise ValueError(f"no snapshot at {wanted:g} s; there are, in seconds: {kept}. Ask `watch` for it")
         cache, num_frames = self._snapshots[wanted]
-        earlier = self._of(self.model, self.processor, cache.copy())
-        earlier.timestamps_s = self.timestamps_s[:num_frames]
-        earlier.sources = list(self.sources)
+        earlier = self._fork(cache, num_frames)
         earlier._snapshots = {time_s: kept for time_s, kept in self._snapshots.items() if time_s <= wanted}
         return earlier
+
+    def copy(self):
+        """A memory of its own that goes on from here; the two share their states until one of them reads on."""
+        return self._fork(self._cache, self.num_frames)
+
+    def _fork(self, cache, num_frames):
+        other = self._of(self.model, self.processor, cache.copy())
+        other.timestamps_s, other.sources = self.timestamps_s[:num_frames], list(self.sources)
+        other._snapshots = dict(self._snapshots)
+        return other
 
     # --- watching ----------------------------------------------------------------------------------------------------
 

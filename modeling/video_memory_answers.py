@@ -67,6 +67,47 @@ class VideoMemoryAnswers:
         return self._generate([[{"role": "user", "content": text}] for text in questions], generate_kwargs)
 
     @torch.no_grad()
+    def log_likelihoods(self, question, answers):
+        """How likely the model finds each of some answers to a question.
+
+        Args:
+            answers: texts; none may be empty.
+
+        Returns:
+            float32 (answers,), natural logarithms of the probability of all tokens of an answer, without the end of
+            its turn.
+
+        Raises:
+            ValueError: an answer without a token.
+        """
+        tail = self._tail([{"role": "user", "content": question}])
+        tokenizer = self.processor.tokenizer
+        said = [
+            torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long) for text in answers
+        ]
+        if not said or not all(len(ids) for ids in said):
+            raise ValueError("every answer must have at least one token")
+        ids, mask = self._left_padded([torch.cat([tail, one]) for one in said])
+        cache = self._cache.copy()
+        cache.batch_repeat_interleave(len(said))
+        keep = max(len(one) for one in said) + 1
+        logits = self.model(
+            ids, attention_mask=mask, cache_params=cache, use_cache=True, logits_to_keep=keep
+        ).logits  # (answers, keep, vocabulary)
+        log_probs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1 - keep :, None])[..., 0]
+        return torch.stack([row[-len(one) :].sum() for row, one in zip(log_probs, said, strict=True)])
+
+    def _left_padded(self, rows):
+        """Rows of ids as one batch on the model's device, and its mask: int64 (rows, tokens)."""
+        longest, device = max(len(row) for row in rows), self.model.device
+        ids = torch.full((len(rows), longest), self.processor.tokenizer.pad_token_id, device=device)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, longest - len(row) :] = row.to(device)
+            mask[number, longest - len(row) :] = 1
+        return ids, mask
+
+    @torch.no_grad()
     def _generate(self, dialogues, generate_kwargs):
         tails = [self._tail(dialogue) for dialogue in dialogues]
         for number, tail in enumerate(tails, 1):
@@ -75,17 +116,11 @@ class VideoMemoryAnswers:
                     f"question {number} has {len(tail)} tokens, with what was said before; at most "
                     f"{MAX_QUESTION_TOKENS} are taken: ask more briefly"
                 )
-        longest = max(tail.shape[0] for tail in tails)
-        pad = self.processor.tokenizer.pad_token_id
-        ids = torch.full((len(tails), longest), pad, device=self.model.device)
-        mask = torch.zeros_like(ids)
-        for row, tail in enumerate(tails):
-            ids[row, longest - len(tail) :] = tail.to(ids.device)
-            mask[row, longest - len(tail) :] = 1
+        ids, mask = self._left_padded(tails)
         cache = self._cache.copy()
         cache.batch_repeat_interleave(len(tails))
         sequences = self.model.generate(ids, attention_mask=mask, cache_params=cache, **generate_kwargs)
-        return list(sequences[:, longest:])
+        return list(sequences[:, ids.shape[1] :])
 
     def _stream(self, dialogue, generate_kwargs):
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -98,6 +98,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ["TERM"] = "dumb"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background is started to ignore it
             os.execv(sys.executable, [*COMMAND, *arguments])
         self.seen = ""
 

@@ -5,8 +5,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Converted = TypeVar("Converted")
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -81,9 +82,16 @@ def text_of(item: dict[str, Any], key: str) -> str:
     return value.strip()
 
 
-def each(source: Path, convert: Callable[[Item], Iterable[Record]]) -> Iterator[Record | Problem]:
+def each(source: Path, convert: Callable[[Item], Iterable[Converted]]) -> Iterator[Converted | Problem]:
     """Converts a file item by item; an item that is malformed becomes a Problem and the others go on."""
-    for item in read_items(source):
+    return convert_all(read_items(source), convert)
+
+
+def convert_all(
+    items: Iterable[Item | Problem], convert: Callable[[Item], Iterable[Converted]]
+) -> Iterator[Converted | Problem]:
+    """As `each`, of items that were read already."""
+    for item in items:
         if isinstance(item, Problem):
             yield item
             continue

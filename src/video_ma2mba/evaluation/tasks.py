@@ -1,0 +1,339 @@
+"""The benchmarks: how their published files are read, what the model is asked, how its answers are read."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.question_sets import as_question
+from ..data.records import SUFFIXES, Item, Malformed, Problem, convert_all, read_items, text_of
+from .questions import (
+    LETTERS,
+    Question,
+    bracketed_letter,
+    first_capital,
+    leading_letter,
+    marked_letter,
+)
+
+ONLY_THE_LETTER = "Answer with the option's letter from the given choices directly."
+Convert = Callable[[Item], Iterable[Question]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Attributes:
+        hub: Data set, configuration and split on the Hub; None where there is more than one configuration.
+        open_source: Given an annotation file (None: rows of the Hub), how to read its items.
+        read_answer: The letter in an answer; None as a letter leaves the question out. None where a judge reads.
+        max_new_tokens: Of an answer, as lmms-eval has them.
+        files: What the annotation files are called.
+    """
+
+    name: str
+    hub: tuple[str, str | None, str]
+    open_source: Callable[[Path | None], Convert]
+    read_answer: Callable[[str, Question], str | None] | None
+    max_new_tokens: int
+    files: str = r".*"
+
+
+def read_questions(task: Task, data: str) -> Iterator[Question | Problem]:
+    """Everything a task asks.
+
+    Args:
+        data: A folder with the published files, or the id of a data set on the Hub.
+
+    Raises:
+        ValueError: There is no such folder, or none of the task's files is in it.
+    """
+    folder = Path(data).expanduser()
+    if folder.is_dir():
+        sources = sorted(
+            path for path in folder.rglob("*") if path.suffix in SUFFIXES and re.fullmatch(task.files, path.name)
+        )
+        if not sources:
+            raise ValueError(f"{data}: no file of {task.name} in it; it is looked for as {task.files}")
+        for source in sources:
+            yield from convert_all(read_items(source), task.open_source(source))
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", data):
+        raise ValueError(f"{data}: there is no such folder, and a Hub id looks like owner/name")
+    import datasets
+
+    rows = datasets.load_dataset(data, task.hub[1], split=task.hub[2])
+    yield from convert_all((Item(f"{data}, row {i}", row) for i, row in enumerate(rows, 1)), task.open_source(None))
+
+
+# --- multiple choice ----------------------------------------------------------------------------------------------
+
+
+def video_mme(source: Path | None) -> Convert:
+    """Options come lettered, "A. ..."; the answer is a letter."""
+
+    def convert(item: Item) -> list[Question]:
+        row = item.value
+        options = [str(option) for option in _list(row, "options")]
+        answer = text_of(row, "answer")
+        if answer not in LETTERS[: len(options)]:
+            raise Malformed(f"answer {answer!r} of {len(options)} options")
+        video = text_of(row, "videoID")
+        prompt = "\n".join(
+            [
+                "Select the best answer to the following multiple-choice question based on the video and the subtitles. "
+                "Respond with only the letter (A, B, C, or D) of the correct option.",
+                text_of(row, "question"),
+                *options,
+                "",
+                ONLY_THE_LETTER,
+            ]
+        )
+        return [
+            Question(
+                id=text_of(row, "question_id"),
+                where=item.where,
+                videos=tuple(f"{f}{video}.{s}" for f in ("data/", "", "videomme/data/") for s in ("mp4", "MP4", "mkv")),
+                prompt=prompt,
+                answer=answer,
+                options=tuple(re.sub(r"^[A-E]\.\s*", "", option) for option in options),
+                groups=_groups(row, "duration", "domain", "sub_category", "task_type"),
+            )
+        ]
+
+    return convert
+
+
+def long_video_bench(source: Path | None) -> Convert:
+    """`option0` to `option4` or `candidates`; `correct_choice` is a number, and absent from the test split."""
+
+    def convert(item: Item) -> list[Question]:
+        row = item.value
+        if "candidates" in row:
+            options = [str(option) for option in _list(row, "candidates")]
+        else:
+            options = [str(row[f"option{i}"]) for i in range(5) if row.get(f"option{i}") not in (None, "", "N/A")]
+        if not options:
+            raise Malformed("it has no options")
+        choice = row.get("correct_choice")
+        answer = "" if choice in (None, -1) else _letter(choice, options)
+        video = text_of(row, "video_path")
+        return [
+            Question(
+                id=text_of(row, "id"),
+                where=item.where,
+                videos=(f"videos/{video}", video),
+                prompt=f"{text_of(row, 'question')}\n{_lettered(options, '{}. {}')}\n{ONLY_THE_LETTER}\n",
+                answer=answer,
+                options=tuple(options),
+                groups=_groups(row, "duration_group", "question_category"),
+            )
+        ]
+
+    return convert
+
+
+MVBENCH_FOLDERS = {
+    **dict.fromkeys(("object_interaction", "action_sequence", "action_prediction"), "star/Charades_segment"),
+    "action_localization": "sta/sta_video_segment",
+    **dict.fromkeys(
+        ("moving_count", "moving_direction", "moving_attribute", "counterfactual_inference", "object_existence"),
+        "clevrer/video_validation",
+    ),
+    "fine_grained_pose": "nturgbd_convert",
+    **dict.fromkeys(("character_order", "object_shuffle", "state_change", "action_count"), "perception/videos"),
+    "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": "tvqa/video_fps3_hq_segment",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "scene_transition": "scene_qa/video",
+    "action_antonym": "ssv2_video_mp4",
+    "unexpected_action": "FunQA_test/test",
+}
+
+
+def mv_bench(source: Path | None) -> Convert:
+    """A file (or a folder of Parquet) for each of twenty subtasks; the answer is the text of a candidate.
+
+    Videos of bounded clips are taken from the folders in which they are cut already.
+    """
+    if source is None:
+        raise ValueError("MVBench has a configuration for each subtask: download it and name its folder with --data")
+    subtask = source.stem if source.suffix != ".parquet" else source.parent.name
+    if subtask not in MVBENCH_FOLDERS:
+        raise ValueError(f"{source}: {subtask!r} is no subtask of MVBench; there are {', '.join(MVBENCH_FOLDERS)}")
+
+    def convert(item: Item) -> list[Question]:
+        row = item.value
+        options, answer = [str(option) for option in _list(row, "candidates")], text_of(row, "answer")
+        if answer not in options:
+            raise Malformed(f"answer {answer!r} is not among the candidates")
+        video = text_of(row, "video")
+        folder = MVBENCH_FOLDERS[subtask]
+        return [
+            Question(
+                id=f"{subtask}, {item.where}",
+                where=item.where,
+                videos=tuple(f"{place}{video}" for place in (f"{folder}/", f"video/{folder}/", f"{subtask}/", "")),
+                prompt=f"Question:{text_of(row, 'question')}\nOption:\n{_lettered(options, '({}) {}')}\n"
+                "Only give the best option.\n",
+                answer=LETTERS[options.index(answer)],
+                options=tuple(options),
+                groups={"subtask": subtask},
+            )
+        ]
+
+    return convert
+
+
+KINDS_OF_NEXTQA = {"C": "causal", "T": "temporal", "D": "descriptive"}
+
+
+def next_qa(source: Path | None) -> Convert:
+    """The CSV of the multiple choice; `map_vid_vidorID.json` beside it says where videos lie."""
+    mapping = source.with_name("map_vid_vidorID.json") if source else None
+    folders = json.loads(mapping.read_text(encoding="utf-8")) if mapping and mapping.is_file() else {}
+
+    def convert(item: Item) -> list[Question]:
+        row = item.value
+        if row.get("a0") is None:
+            raise Malformed("no options: this task is the multiple choice, not the open-ended set")
+        video, kind = str(row.get("video") or ""), text_of(row, "type").upper()
+        if not video:
+            raise Malformed("'video' is missing")
+        options = [text_of(row, f"a{i}") for i in range(5)]
+        names = [name for name in (folders.get(video), video) if name]
+        return [
+            Question(
+                id=f"{video}_{row.get('qid')}",
+                where=item.where,
+                videos=tuple(f"{folder}{name}.mp4" for name in names for folder in ("", "NExTVideo/", "videos/")),
+                prompt=f"{as_question(text_of(row, 'question'))}\n{_lettered(options, '{}. {}')}",
+                answer=_letter(row.get("answer"), options),
+                options=tuple(options),
+                groups={"kind": KINDS_OF_NEXTQA.get(kind[0], kind), "type": "TN" if kind == "TP" else kind},
+            )
+        ]
+
+    return convert
+
+
+# --- free answers -------------------------------------------------------------------------------------------------
+
+KINDS_OF_ACTIVITYNET = ("motion", "spatial", "temporal", "yes/no", "colour", "object", "location", "number", "other")
+
+
+def activitynet_qa(source: Path | None) -> Convert:
+    """`test_q.json`, with `test_a.json` beside it joined on `question_id`; or rows that hold both."""
+    beside = source.with_name(source.name.replace("_q.json", "_a.json")) if source else None
+    answers: dict[Any, dict[str, Any]] = {}
+    if beside and beside != source:
+        if not beside.is_file():
+            raise ValueError(f"{source}: its answers are not beside it: {beside.name}")
+        answers = {one.get("question_id"): one for one in json.loads(beside.read_text(encoding="utf-8"))}
+
+    def convert(item: Item) -> list[Question]:
+        row, identity = item.value, text_of(item.value, "question_id")
+        if beside and beside != source and identity not in answers:
+            raise Malformed(f"no answer to {identity} in {beside.name}")
+        answer = {**row, **answers.get(identity, {})}
+        video, asked = text_of(row, "video_name"), text_of(row, "question").capitalize() + "?"
+        names = [f"{prefix}{video}" for prefix in ("v_", "")]
+        kind = str(answer.get("type", ""))
+        return [
+            Question(
+                id=identity,
+                where=item.where,
+                videos=tuple(f"{f}{n}.{s}" for n in names for f in ("", "videos/") for s in ("mp4", "mkv", "webm")),
+                prompt=f"{asked} Answer the question using a single word or phrase.",
+                answer=text_of(answer, "answer"),
+                groups={"type": KINDS_OF_ACTIVITYNET[int(kind)] if kind in list("012345678") else kind or "unknown"},
+                asked=asked,
+                dimension="match",
+            )
+        ]
+
+    return convert
+
+
+DIMENSIONS = ("correctness", "detail", "context", "temporal", "consistency")
+
+
+def video_chatgpt(source: Path | None) -> Convert:
+    """Generic (three dimensions), Temporal and Consistency, told by the path of the file or by their columns."""
+    place = str(source).lower() if source else ""
+
+    def convert(item: Item) -> Iterator[Question]:
+        row = item.value
+        video, answer = text_of(row, "video_name"), text_of(row, "answer")
+        texts = [str(row.get(key) or "") for key in ("question_1", "question_2", "question")]
+        texts = [text for text in texts if text and text != "None"]
+        if not texts:
+            raise Malformed("it has no question")
+        if "question_1" in row:
+            dimensions: tuple[str, ...] = ("consistency",)
+        else:
+            dimensions = ("temporal",) if "temporal" in place else DIMENSIONS[:3]
+        for dimension in dimensions:
+            for text in texts:
+                yield Question(
+                    id=f"{item.where}, {dimension}, {texts.index(text)}",
+                    where=item.where,
+                    videos=tuple(f"{f}{video}.{s}" for f in ("Test_Videos/", "") for s in ("mp4", "mkv", "avi")),
+                    prompt=text,
+                    answer=answer,
+                    groups={"dimension": dimension},
+                    asked=text,
+                    dimension=dimension,
+                )
+
+    return convert
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("videomme", ("lmms-eval/Video-MME", "videomme", "test"), video_mme, marked_letter, 16),
+        Task(
+            "longvideobench", ("longvideobench/LongVideoBench", None, "validation"), long_video_bench, first_capital, 32,
+            r"(lvb_(val|test_wo_gt)\.json)|(.*\.parquet)",
+        ),
+        Task("mvbench", ("OpenGVLab/MVBench", None, "train"), mv_bench, leading_letter, 16, r".*\.(json|parquet)"),
+        Task("nextqa", ("lmms-eval/NExTQA", "MC", "test"), next_qa, bracketed_letter, 16, r".*\.(csv|parquet)"),
+        Task(
+            "activitynetqa", ("lmms-eval/ActivityNetQA", None, "test"), activitynet_qa, None, 64,
+            r".*_q\.json|.*\.parquet",
+        ),
+        Task(
+            "videochatgpt", ("lmms-eval/VideoChatGPT", "Generic", "test"), video_chatgpt, None, 1024,
+            r".*\.(json|jsonl|parquet)",
+        ),
+    )
+}  # fmt: skip
+
+
+def _list(row: dict[str, Any], key: str) -> list[Any]:
+    value = row.get(key)
+    if not isinstance(value, list) or not 2 <= len(value) <= len(LETTERS):
+        raise Malformed(f"{key!r} must be a list of two to five options, got {str(value)[:60]!r}")
+    return value
+
+
+def _letter(number: Any, options: list[str]) -> str:
+    try:
+        number = int(number)
+    except (TypeError, ValueError):
+        raise Malformed(f"the answer must be the number of an option, got {number!r}") from None
+    if not 0 <= number < len(options):
+        raise Malformed(f"answer {number} of {len(options)} options")
+    return LETTERS[number]
+
+
+def _lettered(options: list[str], form: str) -> str:
+    return "\n".join(form.format(letter, option) for letter, option in zip(LETTERS, options, strict=False))
+
+
+def _groups(row: dict[str, Any], *keys: str) -> dict[str, str]:
+    return {key: str(row[key]) for key in keys if row.get(key) not in (None, "")}
