@@ -10,11 +10,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import ask, bench, chat, convert, data, plan, share, train, ui, watch
+from . import ask, bench, chat, convert, data, evaluate, plan, share, train, ui, watch
 
 COMMANDS = {
-    "ask": ask, "bench": bench, "chat": chat, "convert": convert, "data": data, "plan": plan, "share": share,
-    "train": train, "ui": ui, "watch": watch,
+    "ask": ask, "bench": bench, "chat": chat, "convert": convert, "data": data, "eval": evaluate,
+    "plan": plan, "share": share, "train": train, "ui": ui, "watch": watch,
 }  # fmt: skip
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

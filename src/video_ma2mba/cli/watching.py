@@ -17,6 +17,11 @@ TINY_MODEL = Path(__file__).resolve().parents[3] / "model_cards" / "video-ma2mba
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every command that runs a model."""
     parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="default: the tiny model of the repository's clone")
+    add_loading_arguments(parser)
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded, whatever names it."""
     parser.add_argument("--adapter", metavar="DIR", help="LoRA adapters that were trained on the model")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument(

@@ -18,6 +18,16 @@ from .questions import Question
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key to whom it is not meant for."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a judge says of an answer.
@@ -165,12 +175,13 @@ class ChatJudge:
                 KeyError,
                 IndexError,
                 TypeError,
-            ) as error:  # no connection, a time-out, no JSON
+            ) as error:
+                # no connection, a time-out, or no JSON
                 failure = type(error).__name__ if not isinstance(error, TimeoutError) else "time-out"
         if reply is None:
             raise OSError(
-                f"the judge at {self.url} failed {self.tries} times, last with {failure}; {len(self._replies)} replies are "
-                f"kept in {self.cache.name}: run the same command with --resume"
+                f"the judge at {self.url} failed {self.tries} times, last with {failure}; {len(self._replies)} "
+                f"replies are kept in {self.cache.name}: run the same command with --resume"
             )
         return reply
 
@@ -180,7 +191,7 @@ class ChatJudge:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+        with _OPENER.open(request, timeout=self.timeout_s) as response:
             content = json.load(response)["choices"][0]["message"]["content"]
         if not isinstance(content, str):
             raise ValueError("a reply without text")

@@ -1,8 +1,7 @@
 """Scores with confidence intervals, as `evaluate.Metric` modules; nothing is downloaded.
 
-Questions about one video share their fate, so they are no independent draws: the standard error is that of the mean over
-clusters (Cameron and Miller, "A Practitioner's Guide to Cluster-Robust Inference", 2015, section II), with the videos as
-clusters.
+Questions about one video share their fate, so they are no independent draws: the standard error is that of a mean over
+clusters, the videos (Cameron and Miller, "A Practitioner's Guide to Cluster-Robust Inference", 2015, section II).
 """
 
 import math

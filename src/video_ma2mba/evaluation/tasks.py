@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,10 @@ def mv_bench(source: Path | None) -> Convert:
     if subtask not in MVBENCH_FOLDERS:
         raise ValueError(f"{source}: {subtask!r} is no subtask of MVBench; there are {', '.join(MVBENCH_FOLDERS)}")
 
+    number = count(1)  # rows have no name of their own
+
     def convert(item: Item) -> list[Question]:
-        row = item.value
+        row, identity = item.value, f"{subtask} {next(number)}"
         options, answer = [str(option) for option in _list(row, "candidates")], text_of(row, "answer")
         if answer not in options:
             raise Malformed(f"answer {answer!r} is not among the candidates")
@@ -174,7 +177,7 @@ def mv_bench(source: Path | None) -> Convert:
         folder = MVBENCH_FOLDERS[subtask]
         return [
             Question(
-                id=f"{subtask}, {item.where}",
+                id=identity,
                 where=item.where,
                 videos=tuple(f"{place}{video}" for place in (f"{folder}/", f"video/{folder}/", f"{subtask}/", "")),
                 prompt=f"Question:{text_of(row, 'question')}\nOption:\n{_lettered(options, '({}) {}')}\n"
@@ -264,9 +267,10 @@ DIMENSIONS = ("correctness", "detail", "context", "temporal", "consistency")
 def video_chatgpt(source: Path | None) -> Convert:
     """Generic (three dimensions), Temporal and Consistency, told by the path of the file or by their columns."""
     place = str(source).lower() if source else ""
+    number = count(1)  # rows have no name of their own
 
     def convert(item: Item) -> Iterator[Question]:
-        row = item.value
+        row, identity = item.value, f"{'/'.join(source.parts[-2:]) if source else 'row'} {next(number)}"
         video, answer = text_of(row, "video_name"), text_of(row, "answer")
         texts = [str(row.get(key) or "") for key in ("question_1", "question_2", "question")]
         texts = [text for text in texts if text and text != "None"]
@@ -279,7 +283,7 @@ def video_chatgpt(source: Path | None) -> Convert:
         for dimension in dimensions:
             for text in texts:
                 yield Question(
-                    id=f"{item.where}, {dimension}, {texts.index(text)}",
+                    id=f"{identity}, {dimension}, {texts.index(text)}",
                     where=item.where,
                     videos=tuple(f"{f}{video}.{s}" for f in ("Test_Videos/", "") for s in ("mp4", "mkv", "avi")),
                     prompt=text,

@@ -1,0 +1,204 @@
+"""Needle in a haystack: one second somewhere in hours of video, and a question about it.
+
+The protocol of V-NIAH (LongVA, Zhang et al. 2024): a needle is put at a share of the length into a haystack, and counts
+as found if the model's first choice is right at every token of the answer. Without data of one's own, the haystack is a
+synthetic story without a circle, and the needles are circles of six colours.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.synthetic import COLOURS, make_story
+from ..modeling.video_memory import VideoMemory
+
+CELLS = "cells.jsonl"
+QUESTION = "What colour was the circle?"
+FRAMES_PER_PUSH = 512
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Frames that are put in, uint8 (frames, 3, side, side), and what is asked about them."""
+
+    frames: torch.Tensor
+    question: str
+    answer: str
+
+
+def synthetic_needles(processor: Any, seconds: int = 1) -> list[Needle]:
+    """A circle of each colour, shown for some seconds."""
+    needles: dict[str, Needle] = {}
+    seed = 10**9
+    while len(needles) < len(COLOURS):
+        story, seed = make_story(seed, 6 + seconds, circle_s=seconds), seed + 1
+        circle = story.circle
+        if circle.colour not in needles:
+            frames = story.frames()[circle.start_s : circle.end_s]
+            needles[circle.colour] = Needle(processor.video_processor.load(frames).frames, QUESTION, circle.colour)
+    return [needles[colour] for colour in COLOURS]
+
+
+def synthetic_haystack(processor: Any, num_frames: int) -> torch.Tensor:
+    """Distractors at 1 FPS without a circle: uint8 (frames, 3, side, side)."""
+    story = make_story(10**9, num_frames + 8)
+    circle = story.circle
+    parts = []
+    batch: list[np.ndarray] = []
+    for second, frame in enumerate(story.iter_frames(1.0)):
+        if not circle.start_s <= second < circle.end_s:
+            batch.append(frame)
+        if len(batch) == FRAMES_PER_PUSH:
+            parts.append(processor.video_processor.load(np.stack(batch)).frames)
+            batch = []
+    parts.append(processor.video_processor.load(np.stack(batch)).frames) if batch else None
+    return torch.cat(parts)[:num_frames]
+
+
+def read_needles(folder: Path, processor: Any) -> list[Needle]:
+    """`needles.jsonl` in a folder: lines of {"image", "question", "answer"}, images beside it.
+
+    Raises:
+        ValueError: A line that is not so, or an image outside the folder; says which.
+    """
+    from PIL import Image
+
+    file, needles = folder / "needles.jsonl", []
+    if not file.is_file():
+        raise ValueError(f"{folder}: there is no needles.jsonl in it")
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            image, question, answer = entry["image"], entry["question"], entry["answer"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file.name}:{number}: must be an object with image, question and answer") from error
+        path = (folder / image).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            raise ValueError(f"{file.name}:{number}: {image!r} is no file in {folder}")
+        with Image.open(path) as opened:
+            pixels = np.asarray(opened.convert("RGB"))[None]
+        needles.append(Needle(processor.video_processor.load(pixels).frames, question, answer))
+    return needles
+
+
+def find_needles(
+    model: Any,
+    processor: Any,
+    haystack: torch.Tensor,
+    needles: Sequence[Needle],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    output: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Ask for every needle at every depth of every length; cells that stand in `output` already are not asked again.
+
+    What comes before a needle is watched once for all needles and depths of a length.
+
+    Args:
+        haystack: uint8 (frames, 3, side, side), as long as the longest length at least.
+        lengths: In frames. depths: From 0.0, before everything, to 1.0, after it.
+
+    Returns:
+        Dicts of num_frames, depth, needle, answer, found.
+    """
+    if max(lengths) > len(haystack):
+        raise ValueError(
+            f"the haystack has {len(haystack)} frames, and {max(lengths)} are asked for: take a longer one"
+        )
+    file = output / CELLS
+    cells = _read(file)
+    total = len(lengths) * len(depths) * len(needles)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write("\n")  # ends a line that a crash left open
+        for num_frames in lengths:
+            before, at = VideoMemory(model, processor), 0
+            for depth in sorted(depths):
+                place = round(depth * num_frames)
+                _push(before, haystack[at:place])
+                at = place
+                for number, needle in enumerate(needles):
+                    if (num_frames, depth, number) in cells:
+                        continue
+                    memory = before.copy()
+                    _push(memory, needle.frames)
+                    _push(memory, haystack[place:num_frames])
+                    said, found = _ask(memory, needle)
+                    cell = {"num_frames": num_frames, "depth": depth, "needle": number, "answer": said, "found": found}
+                    cells[num_frames, depth, number] = cell
+                    stream.write(json.dumps(cell) + "\n")
+                    stream.flush()
+                    if progress is not None:
+                        progress(len(cells), total)
+    return [cells[n, d, i] for n in lengths for d in sorted(depths) for i in range(len(needles))]
+
+
+def _read(file: Path) -> dict[tuple[int, float, int], dict[str, Any]]:
+    cells = {}
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                cell = json.loads(line)
+                cells[cell["num_frames"], cell["depth"], cell["needle"]] = cell
+            except (json.JSONDecodeError, KeyError):
+                continue  # cut off by a crash
+    return cells
+
+
+def _push(memory: VideoMemory, frames: torch.Tensor) -> None:
+    for start in range(0, len(frames), FRAMES_PER_PUSH):
+        memory.push_frames(frames[start : start + FRAMES_PER_PUSH])
+
+
+def _ask(memory: VideoMemory, needle: Needle) -> tuple[str, bool]:
+    """Greedy decoding agrees with an answer exactly where the first choice at each of its tokens is right."""
+    tokenizer = memory.processor.tokenizer
+    truth = tokenizer(needle.answer, add_special_tokens=False)["input_ids"]
+    (ids,) = memory.generate([needle.question], max_new_tokens=len(truth), do_sample=False)
+    return tokenizer.decode(ids, skip_special_tokens=True), ids.tolist() == truth
+
+
+def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The share of needles found, for every length and depth."""
+    grouped: dict[tuple[int, float], list[bool]] = {}
+    for cell in cells:
+        grouped.setdefault((cell["num_frames"], cell["depth"]), []).append(cell["found"])
+    return [
+        {"num_frames": n, "depth": depth, "found": sum(found) / len(found), "num_needles": len(found)}
+        for (n, depth), found in grouped.items()
+    ]
+
+
+def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """The heat map of depth over length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lengths, depths = sorted({row["num_frames"] for row in rows}), sorted({row["depth"] for row in rows})
+    values = np.full((len(depths), len(lengths)), np.nan)
+    for row in rows:
+        values[depths.index(row["depth"]), lengths.index(row["num_frames"])] = row["found"]
+    figure, axes = pyplot.subplots(figsize=(1.5 + 0.9 * len(lengths), 1.5 + 0.5 * len(depths)))
+    picture = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=9)
+    axes.set_xticks(range(len(lengths)), [_duration(length) for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_xlabel("length of the video at 1 FPS")
+    axes.set_ylabel("depth of the needle")
+    axes.set_title(title)
+    figure.colorbar(picture, label="needles found")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+def _duration(num_frames: int) -> str:
+    return f"{num_frames / 3600:g} h" if num_frames >= 3600 else f"{num_frames / 60:g} min"

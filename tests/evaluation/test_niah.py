@@ -1,0 +1,93 @@
+"""Needles: where they are put, whether they count as found, a run that goes on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from video_ma2mba import VideoMemory
+from video_ma2mba.cli import main
+from video_ma2mba.evaluation import niah
+
+
+def test_a_needle_lies_at_its_depth(model, processor, tmp_path, monkeypatch):
+    haystack = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 28, 28).contiguous()
+    needle = niah.Needle(torch.full((2, 3, 28, 28), 255, dtype=torch.uint8), "What?", "white")
+    seen = []
+    push, generate = VideoMemory.push_frames, VideoMemory.generate
+    histories = {}
+
+    def pushed(self, frames, timestamps_s=None):
+        push(self, frames, timestamps_s)
+        histories[id(self)] = histories.get(id(self), []) + frames[:, 0, 0, 0].tolist()
+
+    def copied(self):
+        other = copy(self)
+        histories[id(other)] = list(histories.get(id(self), []))
+        return other
+
+    copy = VideoMemory.copy
+    monkeypatch.setattr(VideoMemory, "push_frames", pushed)
+    monkeypatch.setattr(VideoMemory, "copy", copied)
+    monkeypatch.setattr(
+        VideoMemory, "generate", lambda self, *a, **k: (seen.append(histories[id(self)]), generate(self, *a, **k))[1]
+    )
+    cells = niah.find_needles(model, processor, haystack, [needle], [10, 20], [0.0, 0.5, 1.0], tmp_path)
+    assert [(cell["num_frames"], cell["depth"]) for cell in cells] == [
+        (10, 0.0), (10, 0.5), (10, 1.0), (20, 0.0), (20, 0.5), (20, 1.0)
+    ]  # fmt: skip
+    for cell, frames in zip(cells, seen, strict=True):
+        place = round(cell["depth"] * cell["num_frames"])
+        assert frames == [*range(place), 255, 255, *range(place, cell["num_frames"])]
+    cells_again = niah.find_needles(model, processor, haystack, [needle], [10, 20], [0.0, 0.5, 1.0], tmp_path)
+    assert cells_again == cells
+    assert len(seen) == 6  # none was asked again
+
+
+def test_found_means_every_token(model, processor, tmp_path, monkeypatch):
+    answers = iter([[1, 2, 3], [1, 2, 4]])
+    monkeypatch.setattr(VideoMemory, "generate", lambda self, *a, **k: (torch.tensor(next(answers)),))
+    monkeypatch.setattr(type(processor.tokenizer), "__call__", lambda self, *a, **k: {"input_ids": [1, 2, 3]})
+    memory = object.__new__(VideoMemory)
+    memory.processor = processor
+    needle = niah.Needle(torch.zeros(1), "What?", "xyz")
+    assert niah._ask(memory, needle)[1]
+    assert not niah._ask(memory, needle)[1]
+
+
+def test_the_synthetic_haystack_holds_no_needle(processor):
+    haystack = niah.synthetic_haystack(processor, 700)
+    assert haystack.shape == (700, 3, 28, 28)
+    assert [needle.answer for needle in niah.synthetic_needles(processor)] == list(niah.COLOURS)
+
+
+def test_the_command_draws_a_map_and_goes_on(model_folder, tmp_path, capsys):
+    command = ["eval", model_folder, "--task", "niah", "--minutes", "0.2", "0.4", "--depths", "0", "1", "-o"]
+    command.append(str(tmp_path / "out"))
+    assert main(command) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(row["num_frames"], row["depth"], row["num_needles"]) for row in report["rows"]] == [
+        (12, 0.0, 6), (12, 1.0, 6), (24, 0.0, 6), (24, 1.0, 6)
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*command, "--resume"]) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+
+
+def test_needles_of_ones_own(processor, tmp_path):
+    Image.fromarray(np.full((30, 30, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "question": "What?", "answer": "grey"}]
+    (tmp_path / "needles.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (needle,) = niah.read_needles(tmp_path, processor)
+    assert needle.frames.shape == (1, 3, 28, 28)
+    for bad in ("{", '{"image": "a.png"}', '{"image": "../x.png", "question": "?", "answer": "a"}'):
+        (tmp_path / "needles.jsonl").write_text(bad)
+        with pytest.raises(ValueError, match="needles.jsonl:1"):
+            niah.read_needles(tmp_path, processor)
+
+
+def test_a_haystack_that_is_too_short(model, processor, tmp_path):
+    with pytest.raises(ValueError, match="has 5 frames, and 10 are asked for"):
+        niah.find_needles(model, processor, torch.zeros(5, 3, 28, 28, dtype=torch.uint8), [], [10], [0.0], tmp_path)

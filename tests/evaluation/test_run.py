@@ -1,0 +1,148 @@
+"""The loop: each video once, answers kept, interrupted runs gone on with, likelihoods, the command."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.evaluation.conftest import write
+from tests.evaluation.test_tasks import mme
+from video_ma2mba import VideoMemory
+from video_ma2mba.cli import main
+from video_ma2mba.evaluation.run import ANSWERS, answer_all, find
+from video_ma2mba.evaluation.tasks import TASKS, read_questions
+from video_ma2mba.processing import video_processing_video_ma2mba as video_processing
+
+TASK = TASKS["videomme"]
+
+
+@pytest.fixture
+def benchmark(tmp_path, clips):
+    """Three videos and ten questions about each."""
+    root = tmp_path / "benchmark"
+    clips(root, *(f"data/{name}.mp4" for name in "abc"))
+    rows = [mme(f"{name}{i}", name, "short", "ABCD"[i % 4]) for i in range(10) for name in "abc"]
+    write(root / "test.jsonl", rows)
+    return root
+
+
+def found_in(root, output, limit=None):
+    output.mkdir(exist_ok=True)
+    return find(read_questions(TASK, str(root)), root, output, limit)
+
+
+def test_each_video_is_decoded_once(benchmark, tmp_path, model, processor, monkeypatch):
+    opened = []
+    watch = VideoMemory.watch
+    monkeypatch.setattr(VideoMemory, "watch", lambda self, path, *a, **k: (opened.append(path.name), watch(self, path, *a, **k)))  # fmt: skip # noqa: E501
+    decoded = []
+    frames = video_processing.VideoMa2mbaVideoProcessor.open_video
+    monkeypatch.setattr(
+        video_processing.VideoMa2mbaVideoProcessor,
+        "open_video",
+        lambda self, path, *a, **k: (decoded.append(str(path)), frames(self, path, *a, **k))[1],
+    )
+    output = tmp_path / "out"
+    answers = answer_all(model, processor, TASK, found_in(benchmark, output), benchmark, output)
+    assert len(answers) == 30
+    assert opened == ["a.mp4", "b.mp4", "c.mp4"]
+    assert len(decoded) == 3
+    assert {answer.num_frames for answer in answers} == {6}
+
+
+def test_answers_are_those_of_generate(benchmark, tmp_path, model, processor):
+    output = tmp_path / "out"
+    found = found_in(benchmark, output, limit=2)
+    answers = answer_all(model, processor, TASK, found, benchmark, output)
+    for question, answer in zip(found.questions, answers, strict=True):
+        content = [{"type": "video", "path": str(benchmark / answer.video)}, {"type": "text", "text": question.prompt}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        expected = processor.decode(ids, skip_special_tokens=True).strip()
+        assert expected.startswith(answer.raw)  # it may have stopped earlier, at a repetition
+        assert answer.raw
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_run_that_was_cut_off_gives_the_same_answers(benchmark, tmp_path, model, processor, torn):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected = answer_all(model, processor, TASK, found_in(benchmark, whole), benchmark, whole)
+    found = found_in(benchmark, cut)
+    lines = (whole / ANSWERS).read_text().splitlines(keepends=True)
+    # the second video is half there; the last line may be torn
+    (cut / ANSWERS).write_text("".join(lines[:14]) + (lines[14][:25] if torn else lines[14]))
+    calls = []
+    answers = answer_all(
+        model, processor, TASK, found, benchmark, cut, progress=lambda done, total: calls.append((done, total))
+    )
+    assert [(a.id, a.raw, a.parsed) for a in answers] == [(a.id, a.raw, a.parsed) for a in expected]
+    assert answers[:10] == expected[:10]  # those were kept, with their seconds
+    assert len((cut / ANSWERS).read_text().splitlines()) == 30
+    assert calls[-1] == (30, 30)
+
+
+def test_a_killed_command_goes_on_to_the_same_report(benchmark, tmp_path, model_folder):
+    command = [sys.executable, "-m", "video_ma2mba.cli", "eval", model_folder, "--task", "videomme", "--data"]
+    command += [str(benchmark), "-o"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with subprocess.Popen([*command, str(killed)], stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and not (killed / ANSWERS).exists():
+            time.sleep(0.01)
+        process.kill()
+    assert main(["eval", model_folder, "--task", "videomme", "--data", str(benchmark), "-o", str(whole)]) == 0
+    again = ["eval", model_folder, "--task", "videomme", "--data", str(benchmark), "-o", str(killed)]
+    if (killed / "settings.json").exists():
+        assert main(again) == 2  # it would begin anew
+    assert main([*again, "--resume"]) == 0
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (killed, whole)]
+    for report in reports:
+        del report["watch_s"], report["answer_s"]
+    assert reports[0] == reports[1]
+    assert (killed / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "| all |" in (killed / "report.md").read_text()
+
+
+def test_going_on_with_other_settings_is_refused(benchmark, tmp_path, model_folder, capsys):
+    command = ["eval", model_folder, "--task", "videomme", "--data", str(benchmark), "-o", str(tmp_path / "out")]
+    assert main([*command, "--limit", "1"]) == 0
+    assert main([*command, "--limit", "2", "--resume"]) == 2
+    assert "other settings (limit)" in capsys.readouterr().err
+
+
+def test_log_likelihoods_are_those_of_the_whole_input(video, model, processor):
+    memory = VideoMemory(model, processor)
+    memory.watch(video)
+    answers = ["A", "yes", "a longer one"]
+    scores = memory.log_likelihoods("What?", answers)
+    content = [{"type": "video", "path": video}, {"type": "text", "text": "What?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    for answer, score in zip(answers, scores, strict=True):
+        ids = torch.tensor(processor.tokenizer(answer)["input_ids"])
+        whole = torch.cat([inputs["input_ids"][0], ids])[None]
+        with torch.no_grad():
+            logits = model(whole, pixel_values_videos=inputs["pixel_values_videos"]).logits[0].double()
+        rows = logits[-len(ids) - 1 : -1].log_softmax(-1)
+        assert score.item() == pytest.approx(rows[range(len(ids)), ids].sum().item(), abs=1e-4)
+    with pytest.raises(ValueError, match="at least one token"):
+        memory.log_likelihoods("What?", ["A", ""])
+
+
+def test_by_likelihood_takes_the_likeliest_letter(benchmark, tmp_path, model, processor):
+    output = tmp_path / "out"
+    found = found_in(benchmark, output, limit=3)
+    answers = answer_all(model, processor, TASK, found, benchmark, output, by_likelihood=True)
+    for question, answer in zip(found.questions, answers, strict=True):
+        memory = VideoMemory(model, processor)
+        memory.watch(benchmark / answer.video)
+        scores = {letter: memory.log_likelihoods(question.prompt, [letter]).item() for letter in "ABCD"}
+        assert answer.parsed == max(scores, key=scores.get)
