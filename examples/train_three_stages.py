@@ -60,7 +60,7 @@ def main() -> None:
         model = run.stage("stage1.5", first, "stage1.5", ["scenes"], steps=1000, batch=8, rate=1e-3)
     else:
         name = "stage2-without-stage1.5"
-    model = run.stage(name, model, "stage2", ["captions", "questions"], steps=4000, batch=8, rate=1e-3)
+    model = run.stage(name, model, "stage2", ["captions", "questions"], steps=5000, batch=8, rate=1e-3)
     run.report(name, model)
 
 
@@ -229,7 +229,7 @@ def teach_tower(model, processor, steps: int) -> None:
 
 # --- the sets, as they are published ------------------------------------------------------------------------------
 
-COUNTS = {"pictures": 1500, "clips": 300, "scenes": 600, "captions": 400, "questions": 2000}
+COUNTS = {"pictures": 1500, "clips": 300, "scenes": 600, "captions": 400, "questions": 8000}
 
 
 def duration_s(rng: np.random.Generator) -> int:

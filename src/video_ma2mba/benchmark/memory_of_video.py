@@ -81,7 +81,7 @@ def _video(folder: Path, seconds: int, size: int) -> Path:
 
 def _ask(model: Any, processor: Any, videos: dict[int, Path], repeats: int) -> list[dict[str, Any]]:
     """Bytes and seconds per question of both models; the lengths are asked in turns, so that all see one machine."""
-    attention = _attention_of_size(model)
+    attention = attention_of_size(model)
     memories, caches = {}, {}
     for minutes, video in videos.items():
         memories[minutes] = VideoMemory(model, processor)
@@ -111,7 +111,7 @@ def _ask(model: Any, processor: Any, videos: dict[int, Path], repeats: int) -> l
     ]
 
 
-def _attention_of_size(model: Any) -> Any:
+def attention_of_size(model: Any) -> Any:
     """A Llama with the hidden width of our backbone and about its number of parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

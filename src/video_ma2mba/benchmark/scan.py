@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "median_s": statistics.median(times[name]),
             "median_cpu_s": statistics.median(cpu_times[name]),
             "times_s": times[name],
-            "peak_bytes": _peak_bytes(lambda scan=scan: _forward_backward(scan, inputs, cotangents)),
+            "peak_bytes": allocated_peak_bytes(lambda scan=scan: _forward_backward(scan, inputs, cotangents)),
         }
         for name, scan in scans.items()
     }
@@ -137,20 +137,6 @@ def _theirs(chunk_size):
 def _forward_backward(scan, inputs, cotangents):
     outputs = scan(*inputs)
     return *(out.detach() for out in outputs), *torch.autograd.grad(outputs, inputs, cotangents)
-
-
-def _peak_bytes(function) -> int:
-    """Most bytes that torch's CPU allocator held at once during `function`, above what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    if peak == 0:
-        raise RuntimeError(f"torch {torch.__version__} reports no allocations to its profiler")
-    return peak
 
 
 def _differences(ours, theirs) -> dict[str, float]:

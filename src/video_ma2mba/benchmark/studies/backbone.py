@@ -1,0 +1,202 @@
+"""Mamba-2 against attention of equal size: the same features, questions, steps; accuracy, memory and time by length."""
+
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..machine import allocated_peak_bytes
+from .stories import Stories
+
+NAMES = {"mamba2": "Mamba-2", "attention": "attention"}
+STEPS, BATCH_SIZE, LEARNING_RATE = 2400, 12, 2e-3
+CURRICULUM = ((0.25, 3, 8), (0.5, 3, 20), (1.0, 4, 48))  # up to this share of the steps: seconds from, to
+TESTED_S = (8, 16, 32, 64, 128, 256, 512)
+TIMED_TOKENS = (64, 256, 1024, 4096, 16384)
+NEW_TOKENS = 8
+
+
+def build(name: str, stories: Stories) -> Any:
+    """A backbone with random weights: that of the tiny model, or a Llama as wide with about as many parameters."""
+    from ...modeling import VideoMa2mbaForConditionalGeneration
+    from ..memory_of_video import attention_of_size
+
+    torch.manual_seed(0)
+    if name == "attention":
+        return attention_of_size(stories.tiny)
+    model = VideoMa2mbaForConditionalGeneration(stories.tiny.config)
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+    return model
+
+
+def trained(stories: Stories, scale: float, keep: Path) -> dict[str, Any]:
+    """Both backbones, trained side by side on the same batches, or read from `keep` if they were trained before.
+
+    Returns:
+        models by name, and "seconds", the time of a step of each.
+    """
+    models = {name: build(name, stories) for name in NAMES}
+    steps = max(4, round(STEPS * scale))
+    files = {name: keep / f"{name}-{steps}.safetensors" for name in NAMES}
+    if all(file.is_file() for file in files.values()):
+        for name, model in models.items():
+            model.load_state_dict(load_file(files[name]), strict=False)  # tied heads are stored once
+            model.tie_weights()
+        return {**models, "seconds": None}
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    optimizers = {}
+    for name, model in models.items():
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+        optimizers[name] = parameters, optimizer, schedule
+        model.train()
+    for step in range(steps):
+        _, shortest_s, longest_s = next(part for part in CURRICULUM if step < part[0] * steps)
+        batch = stories.training_batch(step, shortest_s, longest_s, BATCH_SIZE)
+        losses = {}
+        for name, model in models.items():
+            parameters, optimizer, schedule = optimizers[name]
+            start = time.perf_counter()
+            loss = batch.loss(model)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            seconds[name].append(time.perf_counter() - start)
+            losses[name] = loss.item()
+        if step % 100 == 99:
+            print(f"step {step + 1}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()), flush=True)
+    keep.mkdir(parents=True, exist_ok=True)
+    for name, model in models.items():
+        own = {key: value for key, value in model.state_dict().items() if key != "lm_head.weight"}
+        save_file({key: value.contiguous() for key, value in own.items()}, files[name])
+    return {**models, "seconds": {name: statistics.median(times) for name, times in seconds.items()}}
+
+
+def run(scale: float, keep: Path) -> dict[str, Any]:
+    stories = Stories()
+    models = trained(stories, scale, keep)
+    num_stories = max(2, round(24 * scale))
+    tested = TESTED_S if scale == 1 else TESTED_S[:2]
+    timed = TIMED_TOKENS if scale == 1 else TIMED_TOKENS[:2]
+    result: dict[str, Any] = {
+        "steps": max(4, round(STEPS * scale)),
+        "trained_on_s": [CURRICULUM[0][1], CURRICULUM[-1][2]],
+        "num_parameters": {name: _size(models[name]) for name in NAMES},
+        "accuracy": [
+            {"video_s": s, **{name: stories.accuracy(models[name], s, num_stories) for name in NAMES}} for s in tested
+        ],
+        "training": [_training(models, tokens) for tokens in timed],
+        "answering": [_answering(models, tokens) for tokens in timed],
+    }
+    for table, key in (
+        ("training", "bytes"),
+        ("training", "seconds"),
+        ("answering", "bytes"),
+        ("answering", "seconds"),
+    ):
+        crossed = [row["tokens"] for row in result[table] if row["mamba2"][key] < row["attention"][key]]
+        result[f"{table}_{key}_cross_at_tokens"] = crossed[0] if crossed else None
+    return result
+
+
+def _size(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _training(models: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+    """Peak bytes and seconds of a forward and backward pass of one sequence."""
+    row: dict[str, Any] = {"tokens": num_tokens}
+    ids = torch.randint(4, 400, (1, num_tokens))
+    labels = torch.where(torch.arange(num_tokens) < num_tokens - 32, -100, ids)
+    for name, options in (("mamba2", None), ("mamba2 with MA-GC", {"sequence_interval": 256}), ("attention", None)):
+        model = models[name.partition(" ")[0]].train()
+        if options and num_tokens > 256:
+            model.gradient_checkpointing_enable(**options)
+
+        def step(model: Any = model, name: str = name) -> None:
+            model.zero_grad(set_to_none=True)
+            # as in training, only the answers meet the head
+            kept = {"logits_to_keep": 33} if name == "attention" else {}
+            if kept:
+                logits = model(ids, **kept).logits[:, :-1]
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -32:].flatten()).backward()
+            else:
+                model(input_ids=ids, labels=labels).loss.backward()
+
+        step()
+        start = time.perf_counter()
+        step()
+        row[name] = {"seconds": time.perf_counter() - start, "bytes": allocated_peak_bytes(step)}
+        if name.startswith("mamba2"):
+            model.gradient_checkpointing_disable()
+        model.zero_grad(set_to_none=True)
+    return row
+
+
+@torch.no_grad()
+def _answering(models: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+    """Bytes kept of a sequence, and seconds of an answer after it."""
+    from transformers import DynamicCache
+
+    row: dict[str, Any] = {"tokens": num_tokens}
+    ids = torch.randint(4, 400, (1, num_tokens))
+    for name, model in ((name, models[name].eval()) for name in NAMES):
+        if name == "attention":
+            cache = DynamicCache(config=model.config)
+            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        else:
+            cache = model(ids, use_cache=True, logits_to_keep=1).cache_params
+            num_bytes = cache.num_bytes
+        times = []
+        for _ in range(5):
+            start, own = time.perf_counter(), cache.copy() if name == "mamba2" else cache
+            for token in itertools.repeat(ids[:, :1], NEW_TOKENS):
+                if name == "mamba2":
+                    own = model(token, cache_params=own, use_cache=True).cache_params
+                else:
+                    model(token, past_key_values=own, use_cache=True)
+            times.append(time.perf_counter() - start)
+            if name == "attention":
+                cache.crop(num_tokens - cache.get_seq_length())
+        row[name] = {"bytes": num_bytes, "seconds": statistics.median(times)}
+    return row
+
+
+def draw(result: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    panels = figure.subplots(2, 3).flatten()
+    for name, style in zip(NAMES, ("o-", "s--"), strict=True):
+        rows = result["accuracy"]
+        panels[0].plot([r["video_s"] for r in rows], [r[name]["all"] for r in rows], style, label=NAMES[name])
+    panels[0].axvline(result["trained_on_s"][1], color="0.6", linewidth=0.8)
+    panels[0].annotate("longest in training", (result["trained_on_s"][1], 0.02), fontsize=7, rotation=90, color="0.4")
+    panels[0].set(title="accuracy, one frame a second", xlabel="seconds of video", xscale="log", ylim=(0, 1.03))
+    for panel, table, key, title in zip(
+        panels[1:5], ("training", "training", "answering", "answering"), ("bytes", "seconds") * 2,
+        ("training: peak memory", "training: time of a step", "answering: bytes kept", "answering: time of an answer"),
+        strict=True,
+    ):  # fmt: skip
+        for name, style in (("mamba2", "o-"), ("mamba2 with MA-GC", "^-"), ("attention", "s--")):
+            rows = [row for row in result[table] if name in row]
+            if rows:
+                values = [row[name][key] / (2**20 if key == "bytes" else 1) for row in rows]
+                panel.plot([row["tokens"] for row in rows], values, style, label=name.replace("mamba2", "Mamba-2"))
+        panel.set(title=title, xlabel="tokens", ylabel="MiB" if key == "bytes" else "s", xscale="log", yscale="log")
+    for panel in panels[:5]:
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    panels[5].axis("off")
+    sizes = ", ".join(f"{NAMES[name]} {size:,}" for name, size in result["num_parameters"].items())
+    panels[5].text(0, 0.5, f"parameters: {sizes}\n{result['steps']} steps on the same batches", fontsize=9, wrap=True)
+    return figure

@@ -1,0 +1,53 @@
+"""Small experiments on what the paper leaves open, each of which runs on a CPU in minutes and draws a picture.
+
+backbone    Mamba-2 against attention of equal size on the same questions about videos
+fps         0.5, 1 and 2 FPS, and every frame against 8, 16 and 32 of them, by the bytes that the memory of a video takes
+intervals   Multi-Axis Gradient Checkpointing: bytes and seconds over the intervals of layers and tokens
+max-length  the longest video that trains, by GPU memory, model, method and optimizer
+stability   two thousand steps with checkpointing and without
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .machine import describe
+
+STUDIES = ("backbone", "fps", "intervals", "max-length", "stability")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what was found")
+    parser.add_argument("--scale", type=float, default=1.0, help="of steps and repeats: 0.01 tries a study out")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=Path("out/studies"),
+        metavar="DIR",
+        help="trained backbones, which two studies share",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if not 0 < args.scale <= 1:
+        raise ValueError(f"--scale must lie between 0 and 1, got {args.scale}")
+    study = load(args.study)
+    found = study.run(args.scale, args.keep)
+    result = {"study": args.study, "scale": args.scale, **found, "machine": describe("cpu")}
+    if args.plot is not None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        figure = study.draw(result)
+        partial = args.plot.with_name(f".{args.plot.name}")
+        figure.savefig(partial, dpi=110, format="png")
+        partial.replace(args.plot)
+    return result
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(f".studies.{name.replace('-', '_')}", __package__)
