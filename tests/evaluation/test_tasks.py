@@ -120,7 +120,21 @@ def test_next_qa(tmp_path, clips, says, model, processor):
         ["5012", "512", "640", "480", "what is next", "0", "1", "TP", "one", "two", "three", "four", "five"],
         ["5012", "512", "640", "480", "what is it", "five", "2", "DO", "one", "two", "three", "four", "five"],
     ]
-    header = "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4".split(",")
+    header = [
+        "video",
+        "frame_count",
+        "width",
+        "height",
+        "question",
+        "answer",
+        "qid",
+        "type",
+        "a0",
+        "a1",
+        "a2",
+        "a3",
+        "a4",
+    ]
     with (tmp_path / "val.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     write(tmp_path / "map_vid_vidorID.json", {"4011": "1202/4011"})

@@ -25,6 +25,7 @@ from transformers.models.mamba2 import modeling_mamba2
 from ..modeling.mamba2 import SEGMENT
 from ..modeling.recompute import recompute_segments
 from ..modeling.ssd import SCAN_CHUNK, ssd_scan
+from .machine import allocated_peak_bytes
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 

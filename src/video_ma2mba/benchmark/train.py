@@ -80,7 +80,7 @@ def _measure(model: VideoMa2mbaForConditionalGeneration, length: int, args: argp
         for name in [name for name in methods if name in times]:
             _enable(model, METHODS[name])
             try:
-                step_s, peak_bytes = _step(model, input_ids, labels)
+                step_s, peak_bytes = training_step(model, input_ids, labels)
             except torch.cuda.OutOfMemoryError:
                 del times[name]
                 continue
@@ -115,7 +115,7 @@ def _enable(model: VideoMa2mbaForConditionalGeneration, options: dict | None) ->
         model.gradient_checkpointing_enable(**options)
 
 
-def _step(
+def training_step(
     model: VideoMa2mbaForConditionalGeneration, input_ids: torch.Tensor, labels: torch.Tensor
 ) -> tuple[float, int]:
     """One forward and backward pass: seconds, and peak bytes above what was there before it (0 on the CPU)."""

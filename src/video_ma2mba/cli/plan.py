@@ -174,8 +174,7 @@ class Case:
         fixed = self.fixed(options, num_frames)
         plan, activations_bytes = self.plan(options, num_frames, num_tokens)
         total_bytes = fixed.total + activations_bytes + RESERVED_BYTES
-        per_frame = self.config.tokens_per_frame
-        longest = largest(lambda n: self.fits(options, n, n * per_frame), MAX_TOKENS // per_frame)
+        longest, is_bound = longest_frames(self, options)
         return {
             "method": name,
             **asdict(fixed),
@@ -186,8 +185,16 @@ class Case:
             "recompute_factor": plan.recompute_factor if plan else 1.0,
             "fits": self.within(total_bytes, plan),
             "longest_frames": longest,
-            "longest_is_bound": longest == MAX_TOKENS // per_frame,
+            "longest_is_bound": is_bound,
         }
+
+
+def longest_frames(case: Case, options: dict | None) -> tuple[int, bool]:
+    """The most frames that fit, and whether that is only where the search ends."""
+    per_frame = case.config.tokens_per_frame
+    bound = MAX_TOKENS // per_frame
+    longest = largest(lambda n: case.fits(options, n, n * per_frame), bound)
+    return longest, longest == bound
 
 
 def largest(holds: Callable[[int], bool], bound: int) -> int:

@@ -41,7 +41,7 @@ def trained(stories: Stories, scale: float, keep: Path) -> dict[str, Any]:
         models by name, and "seconds", the time of a step of each.
     """
     models = {name: build(name, stories) for name in NAMES}
-    steps = max(4, round(STEPS * scale))
+    steps = max(40, round(STEPS * scale))
     files = {name: keep / f"{name}-{steps}.safetensors" for name in NAMES}
     if all(file.is_file() for file in files.values()):
         for name, model in models.items():
@@ -87,7 +87,7 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
     tested = TESTED_S if scale == 1 else TESTED_S[:2]
     timed = TIMED_TOKENS if scale == 1 else TIMED_TOKENS[:2]
     result: dict[str, Any] = {
-        "steps": max(4, round(STEPS * scale)),
+        "steps": max(40, round(STEPS * scale)),
         "trained_on_s": [CURRICULUM[0][1], CURRICULUM[-1][2]],
         "num_parameters": {name: _size(models[name]) for name in NAMES},
         "accuracy": [

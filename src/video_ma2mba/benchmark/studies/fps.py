@@ -1,0 +1,101 @@
+"""Which frames are worth their bytes: 0.5, 1 and 2 FPS, and every frame against 8, 16 and 32 of them.
+
+The backbones of the study `backbone` are asked about videos of which they see more or less. What a backbone keeps of them
+is its memory: states of one size for Mamba-2, keys and values of every frame for attention.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...data.synthetic import Story
+from .backbone import NAMES, trained
+from .stories import Stories
+
+LENGTHS_S = (48, 120)
+RATES = (0.5, 1.0, 2.0)
+SPREAD = (8, 16, 32)
+
+
+def run(scale: float, keep: Path) -> dict[str, Any]:
+    stories = Stories()
+    models = trained(stories, scale, keep)
+    num_stories = max(2, round(40 * scale))
+    rows = []
+    for video_s in LENGTHS_S:
+        samples = {f"{rate:g} FPS": (lambda story, rate=rate: story.frames(rate)) for rate in RATES}
+        samples |= {f"{count} frames": (lambda story, count=count: spread(story, count)) for count in SPREAD}
+        for label, sample in samples.items():
+            count = int(label.split()[0]) if label.endswith("frames") else round(video_s * float(label.split()[0]))
+            for name in NAMES:
+                accuracy = stories.accuracy(models[name], video_s, num_stories, sample)
+                num_bytes = _memory_bytes(models[name], name, count)
+                rows.append(
+                    {
+                        "video_s": video_s,
+                        "sample": label,
+                        "num_frames": count,
+                        "backbone": name,
+                        "memory_bytes": num_bytes,
+                        "accuracy": accuracy,
+                    }
+                )
+    return {"num_stories": num_stories, "rows": rows, "same_memory": _same_memory(rows)}
+
+
+def spread(story: Story, count: int) -> np.ndarray:
+    """`count` frames, one from the middle of each of as many equal parts."""
+    frames = list(story.iter_frames(None))
+    places = ((np.arange(count) + 0.5) * len(frames) / count).astype(int)
+    return np.stack([frames[place] for place in places])
+
+
+def _memory_bytes(model: Any, name: str, num_tokens: int) -> int:
+    config = model.config
+    if name == "attention":
+        per_token = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+        return 4 * per_token * num_tokens
+    return model.model.language_model.new_cache(1).num_bytes
+
+
+def _same_memory(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every length: Mamba-2 on every second, against the most frames that attention keeps in as many bytes."""
+    result = []
+    for video_s in LENGTHS_S:
+        ours = next(r for r in rows if (r["video_s"], r["backbone"], r["sample"]) == (video_s, "mamba2", "1 FPS"))
+        within = [
+            row
+            for row in rows
+            if (row["video_s"], row["backbone"]) == (video_s, "attention")
+            and row["memory_bytes"] <= ours["memory_bytes"]
+        ]
+        theirs = max(within, key=lambda row: row["accuracy"]["all"])
+        result.append(
+            {
+                "video_s": video_s,
+                "mamba2": {key: ours[key] for key in ("sample", "memory_bytes", "accuracy")},
+                "attention": {key: theirs[key] for key in ("sample", "memory_bytes", "accuracy")},
+            }
+        )
+    return result
+
+
+def draw(result: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(LENGTHS_S), sharey=True)
+    for panel, video_s in zip(panels, LENGTHS_S, strict=True):
+        for name, marker, color in (("mamba2", "o", "tab:blue"), ("attention", "s", "tab:orange")):
+            rows = [row for row in result["rows"] if (row["video_s"], row["backbone"]) == (video_s, name)]
+            rows.sort(key=lambda row: row["num_frames"])
+            sizes, scores = [row["memory_bytes"] / 2**10 for row in rows], [row["accuracy"]["all"] for row in rows]
+            panel.plot(sizes, scores, f"{marker}-", color=color, linewidth=0.6, label=NAMES[name])
+            for row, size, score in zip(rows, sizes, scores, strict=True):
+                panel.annotate(row["sample"], (size, score), (5, -3), textcoords="offset points", fontsize=7)
+        panel.set(title=f"videos of {video_s} s", xlabel="KiB that the memory of the video takes", xscale="log")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    panels[0].set_ylabel("accuracy")
+    return figure

@@ -1,0 +1,64 @@
+"""The longest video that trains: by GPU memory, size, method and optimizer, as the planner has it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ...cli.plan import Case, load_config, longest_frames
+from ...methods import METHODS
+
+GIB = 2**30
+GPU_GIB = (16, 24, 48, 80, 141)
+MODELS = ("0.7b", "1.8b", "3.1b")
+SHOWN = ("off", "per layer", "sqrt", "layer_major", "sequence_major", "sequence_major + offload")
+OPTIMIZERS = ("adamw", "lora")
+HOST_BYTES = 256 * GIB
+
+
+def run(scale: float, keep: Path) -> dict[str, Any]:
+    rows = []
+    for model in MODELS if scale == 1 else MODELS[:1]:
+        for optimizer in OPTIMIZERS:
+            args = SimpleNamespace(gpu_memory=0, host_memory=HOST_BYTES, optimizer=optimizer, batch=1)
+            case = Case(load_config(model), args)
+            for gpu in GPU_GIB if scale == 1 else GPU_GIB[:1]:
+                args.gpu_memory = gpu * GIB
+                for method in SHOWN:
+                    frames, bounded = longest_frames(case, METHODS[method])
+                    rows.append(
+                        {
+                            "model": model,
+                            "optimizer": optimizer,
+                            "gpu_gib": gpu,
+                            "method": method,
+                            "hours": frames / 3600,
+                            "is_bound": bounded,
+                        }  # fmt: skip
+                    )
+    return {"host_gib": HOST_BYTES // GIB, "fps": 1, "measured": [], "rows": rows}
+
+
+def draw(result: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    figure = Figure(figsize=(4.2 * len(models), 7), layout="constrained")
+    panels = figure.subplots(len(OPTIMIZERS), len(models), sharex=True, sharey=True, squeeze=False)
+    for line, optimizer in zip(panels, OPTIMIZERS, strict=True):
+        for panel, model in zip(line, models, strict=True):
+            for method in SHOWN:
+                rows = [
+                    row
+                    for row in result["rows"]
+                    if (row["model"], row["optimizer"], row["method"]) == (model, optimizer, method)
+                    and row["hours"] > 0
+                ]
+                panel.plot([row["gpu_gib"] for row in rows], [row["hours"] for row in rows], "o-", label=method)
+            panel.set(title=f"{model}, {optimizer}", xscale="log", yscale="log")
+            panel.set_xticks(GPU_GIB, GPU_GIB)
+            panel.grid(alpha=0.3)
+        line[0].set_ylabel("hours of video at 1 FPS")
+    for panel in panels[-1]:
+        panel.set_xlabel("GiB of GPU memory")
+    panels[0][0].legend(fontsize=7)
+    return figure

@@ -1,0 +1,84 @@
+"""Two thousand steps of one model twice, with checkpointing and without: losses, gradient norms, how the weights part."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .backbone import LEARNING_RATE, build
+from .stories import Stories
+
+STEPS, BATCH_SIZE, EVERY = 2000, 4, 20
+CHECKPOINTING = {"layer_interval": 2, "sequence_interval": 64, "order": "layer_major"}
+
+
+def run(scale: float, keep: Path) -> dict[str, Any]:
+    stories = Stories()
+    steps = max(40, round(STEPS * scale))
+    models = {"off": build("mamba2", stories).train()}
+    models["on"] = copy.deepcopy(models["off"])
+    models["on"].gradient_checkpointing_enable(**CHECKPOINTING)
+    runs = {}
+    for name, model in models.items():
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+        runs[name] = parameters, optimizer, schedule
+    losses: dict[str, list[float]] = {name: [] for name in models}
+    norms: dict[str, list[float]] = {name: [] for name in models}
+    parted: list[dict[str, float]] = []
+    for step in range(steps):
+        batch = stories.training_batch(step, 4, 40, BATCH_SIZE)
+        for name, model in models.items():
+            parameters, optimizer, schedule = runs[name]
+            loss = batch.loss(model)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
+            optimizer.step()
+            schedule.step()
+            losses[name].append(loss.item())
+            norms[name].append(norm.item())
+        if step % EVERY == EVERY - 1 or step == 0:
+            parted.append({"step": step + 1, "distance": _distance(runs["on"][0], runs["off"][0])})
+        if step % 100 == 99:
+            print(f"step {step + 1}: off {losses['off'][-1]:.4f}, on {losses['on'][-1]:.4f}", flush=True)
+    tail = max(1, steps // 10)
+    return {
+        "steps": steps,
+        "checkpointing": CHECKPOINTING,
+        "final_loss": {name: sum(values[-tail:]) / tail for name, values in losses.items()},
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(losses["on"], losses["off"], strict=True)),
+        "largest_gradient_norm": {name: max(values) for name, values in norms.items()},
+        "loss": {name: [round(value, 5) for value in values] for name, values in losses.items()},
+        "gradient_norm": {name: [round(value, 5) for value in values] for name, values in norms.items()},
+        "weights": parted,
+    }
+
+
+@torch.no_grad()
+def _distance(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """The length of the difference over the length of the weights."""
+    difference = sum(((a - b).double() ** 2).sum() for a, b in zip(ones, others, strict=True))
+    return float((difference / sum((b.double() ** 2).sum() for b in others)) ** 0.5)
+
+
+def draw(result: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for panel, key in zip(panels, ("loss", "gradient_norm"), strict=False):
+        for name, style in (("off", "-"), ("on", "--")):
+            values = result[key][name]
+            width = max(1, len(values) // 100)
+            means = [sum(values[i : i + width]) / len(values[i : i + width]) for i in range(0, len(values), width)]
+            panel.plot([i * width for i in range(len(means))], means, style, label=f"checkpointing {name}")
+        panel.set(title=key.replace("_", " "), xlabel="step", yscale="log")
+        panel.legend()
+    panels[2].plot([one["step"] for one in result["weights"]], [one["distance"] for one in result["weights"]])
+    panels[2].set(title="distance of the weights, relative", xlabel="step", yscale="log")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    return figure
