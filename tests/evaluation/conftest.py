@@ -1,4 +1,4 @@
-"""Benchmarks in the format of their publishers, with videos rendered for the test, and a model whose answers are known."""
+"""Benchmarks in the format of their publishers with rendered videos, and a model whose answers are known."""
 
 import json
 

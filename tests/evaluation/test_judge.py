@@ -1,5 +1,6 @@
 """The judge behind an address: a local server that answers well, badly, late, or not at all."""
 
+import contextlib
 import json
 import threading
 import time
@@ -35,10 +36,8 @@ def server(monkeypatch):
             if code == 302:
                 self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/elsewhere")
             self.end_headers()
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self.wfile.write(reply.encode() if text != "not json" else b"<html>")
-            except BrokenPipeError:
-                pass
 
         def log_message(self, *args):
             pass

@@ -84,7 +84,7 @@ def test_needles_of_ones_own(processor, tmp_path):
     assert needle.frames.shape == (1, 3, 28, 28)
     for bad in ("{", '{"image": "a.png"}', '{"image": "../x.png", "question": "?", "answer": "a"}'):
         (tmp_path / "needles.jsonl").write_text(bad)
-        with pytest.raises(ValueError, match="needles.jsonl:1"):
+        with pytest.raises(ValueError, match=r"needles\.jsonl:1"):
             niah.read_needles(tmp_path, processor)
 
 

@@ -20,7 +20,8 @@ def question(identity="q", options=("one", "two", "three", "a very long option o
     ("text", "letter"),
     [
         ("B", "B"), ("B.", "B"), ("The correct answer is (C).", "C"), ("A. Black.", "A"), ("a", ""), ("", ""),
-        ("Dog", "D"), ("I think it is B because", "B"), ("not A, but option B", "B"), ("E", ""), ("(A) or (D), so D", "D"),
+        ("Dog", "D"), ("I think it is B because", "B"),
+        ("not A, but option B", "B"), ("E", ""), ("(A) or (D), so D", "D"),
     ],
 )  # fmt: skip
 def test_marked_letter(text, letter):

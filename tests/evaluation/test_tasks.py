@@ -58,7 +58,8 @@ def test_video_mme(tmp_path, clips, says, model, processor):
 
 def lvb(number, answer, duration_group=15, **changes):
     row = {
-        "video_id": "v", "id": f"v_{number}", "video_path": "v.mp4", "subtitle_path": "v.json", "question": f"Q{number}?",
+        "video_id": "v", "id": f"v_{number}", "video_path": "v.mp4", "subtitle_path": "v.json",
+        "question": f"Q{number}?",
         "candidates": ["red", "blue", "green"], "correct_choice": answer, "duration_group": duration_group,
         "question_category": "S2E", "topic_category": "T", "duration": 6.0,
     }  # fmt: skip
@@ -149,7 +150,8 @@ def test_next_qa(tmp_path, clips, says, model, processor):
 def test_activitynet_qa(tmp_path, clips, says, model, processor):
     clips(tmp_path, "v_-a.mp4")
     asked = [{"video_name": "-a", "question": f"is it {i}", "question_id": f"v_-a_{i}"} for i in range(4)]
-    keys = [{"answer": a, "type": t, "question_id": f"v_-a_{i}"} for i, (a, t) in enumerate((("yes", 3), ("a red car", 5), ("two", 7)))]  # fmt: skip
+    answers = (("yes", 3), ("a red car", 5), ("two", 7))
+    keys = [{"answer": a, "type": t, "question_id": f"v_-a_{i}"} for i, (a, t) in enumerate(answers)]
     write(tmp_path / "test_q.json", asked)
     write(tmp_path / "test_a.json", keys[::-1])
     says({"it 0": "Yes.", "it 1": "red car", "it 2": "three"})
@@ -179,7 +181,7 @@ def test_video_chatgpt(tmp_path, clips, says, model, processor):
     says({"What happens": "a cat sleeps", "order": "cat runs", "Who sleeps": "cat sleeps", "Who?": "dog sleeps"})
     report, _ = score("videochatgpt", tmp_path, model, processor)
     scores = {name: one["mean"] for name, one in report["scores"]["dimension"].items()}
-    # words without articles: F1 of "cat runs" and of "dog sleeps" with "cat sleeps" is one half; the worse of two counts
+    # words without articles: F1 of "cat runs" and of "dog sleeps" with "cat sleeps" is one half; the worse counts
     assert scores == {"correctness": 5, "detail": 5, "context": 5, "temporal": 2.5, "consistency": 2.5}
     assert report["num_questions"] == 6
     assert report["scores"]["all"]["num_questions"] == 5

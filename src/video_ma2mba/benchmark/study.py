@@ -1,7 +1,7 @@
 """Small experiments on what the paper leaves open, each of which runs on a CPU in minutes and draws a picture.
 
 backbone    Mamba-2 against attention of equal size on the same questions about videos
-fps         0.5, 1 and 2 FPS, and every frame against 8, 16 and 32 of them, by the bytes that the memory of a video takes
+fps         0.5, 1 and 2 FPS, and every frame against 8, 16 and 32 of them, by the bytes of a video's memory
 intervals   Multi-Axis Gradient Checkpointing: bytes and seconds over the intervals of layers and tokens
 max-length  the longest video that trains, by GPU memory, model, method and optimizer
 stability   two thousand steps with checkpointing and without

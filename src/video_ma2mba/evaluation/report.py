@@ -142,7 +142,7 @@ def flat(scores: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _row(name: str, one: dict[str, Any]) -> str:
-    interval = "–" if one["low"] is None else f"{one['low']:.3f} to {one['high']:.3f}"
+    interval = "" if one["low"] is None else f"{one['low']:.3f} to {one['high']:.3f}"
     return f"| {name} | {one['mean']:.3f} | {interval} | {one['num_questions']} | {one['num_videos']} |"
 
 

@@ -138,7 +138,7 @@ def answer_all(
                                 memory.num_frames,
                                 round(watch_s, 4),
                                 round(seconds, 4),
-                            )  # fmt: skip
+                            )
                         )
                 stream.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
                 stream.flush()

@@ -85,8 +85,8 @@ def video_mme(source: Path | None) -> Convert:
         video = text_of(row, "videoID")
         prompt = "\n".join(
             [
-                "Select the best answer to the following multiple-choice question based on the video and the subtitles. "
-                "Respond with only the letter (A, B, C, or D) of the correct option.",
+                "Select the best answer to the following multiple-choice question based on the video and the "
+                "subtitles. Respond with only the letter (A, B, C, or D) of the correct option.",
                 text_of(row, "question"),
                 *options,
                 "",
@@ -301,8 +301,8 @@ TASKS = {
     for task in (
         Task("videomme", ("lmms-eval/Video-MME", "videomme", "test"), video_mme, marked_letter, 16),
         Task(
-            "longvideobench", ("longvideobench/LongVideoBench", None, "validation"), long_video_bench, first_capital, 32,
-            r"(lvb_(val|test_wo_gt)\.json)|(.*\.parquet)",
+            "longvideobench", ("longvideobench/LongVideoBench", None, "validation"), long_video_bench,
+            first_capital, 32, r"(lvb_(val|test_wo_gt)\.json)|(.*\.parquet)",
         ),
         Task("mvbench", ("OpenGVLab/MVBench", None, "train"), mv_bench, leading_letter, 16, r".*\.(json|parquet)"),
         Task("nextqa", ("lmms-eval/NExTQA", "MC", "test"), next_qa, bracketed_letter, 16, r".*\.(csv|parquet)"),

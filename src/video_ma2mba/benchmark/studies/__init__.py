@@ -1,1 +1,1 @@
-"""The experiments of `video-ma2mba bench study`: modules with `run(scale, keep) -> dict` and `draw(result) -> figure`."""
+"""Experiments of `video-ma2mba bench study`: modules with `run(scale, keep) -> dict` and `draw(result) -> figure`."""

@@ -1,7 +1,7 @@
 """Which frames are worth their bytes: 0.5, 1 and 2 FPS, and every frame against 8, 16 and 32 of them.
 
-The backbones of the study `backbone` are asked about videos of which they see more or less. What a backbone keeps of them
-is its memory: states of one size for Mamba-2, keys and values of every frame for attention.
+The backbones of the study `backbone` are asked about videos of which they see more or less. What a backbone keeps of
+them is its memory: states of one size for Mamba-2, keys and values of every frame for attention.
 """
 
 from pathlib import Path

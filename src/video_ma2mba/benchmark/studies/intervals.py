@@ -40,9 +40,12 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
     model.gradient_checkpointing_disable()
     counted_off = count(config, None, tokens, dtype=torch.float32).peak["device"]
     return {
-        "tokens": tokens, "num_layers": config.text_config.num_hidden_layers, "off": {"seconds": off_s, "bytes": counted_off},
-        "rows": rows, "chosen": chosen,
-    }  # fmt: skip
+        "tokens": tokens,
+        "num_layers": config.text_config.num_hidden_layers,
+        "off": {"seconds": off_s, "bytes": counted_off},
+        "rows": rows,
+        "chosen": chosen,
+    }
 
 
 def _row(model: Any, config: Any, tokens: int, options: dict[str, Any], measured: Any) -> dict[str, Any]:

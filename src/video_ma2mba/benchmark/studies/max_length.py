@@ -33,7 +33,7 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
                             "method": method,
                             "hours": frames / 3600,
                             "is_bound": bounded,
-                        }  # fmt: skip
+                        }
                     )
     return {"host_gib": HOST_BYTES // GIB, "fps": 1, "measured": [], "rows": rows}
 

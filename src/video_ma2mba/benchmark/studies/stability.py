@@ -1,4 +1,4 @@
-"""Two thousand steps of one model twice, with checkpointing and without: losses, gradient norms, how the weights part."""
+"""Two thousand steps of one model, with checkpointing and without: losses, gradient norms, how the weights part."""
 
 import copy
 from pathlib import Path

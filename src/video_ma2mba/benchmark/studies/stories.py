@@ -1,4 +1,4 @@
-"""Questions about synthetic videos as batches for any backbone: frames as the tiny model's tower and projector see them."""
+"""Questions about synthetic videos as batches for any backbone, seen by the tiny model's tower and projector."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
