@@ -7,13 +7,19 @@ OLDEST_TRANSFORMERS := 5.17.0
 TRITON := triton==3.9.0
 MAMBA_SSM := mamba-ssm==2.3.2.post1
 
-.PHONY: help demo test test-oldest test-kernels gpu lint cards clean
+# lmms-eval pins other versions, and asks for torchvision and some hundred packages, of which its evaluator needs these
+LMMS_EVAL := lmms-eval==0.7.2
+LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard
+
+.PHONY: help demo test test-oldest test-kernels test-lmms-eval studies gpu lint cards clean
 
 help:
 	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
 	@echo "make test         run all tests on the pinned versions"
 	@echo "make test-oldest  run them on transformers $(OLDEST_TRANSFORMERS), the oldest that is supported"
 	@echo "make test-kernels run the tests of the GPU kernels on the CPU, in Triton's interpreter"
+	@echo "make test-lmms-eval run the tests of the adapter for lmms-eval, in an environment of its own"
+	@echo "make studies      run the studies and the needle in a haystack again: some 45 minutes on a CPU"
 	@echo "make gpu          test and measure on a GPU, into one JSON: WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
 	@echo "make lint         check the style with ruff"
 	@echo "make cards        bring the code and the rendered cards in model_cards/ up to date"
@@ -30,6 +36,17 @@ test-oldest: .venv-oldest/.ready
 
 test-kernels: .venv-kernels/.ready
 	TRITON_INTERPRET=1 .venv-kernels/bin/pytest tests/kernels
+
+test-lmms-eval: .venv-lmms-eval/.ready
+	.venv-lmms-eval/bin/pytest tests/lmms_eval
+
+studies: .venv/.ready
+	for study in backbone fps intervals max-length stability; do .venv/bin/video-ma2mba bench study $$study \
+		-o examples/studies/$$study.json --plot examples/studies/$$study.png || exit 1; done
+	rm -rf out/niah
+	.venv/bin/video-ma2mba eval model_cards/video-ma2mba-tiny --task niah -o out/niah
+	cp out/niah/report.json examples/studies/niah.json
+	cp out/niah/report.png examples/studies/niah.png
 
 # Needs no network and no set-up but the Python that is there: it has torch, triton, transformers, peft and pytest.
 DEVICE ?= cuda
@@ -48,7 +65,7 @@ cards:
 		--base-model state-spaces/mamba2-$${size#*:} --base-model openai/clip-vit-large-patch14-336; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-kernels .ruff_cache build *.egg-info
+	rm -rf .venv .venv-oldest .venv-kernels .venv-lmms-eval .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call.
@@ -71,6 +88,13 @@ clean:
 	.venv-kernels/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest einops ninja packaging setuptools wheel
 	.venv-kernels/bin/python -m pip install --quiet --no-deps $(TRITON)
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE .venv-kernels/bin/python -m pip install --quiet --no-build-isolation --no-deps $(MAMBA_SSM)
+	touch $@
+
+.venv-lmms-eval/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lmms-eval
+	.venv-lmms-eval/bin/python -m pip install --quiet $(TORCH)
+	.venv-lmms-eval/bin/python -m pip install --quiet --editable . pytest "av<16" $(LMMS_EVAL_NEEDS)
+	.venv-lmms-eval/bin/python -m pip install --quiet --no-deps $(LMMS_EVAL)
 	touch $@
 
 # transformers before 5.18 wants huggingface_hub 1.x; everything else stays as pinned.

@@ -24,6 +24,7 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
     ids = torch.randint(2, 500, (1, tokens))
     labels = torch.where(torch.arange(tokens) < tokens - 64, -100, ids)
     intervals = [s for s in SEQUENCE_INTERVALS if s <= tokens]
+    layer_intervals = LAYER_INTERVALS if scale == 1 else LAYER_INTERVALS[1::2]
 
     def measured() -> float:
         training_step(model, ids, labels)
@@ -32,7 +33,7 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
     off_s = measured()
     rows = []
     for order in ORDERS:
-        for layers in LAYER_INTERVALS:
+        for layers in layer_intervals:
             for interval in intervals:
                 options = {"order": order, "layer_interval": layers, "sequence_interval": interval}
                 rows.append(_row(model, config, tokens, options, measured))

@@ -1,0 +1,127 @@
+"""The studies at a tiny scale: what they count and compare is what they say."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from video_ma2mba.benchmark import study
+from video_ma2mba.benchmark.studies import fps
+from video_ma2mba.benchmark.studies.stories import Stories
+from video_ma2mba.cli import main
+from video_ma2mba.data.synthetic import make_story
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept")
+
+
+def run(name, kept, tmp_path):
+    parser = argparse.ArgumentParser()
+    study.add_arguments(parser)
+    plot = tmp_path / "plot.png"
+    result = study.run(parser.parse_args([name, "--scale", "0.01", "--keep", str(kept), "--plot", str(plot)]))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    json.dumps(result)
+    return result
+
+
+class Oracle:
+    """Knows the next token of every question, and is mistaken at some positions."""
+
+    def __init__(self, stories, mistaken):
+        self.embeddings, self.mistaken = torch.nn.Embedding(len(stories.tokenizer), 128), mistaken
+
+    def eval(self):
+        return self
+
+    def get_input_embeddings(self):
+        return lambda ids: (setattr(self, "ids", ids), self.embeddings(ids))[1]
+
+    def __call__(self, inputs_embeds):
+        rows, length, _ = inputs_embeds.shape
+        logits = torch.zeros(rows, length, self.embeddings.num_embeddings)
+        after = self.ids + self.mistaken
+        logits[:, -self.ids.shape[1] - 1 : -1].scatter_(2, after[..., None] % self.embeddings.num_embeddings, 1.0)
+        return SimpleNamespace(logits=logits)
+
+
+def test_accuracy_counts_answers_that_are_right_at_every_token():
+    stories = Stories()
+    assert stories.accuracy(Oracle(stories, 0), 8, 3) == pytest.approx(
+        {"circle_colour": 1, "first_shape": 1, "last_shape": 1, "ever_appears": 1, "which_first": 1, "all": 1}
+    )
+    assert stories.accuracy(Oracle(stories, 1), 8, 3)["all"] == 0
+
+
+def test_training_batches_are_the_same_for_the_same_step_and_supervise_answers_alone():
+    stories = Stories()
+    batch, again = stories.training_batch(7, 4, 20, 3), stories.training_batch(7, 4, 20, 3)
+    assert torch.equal(batch.ids, again.ids)
+    assert torch.equal(batch.features, again.features)
+    supervised = batch.labels[:, batch.features.shape[1] :]
+    assert torch.equal(supervised[supervised != -100], batch.ids[supervised != -100])
+    text = stories.tokenizer.decode(batch.ids[0][supervised[0] != -100])
+    asked = stories.tokenizer.decode(batch.ids[0])
+    assert 5 <= text.count("<|endoftext|>") == asked.count("<|user|>")
+    assert (batch.labels[:, : batch.features.shape[1]] == -100).all()
+
+
+def test_backbone(kept, tmp_path):
+    result = run("backbone", kept, tmp_path)
+    ours, theirs = (result["num_parameters"][name] for name in ("mamba2", "attention"))
+    assert 0.9 < ours / theirs < 1.1
+    first, second = result["answering"]
+    assert first["mamba2"]["bytes"] == second["mamba2"]["bytes"]
+    assert second["attention"]["bytes"] == 4 * first["attention"]["bytes"]  # 256 tokens to 64
+    assert all(row["mamba2"]["bytes"] > 0 < row["attention"]["bytes"] for row in result["training"])
+
+
+def test_fps_takes_the_backbones_that_were_trained(kept, tmp_path):
+    assert len(list(kept.iterdir())) == 2
+    result = run("fps", kept, tmp_path)
+    rows = {(r["video_s"], r["sample"], r["backbone"]): r for r in result["rows"]}
+    assert rows[48, "2 FPS", "mamba2"]["num_frames"] == 96
+    assert rows[48, "2 FPS", "attention"]["memory_bytes"] == 12 * rows[48, "8 frames", "attention"]["memory_bytes"]
+    assert len({row["memory_bytes"] for (_, _, name), row in rows.items() if name == "mamba2"}) == 1
+    for same in result["same_memory"]:
+        assert same["attention"]["memory_bytes"] <= same["mamba2"]["memory_bytes"]
+
+
+def test_frames_are_spread_over_the_whole_video():
+    story = make_story(seed=1, duration_s=20)
+    frames = list(story.iter_frames(None))
+    picked = fps.spread(story, 4)
+    assert [next(i for i, frame in enumerate(frames) if (frame == one).all()) for one in picked] == [10, 30, 50, 70]
+
+
+def test_intervals_marks_what_the_planner_takes(kept, tmp_path):
+    result = run("intervals", kept, tmp_path)
+    one_recompute = [row for row in result["rows"] if row["recompute_factor"] <= 4 / 3 + 1e-9]
+    assert one_recompute
+    assert result["chosen"]["recompute_factor"] == pytest.approx(4 / 3)
+    assert result["chosen"]["bytes"] <= min(row["bytes"] for row in one_recompute)
+    assert max(row["bytes"] for row in result["rows"]) < result["off"]["bytes"]
+    assert all(row["seconds"] > 0 for row in result["rows"])
+
+
+def test_max_length_is_what_the_plan_command_says(kept, tmp_path, capsys):
+    result = run("max-length", kept, tmp_path)
+    command = "plan --model 0.7b --hours 1 --gpu-memory 16GiB --host-memory 256GiB --optimizer lora --compare --json"
+    assert main(command.split()) == 0
+    planned = {row["method"]: row["longest_frames"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    found = {row["method"]: row["hours"] * 3600 for row in result["rows"] if row["optimizer"] == "lora"}
+    assert found == pytest.approx(planned)
+
+
+def test_stability_compares_two_runs_of_one_beginning(kept, tmp_path):
+    result = run("stability", kept, tmp_path)
+    losses = result["loss"]
+    assert len(losses["on"]) == len(losses["off"]) == 40
+    assert losses["on"][0] == pytest.approx(losses["off"][0], rel=1e-5)
+    assert losses["off"][0] > losses["off"][-1]
+    assert 0 < result["weights"][0]["distance"] < 1e-2
+    assert result["largest_loss_difference"] > 0  # otherwise checkpointing was not on
