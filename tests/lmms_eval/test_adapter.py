@@ -69,7 +69,8 @@ def test_two_items_through_the_evaluator(fixture, model_folder, monkeypatch, for
     monkeypatch.setattr(VideoMemory, "watch", lambda self, path, *a, **k: (watched.append(path), watch(self, path, *a, **k)))  # noqa: E501 # fmt: skip
     results = evaluator.simple_evaluate(
         model="video_ma2mba", model_args=f"pretrained={model_folder},fps=1", tasks=["fixture_task"],
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False), force_simple=force_simple, device="cpu", batch_size=1,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        force_simple=force_simple, device="cpu", batch_size=1,
     )  # fmt: skip
     samples = sorted(results["samples"]["fixture_task"], key=lambda sample: sample["doc_id"])
     said = [sample["filtered_resps"][0] for sample in samples]
