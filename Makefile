@@ -9,7 +9,7 @@ MAMBA_SSM := mamba-ssm==2.3.2.post1
 
 # lmms-eval pins other versions, and asks for torchvision and some hundred packages, of which its evaluator needs these
 LMMS_EVAL := lmms-eval==0.7.2
-LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard
+LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow
 
 .PHONY: help demo test test-oldest test-kernels test-lmms-eval studies gpu lint cards clean
 

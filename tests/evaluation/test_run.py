@@ -4,17 +4,20 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
 
 from tests.evaluation.conftest import write
 from tests.evaluation.test_tasks import mme
-from video_ma2mba import VideoMemory
+from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
 from video_ma2mba.cli import main
+from video_ma2mba.cli.watching import TINY_MODEL
+from video_ma2mba.data.synthetic import make_story
 from video_ma2mba.evaluation.run import ANSWERS, answer_all, find
 from video_ma2mba.evaluation.tasks import TASKS, read_questions
-from video_ma2mba.processing import video_processing_video_ma2mba as video_processing
+from video_ma2mba.processing.video_source import VideoSource
 
 TASK = TASKS["videomme"]
 
@@ -34,23 +37,29 @@ def found_in(root, output, limit=None):
     return find(read_questions(TASK, str(root)), root, output, limit)
 
 
-def test_each_video_is_decoded_once(benchmark, tmp_path, model, processor, monkeypatch):
-    opened = []
-    watch = VideoMemory.watch
-    monkeypatch.setattr(VideoMemory, "watch", lambda self, path, *a, **k: (opened.append(path.name), watch(self, path, *a, **k)))  # fmt: skip # noqa: E501
+def test_each_long_video_is_decoded_once_for_ten_questions(tmp_path, monkeypatch):
+    """The tiny checkpoint, three videos of three minutes; what decoding opens is counted."""
+    root, output = tmp_path / "benchmark", tmp_path / "out"
+    for number in range(3):
+        (root / "data").mkdir(parents=True, exist_ok=True)
+        make_story(seed=number, duration_s=180).render(root / "data" / f"{number}.mp4")
+    write(root / "test.jsonl", [mme(f"{v}{i}", str(v), "long", "ABCD"[i % 4]) for i in range(10) for v in range(3)])
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL).eval()
+    processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
+    found = found_in(root, output)
     decoded = []
-    frames = video_processing.VideoMa2mbaVideoProcessor.open_video
+    frames_of = VideoSource._frames_of
     monkeypatch.setattr(
-        video_processing.VideoMa2mbaVideoProcessor,
-        "open_video",
-        lambda self, path, *a, **k: (decoded.append(str(path)), frames(self, path, *a, **k))[1],
+        VideoSource,
+        "_frames_of",
+        lambda self, packet: (frames := frames_of(self, packet), decoded.extend([self.path] * len(frames)))[0],
     )
-    output = tmp_path / "out"
-    answers = answer_all(model, processor, TASK, found_in(benchmark, output), benchmark, output)
+    answers = answer_all(model, processor, TASK, found, root, output)
+    assert [len(questions) for questions in found.by_video.values()] == [10, 10, 10]
     assert len(answers) == 30
-    assert opened == ["a.mp4", "b.mp4", "c.mp4"]
-    assert len(decoded) == 3
-    assert {answer.num_frames for answer in answers} == {6}
+    # four frames a second, each once, and the first one when the file is opened, for its looks
+    assert sorted(Counter(decoded).values()) == [721, 721, 721]
+    assert {answer.num_frames for answer in answers} == {180}
 
 
 def test_answers_are_those_of_generate(benchmark, tmp_path, model, processor):
