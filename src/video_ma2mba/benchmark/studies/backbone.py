@@ -38,7 +38,7 @@ def trained(stories: Stories, scale: float, keep: Path) -> dict[str, Any]:
     """Both backbones, trained side by side on the same batches, or read from `keep` if they were trained before.
 
     Returns:
-        models by name, and "seconds", the time of a step of each.
+        models by name.
     """
     models = {name: build(name, stories) for name in NAMES}
     steps = max(40, round(STEPS * scale))
@@ -47,8 +47,7 @@ def trained(stories: Stories, scale: float, keep: Path) -> dict[str, Any]:
         for name, model in models.items():
             model.load_state_dict(load_file(files[name]), strict=False)  # tied heads are stored once
             model.tie_weights()
-        return {**models, "seconds": None}
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+        return models
     optimizers = {}
     for name, model in models.items():
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -62,14 +61,12 @@ def trained(stories: Stories, scale: float, keep: Path) -> dict[str, Any]:
         losses = {}
         for name, model in models.items():
             parameters, optimizer, schedule = optimizers[name]
-            start = time.perf_counter()
             loss = batch.loss(model)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            seconds[name].append(time.perf_counter() - start)
             losses[name] = loss.item()
         if step % 100 == 99:
             print(f"step {step + 1}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()), flush=True)
@@ -77,7 +74,7 @@ def trained(stories: Stories, scale: float, keep: Path) -> dict[str, Any]:
     for name, model in models.items():
         own = {key: value for key, value in model.state_dict().items() if key != "lm_head.weight"}
         save_file({key: value.contiguous() for key, value in own.items()}, files[name])
-    return {**models, "seconds": {name: statistics.median(times) for name, times in seconds.items()}}
+    return models
 
 
 def run(scale: float, keep: Path) -> dict[str, Any]:
@@ -123,11 +120,9 @@ def _training(models: dict[str, Any], num_tokens: int) -> dict[str, Any]:
 
         def step(model: Any = model, name: str = name) -> None:
             model.zero_grad(set_to_none=True)
-            # as in training, only the answers meet the head
-            kept = {"logits_to_keep": 33} if name == "attention" else {}
-            if kept:
-                logits = model(ids, **kept).logits[:, :-1]
-                torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -32:].flatten()).backward()
+            if name == "attention":  # as ours does by itself, only the answers meet the head
+                logits = model(ids, logits_to_keep=33).logits[0, :-1]
+                torch.nn.functional.cross_entropy(logits, ids[0, -32:]).backward()
             else:
                 model(input_ids=ids, labels=labels).loss.backward()
 
@@ -176,22 +171,28 @@ def draw(result: dict[str, Any]) -> Any:
 
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
-    for name, style in zip(NAMES, ("o-", "s--"), strict=True):
+    labels = {**NAMES, "mamba2 with MA-GC": "Mamba-2 with MA-GC"}
+    styles = {
+        "mamba2": {"color": "tab:blue", "marker": "o"},
+        "mamba2 with MA-GC": {"color": "tab:green", "marker": "^"},
+        "attention": {"color": "tab:orange", "marker": "s", "linestyle": "--"},
+    }
+    for name in NAMES:
         rows = result["accuracy"]
-        panels[0].plot([r["video_s"] for r in rows], [r[name]["all"] for r in rows], style, label=NAMES[name])
+        panels[0].plot([r["video_s"] for r in rows], [r[name]["all"] for r in rows], label=labels[name], **styles[name])
     panels[0].axvline(result["trained_on_s"][1], color="0.6", linewidth=0.8)
     panels[0].annotate("longest in training", (result["trained_on_s"][1], 0.02), fontsize=7, rotation=90, color="0.4")
     panels[0].set(title="accuracy, one frame a second", xlabel="seconds of video", xscale="log", ylim=(0, 1.03))
-    for panel, table, key, title in zip(
-        panels[1:5], ("training", "training", "answering", "answering"), ("bytes", "seconds") * 2,
+    for panel, (table, key), title in zip(
+        panels[1:5],
+        itertools.product(("training", "answering"), ("bytes", "seconds")),
         ("training: peak memory", "training: time of a step", "answering: bytes kept", "answering: time of an answer"),
         strict=True,
-    ):  # fmt: skip
-        for name, style in (("mamba2", "o-"), ("mamba2 with MA-GC", "^-"), ("attention", "s--")):
+    ):
+        for name, style in styles.items():
             rows = [row for row in result[table] if name in row]
-            if rows:
-                values = [row[name][key] / (2**20 if key == "bytes" else 1) for row in rows]
-                panel.plot([row["tokens"] for row in rows], values, style, label=name.replace("mamba2", "Mamba-2"))
+            values = [row[name][key] / (2**20 if key == "bytes" else 1) for row in rows]
+            panel.plot([row["tokens"] for row in rows], values, label=labels[name] if rows else None, **style)
         panel.set(title=title, xlabel="tokens", ylabel="MiB" if key == "bytes" else "s", xscale="log", yscale="log")
     for panel in panels[:5]:
         panel.grid(alpha=0.3)

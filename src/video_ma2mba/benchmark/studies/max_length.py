@@ -35,7 +35,7 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
                             "is_bound": bounded,
                         }
                     )
-    return {"host_gib": HOST_BYTES // GIB, "fps": 1, "measured": [], "rows": rows}
+    return {"host_gib": HOST_BYTES // GIB, "fps": 1, "rows": rows}
 
 
 def draw(result: dict[str, Any]) -> Any:
@@ -56,6 +56,7 @@ def draw(result: dict[str, Any]) -> Any:
                 panel.plot([row["gpu_gib"] for row in rows], [row["hours"] for row in rows], "o-", label=method)
             panel.set(title=f"{model}, {optimizer}", xscale="log", yscale="log")
             panel.set_xticks(GPU_GIB, GPU_GIB)
+            panel.minorticks_off()
             panel.grid(alpha=0.3)
         line[0].set_ylabel("hours of video at 1 FPS")
     for panel in panels[-1]:
