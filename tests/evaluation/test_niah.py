@@ -16,24 +16,24 @@ def test_a_needle_lies_at_its_depth(model, processor, tmp_path, monkeypatch):
     haystack = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 28, 28).contiguous()
     needle = niah.Needle(torch.full((2, 3, 28, 28), 255, dtype=torch.uint8), "What?", "white")
     seen = []
-    push, generate = VideoMemory.push_frames, VideoMemory.generate
-    histories = {}
+    push, copy, generate = VideoMemory.push_frames, VideoMemory.copy, VideoMemory.generate
 
     def pushed(self, frames, timestamps_s=None):
         push(self, frames, timestamps_s)
-        histories[id(self)] = histories.get(id(self), []) + frames[:, 0, 0, 0].tolist()
+        self.history = [*getattr(self, "history", []), *frames[:, 0, 0, 0].tolist()]
 
     def copied(self):
         other = copy(self)
-        histories[id(other)] = list(histories.get(id(self), []))
+        other.history = list(getattr(self, "history", []))
         return other
 
-    copy = VideoMemory.copy
+    def generated(self, *args, **kwargs):
+        seen.append(self.history)
+        return generate(self, *args, **kwargs)
+
     monkeypatch.setattr(VideoMemory, "push_frames", pushed)
     monkeypatch.setattr(VideoMemory, "copy", copied)
-    monkeypatch.setattr(
-        VideoMemory, "generate", lambda self, *a, **k: (seen.append(histories[id(self)]), generate(self, *a, **k))[1]
-    )
+    monkeypatch.setattr(VideoMemory, "generate", generated)
     cells = niah.find_needles(model, processor, haystack, [needle], [10, 20], [0.0, 0.5, 1.0], tmp_path)
     assert [(cell["num_frames"], cell["depth"]) for cell in cells] == [
         (10, 0.0), (10, 0.5), (10, 1.0), (20, 0.0), (20, 0.5), (20, 1.0)

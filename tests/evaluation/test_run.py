@@ -13,10 +13,10 @@ from tests.evaluation.conftest import write
 from tests.evaluation.test_tasks import mme
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
 from video_ma2mba.cli import main
-from video_ma2mba.cli.watching import TINY_MODEL
 from video_ma2mba.data.synthetic import make_story
 from video_ma2mba.evaluation.run import ANSWERS, answer_all, find
 from video_ma2mba.evaluation.tasks import TASKS, read_questions
+from video_ma2mba.loading import TINY_MODEL
 from video_ma2mba.processing.video_source import VideoSource
 
 TASK = TASKS["videomme"]

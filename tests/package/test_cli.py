@@ -8,6 +8,7 @@ import pytest
 
 from video_ma2mba import cli
 from video_ma2mba.cli import bench
+from video_ma2mba.files import write_json
 
 
 def fail_with(error):
@@ -105,6 +106,6 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "scan.json"
     path.write_text("what was there")
     with pytest.raises(TypeError):
-        bench.write_json(path, {"not json": object()})
+        write_json(path, {"not json": object()})
     assert path.read_text() == "what was there"
     assert list(tmp_path.iterdir()) == [path]

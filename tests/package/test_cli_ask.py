@@ -11,8 +11,7 @@ import av
 import pytest
 import torch
 
-from video_ma2mba import cli
-from video_ma2mba.cli import watching
+from video_ma2mba import cli, loading
 from video_ma2mba.data.synthetic import make_story
 
 QUESTION = "What colour was the circle?"
@@ -114,15 +113,15 @@ def test_pipe_gets_answers_alone(model_folder, video):
 
 
 def test_tiny_model_is_the_default(monkeypatch, model_folder, tmp_path):
-    monkeypatch.setattr(watching, "TINY_MODEL", Path(model_folder))
-    assert watching.find_model(None) == model_folder
-    monkeypatch.setattr(watching, "TINY_MODEL", tmp_path)
+    monkeypatch.setattr(loading, "TINY_MODEL", Path(model_folder))
+    assert loading.find_model(None) == model_folder
+    monkeypatch.setattr(loading, "TINY_MODEL", tmp_path)
     with pytest.raises(ValueError, match="--model"):
-        watching.find_model(None)
+        loading.find_model(None)
 
 
 def test_hub_id_is_left_to_the_hub():
-    assert watching.find_model("owner/some-model.v2") == "owner/some-model.v2"
+    assert loading.find_model("owner/some-model.v2") == "owner/some-model.v2"
 
 
 @pytest.mark.parametrize("left_out", ["config.json", "processor_config.json"])

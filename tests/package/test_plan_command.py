@@ -7,7 +7,8 @@ import pytest
 
 from video_ma2mba import VideoMa2mbaConfig
 from video_ma2mba.cli import main
-from video_ma2mba.cli.plan import RESERVED_BYTES, largest, parse_bytes
+from video_ma2mba.cli.plan import parse_bytes
+from video_ma2mba.fitting import RESERVED_BYTES, largest
 from video_ma2mba.modeling.checkpoint_plan import plan_checkpoints
 
 ASK = ["plan", "--model", "0.7b", "--hours", "0.1", "--gpu-memory", "80GiB"]

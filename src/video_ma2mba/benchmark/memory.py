@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import methods
-from ..cli.bench import write_json
+from ..files import write_json
 from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints, predict_plan
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
 from ..modeling.checkpointing import run_checkpointed

@@ -29,8 +29,8 @@ from .. import (
     VideoMa2mbaVideoProcessor,
     VideoMemory,
 )
-from ..cli.watching import TINY_MODEL
 from ..data.synthetic import make_story
+from ..loading import TINY_MODEL
 from ..memory import resident
 from .machine import describe
 

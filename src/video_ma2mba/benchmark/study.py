@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..files import write_whole
 from .machine import describe
 
 STUDIES = ("backbone", "fps", "intervals", "max-length", "stability")
@@ -43,9 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         matplotlib.use("Agg")
         figure = study.draw(result)
-        partial = args.plot.with_name(f".{args.plot.name}")
-        figure.savefig(partial, dpi=110, format="png")
-        partial.replace(args.plot)
+        write_whole(args.plot, lambda path: figure.savefig(path, dpi=110, format="png"))
     return result
 
 

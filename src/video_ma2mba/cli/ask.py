@@ -7,6 +7,7 @@ import argparse
 import json
 import time
 
+from ..loading import find_model
 from . import watching
 
 HELP = "answer questions about a video"
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     for number, question in enumerate(args.questions, 1):
         if not question.strip():
             raise ValueError(f"question {number} is empty: write it in quotes after the video")
-    name = watching.find_model(args.model)
+    name = find_model(args.model)
 
     from ..memory import peak_bytes
     from ..modeling.stopping import RepetitionStop

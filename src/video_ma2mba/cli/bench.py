@@ -6,10 +6,10 @@ A benchmark is a module of `video_ma2mba.benchmark` with `add_arguments(parser)`
 import argparse
 import importlib
 import json
-import os
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+
+from ..files import write_json
 
 HELP = "run a benchmark and print its figures as JSON"
 BENCHMARKS = {
@@ -53,13 +53,3 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2))
     if options.output is not None:
         write_json(options.output, result)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` whole or not at all: an interrupted write leaves the file that was there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     cache = None
     if args.cache_frames:
         from .. import VideoMa2mbaVideoProcessor
-        from .watching import find_model, load
+        from ..loading import find_model, load
 
         processor = (
             load(VideoMa2mbaVideoProcessor, find_model(args.model)) if args.model else VideoMa2mbaVideoProcessor()

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json
+from ..loading import find_model
 from . import watching
 
 HELP = "score a model on a benchmark"
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("limit", "batch_size", "frames"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    name = watching.find_model(args.model)
+    name = find_model(args.model)
     output = args.output or Path("evaluation") / Path(name).name / args.task
     settings = _settings(args, name)
     _claim(output, settings, args.resume)
@@ -69,9 +71,7 @@ def _claim(output: Path, settings: dict[str, Any], resume: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     file = output / "settings.json"
     if not file.exists():
-        partial = file.with_name(".settings.json")
-        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        partial.replace(file)
+        write_json(file, settings)
         return
     if not resume:
         raise ValueError(f"{output} holds a run already: --resume goes on with it, -o DIR takes another folder")
@@ -129,7 +129,6 @@ def _judge(args: argparse.Namespace, output: Path) -> Any:
 
 def _niah(args: argparse.Namespace, output: Path) -> None:
     from ..evaluation import niah
-    from .bench import write_json
 
     model, processor = _load(args)
     lengths = [round(60 * minutes) for minutes in args.minutes]

@@ -10,20 +10,11 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..modeling.checkpoint_plan import CheckpointPlan
-    from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
+from ..fitting import MAX_TOKENS, OPTIMIZER_BYTES, RESERVED_BYTES, Case, load_config
 
 HELP = "what training on a long video takes, and whether it fits"
-OPTIMIZER_BYTES = {"adamw": 4, "adamw-8bit": 2, "lora": 8, "none": 0}  # per trained parameter
-LORA_RANK = 16
-RESERVED_BYTES = 2 * 2**30
-MAX_TOKENS = 2**26  # some 130 hours: nobody asks for more, and the search must end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,20 +43,6 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * base ** " kmgt".index(unit[:1] or " "))
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """Bytes that do not depend on the plan."""
-
-    weights_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    pixels_bytes: int
-
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
-
-
 def run(args: argparse.Namespace) -> None:
     for name in ("hours", "frames", "tokens", "fps", "batch"):
         value = getattr(args, name)
@@ -81,7 +58,10 @@ def run(args: argparse.Namespace) -> None:
     if num_tokens > MAX_TOKENS:
         raise ValueError(f"{num_tokens} tokens are more than the {MAX_TOKENS} that can be planned for")
 
-    case = Case(config, args)
+    case = Case(
+        config,
+        gpu_bytes=args.gpu_memory, host_bytes=args.host_memory, optimizer=args.optimizer, batch_size=args.batch,
+    )  # fmt: skip
     from ..methods import METHODS
 
     methods = METHODS if args.compare else {"chosen": {"offload": args.offload}}
@@ -95,118 +75,6 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(report, indent=2))
     else:
         print_report(report, args.fps)
-
-
-def load_config(model: str) -> "VideoMa2mbaConfig":
-    from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
-
-    if model in PRESETS:
-        return VideoMa2mbaConfig.from_preset(model)
-    if not Path(model, "config.json").is_file():
-        raise ValueError(f"--model {model}: neither one of {', '.join(PRESETS)} nor a folder with a config.json")
-    return VideoMa2mbaConfig.from_pretrained(model)
-
-
-class Case:
-    """One model under one optimizer on one GPU."""
-
-    def __init__(self, config: "VideoMa2mbaConfig", args: argparse.Namespace):
-        import torch
-
-        from ..modeling import VideoMa2mbaForConditionalGeneration
-
-        self.config, self.args = config, args
-        with torch.device("meta"):
-            model = VideoMa2mbaForConditionalGeneration(config)
-        self.num_parameters = sum(p.numel() for p in model.parameters())
-        self.num_in_layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
-        projections = [
-            getattr(layer.mixer, n) for layer in model.model.language_model.layers for n in ("in_proj", "out_proj")
-        ]
-        self.num_adapters = sum(LORA_RANK * (linear.in_features + linear.out_features) for linear in projections)
-
-    def fixed(self, options: dict | None, num_frames: int) -> Fixed:
-        """What lies on the GPU whatever the plan."""
-        args, side = self.args, self.config.vision_config.image_size
-        if args.optimizer == "lora":
-            weights, gradients = 2 * self.num_parameters + 4 * self.num_adapters, 4 * self.num_adapters
-            trained = self.num_adapters
-        else:
-            weights, trained = 2 * self.num_parameters, self.num_parameters
-            # MA-GC sums the layers' gradients in float32 before it hands them on
-            gradients = 2 * trained + (2 * self.num_in_layers if options is not None else 0)
-        return Fixed(
-            weights, gradients, OPTIMIZER_BYTES[args.optimizer] * trained, args.batch * num_frames * 3 * side**2
-        )
-
-    def plan(self, options: dict | None, num_frames: int, num_tokens: int) -> "tuple[CheckpointPlan | None, int]":
-        """The plan and its bytes of activations: within the budget where it can be, else the least there is."""
-        from ..modeling.checkpoint_plan import InfeasibleMemoryBudget, peak_bytes_without, plan_checkpoints
-
-        trains_vision = self.args.optimizer != "lora"
-        batch: dict[str, Any] = {"num_frames": self.args.batch * num_frames, "trains_vision": trains_vision}
-        if options is None:
-            return None, peak_bytes_without(self.config, self.args.batch, num_tokens, **batch)
-        budget = self.args.gpu_memory - RESERVED_BYTES - self.fixed(options, num_frames).total
-        bounds = {"host_memory_budget_bytes": self.args.host_memory} if options.get("offload") else {}
-        shape = (self.config, self.args.batch, num_tokens)
-        if budget > 0:
-            try:
-                found = plan_checkpoints(*shape, memory_budget_bytes=budget, **bounds, **options, **batch)
-                return found, found.predicted_peak_bytes
-            except InfeasibleMemoryBudget:
-                pass
-        found = plan_checkpoints(*shape, **options, **batch)
-        return found, found.predicted_peak_bytes
-
-    def fits(self, options: dict | None, num_frames: int, num_tokens: int) -> bool:
-        plan, activations_bytes = self.plan(options, num_frames, num_tokens)
-        return self.within(self.fixed(options, num_frames).total + activations_bytes + RESERVED_BYTES, plan)
-
-    def within(self, total_bytes: int, plan: "CheckpointPlan | None") -> bool:
-        """Whether the GPU holds `total_bytes`, and the host what the plan leaves there."""
-        host = self.args.host_memory
-        return total_bytes <= self.args.gpu_memory and (
-            plan is None or host is None or plan.predicted_host_bytes <= host
-        )
-
-    def row(self, name: str, options: dict | None, num_frames: int, num_tokens: int) -> dict[str, Any]:
-        fixed = self.fixed(options, num_frames)
-        plan, activations_bytes = self.plan(options, num_frames, num_tokens)
-        total_bytes = fixed.total + activations_bytes + RESERVED_BYTES
-        longest, is_bound = longest_frames(self, options)
-        return {
-            "method": name,
-            **asdict(fixed),
-            "activations_bytes": activations_bytes,
-            "total_bytes": total_bytes,
-            "host_bytes": plan.predicted_host_bytes if plan else 0,
-            "plan": str(plan) if plan else "no checkpointing",
-            "recompute_factor": plan.recompute_factor if plan else 1.0,
-            "fits": self.within(total_bytes, plan),
-            "longest_frames": longest,
-            "longest_is_bound": is_bound,
-        }
-
-
-def longest_frames(case: Case, options: dict | None) -> tuple[int, bool]:
-    """The most frames that fit, and whether that is only where the search ends."""
-    per_frame = case.config.tokens_per_frame
-    bound = MAX_TOKENS // per_frame
-    longest = largest(lambda n: case.fits(options, n, n * per_frame), bound)
-    return longest, longest == bound
-
-
-def largest(holds: Callable[[int], bool], bound: int) -> int:
-    """The largest n up to `bound` for which `holds(n)`, which is true up to some n and false beyond; 0 if for none."""
-    low, high = 0, 1
-    while high < bound and holds(high):
-        low, high = high, 2 * high
-    high = min(high, bound + 1)
-    while high - low > max(1, low // 200):  # half a percent is closer than the prediction
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
 
 
 def print_report(report: dict[str, Any], fps: float) -> None:

@@ -31,8 +31,9 @@ def run(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", args.repo):
         raise ValueError(f"--repo {args.repo}: a repository of the Hub looks like owner/name")
 
+    from ..files import write_text
     from ..weights.model_card import read_report, render_card
-    from ..weights.sharing import check_folder, files_to_share, upload, write_card
+    from ..weights.sharing import check_folder, files_to_share, upload
 
     if args.card_only or not (folder / "README.md").is_file():
         card = render_card(
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
             training=read_report(args.training),
             evaluation=read_report(args.evaluation),
         )
-        write_card(folder, str(card))
+        write_text(folder / "README.md", f"{str(card).rstrip()}\n")
         print(f"wrote {folder / 'README.md'}", file=sys.stderr)
     if args.card_only:
         return

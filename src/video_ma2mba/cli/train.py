@@ -9,7 +9,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .plan import RESERVED_BYTES, parse_bytes
+from ..fitting import RESERVED_BYTES
+from .plan import parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,8 @@ def run(args: argparse.Namespace) -> None:
         dry_run(recipe, args.gpu_memory)
         return
 
+    from ..loading import find_model, load
     from ..training.run import prepare_run, train
-    from .watching import find_model, load
 
     find_model(recipe.model)
     prepared = prepare_run(recipe, load)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json, write_text, write_whole
 from .formats import FORMATS, detect, source_files
 from .frame_cache import write_frames
 from .manifest import DESCRIPTION, NAMES, features
@@ -220,10 +221,10 @@ def prepare(
         "watched_s": sum(row["watched_s"] for row in rows),
         "cached_frames": num_frames,
     }
-    _write(output / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_json(output / REPORT, report)
     _write_manifest(output, rows, parquet)
     described = {"media_root": os.path.relpath(media_root.resolve(), output.resolve()), "num_samples": len(rows)}
-    _write(output / DESCRIPTION, json.dumps(described, indent=2) + "\n")
+    write_json(output / DESCRIPTION, described)
     return report
 
 
@@ -267,19 +268,10 @@ def _write_manifest(output: Path, rows: list[dict[str, Any]], parquet: bool) -> 
     lines, table = (output / name for name in NAMES)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not parquet:
-        _write(lines, text)
+        write_text(lines, text)
         table.unlink(missing_ok=True)
         return
     from datasets import Dataset
 
-    partial = output / ".manifest.partial"
-    Dataset.from_list(rows, features=features()).to_parquet(partial)
-    partial.replace(table)
+    write_whole(table, Dataset.from_list(rows, features=features()).to_parquet)
     lines.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -1,12 +1,11 @@
 """From answers to a report: scores by group with their intervals, as JSON, Markdown and a picture."""
 
-import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json, write_text, write_whole
 from .judge import Judge, Verdict, describe
 from .metrics import JudgedScore, MultipleChoiceAccuracy
 from .questions import Question
@@ -101,19 +100,10 @@ def _mean_correct(pairs: Sequence[tuple[Question, tuple[Answer, Verdict]]]) -> d
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """report.json, report.md and report.png, each whole or not at all."""
-    _write(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / "report.md", markdown(report))
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.md", markdown(report))
     if report["scores"]:
-        _draw(report, folder / "report.png")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        write_whole(folder / "report.png", lambda path: _draw(report, path))
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -164,7 +154,5 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{report['task']}: {report['model']}")
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
+    figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)
-    partial.replace(path)

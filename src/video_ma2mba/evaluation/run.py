@@ -10,6 +10,7 @@ from typing import Any
 
 from ..data.media import MediaIndex, UnusableMedium
 from ..data.records import Problem
+from ..files import write_text
 from ..modeling.stopping import RepetitionStop
 from ..modeling.video_memory import VideoMemory
 from .questions import LETTERS, Question
@@ -163,10 +164,8 @@ def _answered(file: Path, found: Found) -> dict[str, list[Answer]]:
         for video, questions in found.by_video.items()
         if all(question.id in answers for question in questions)
     }
-    partial = file.with_name(f".{file.name}")
     lines = [json.dumps(asdict(answer), ensure_ascii=False) + "\n" for one in done.values() for answer in one]
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(file)
+    write_text(file, "".join(lines))
     return done
 
 

@@ -1,11 +1,11 @@
 """What a training run leaves to be read: `train_report.json`, and its loss as a picture."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_json
 from ..memory import peak_bytes
 from .trainer import COUNTS
 
@@ -34,9 +34,7 @@ def write_report(
         "wall_s": round(wall_s, 1),
         "peak_bytes": peak_bytes(trainer.args.device),
     }
-    partial = output / ".train_report.json.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    partial.replace(output / "train_report.json")
+    write_json(output / "train_report.json", report)
     if losses:
         try:
             plot_losses(losses, output / "loss.png")

@@ -1,6 +1,5 @@
 """From a folder to the Hub: which files a repository needs, whether they are sound, and their upload."""
 
-import os
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -82,13 +81,3 @@ def upload(folder: Path, repo: str, files: list[str], private: bool) -> str:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"{repo}: the Hub does not take the upload: {error}") from error
     return address
-
-
-def write_card(folder: Path, text: str) -> None:
-    """Write README.md whole or not at all."""
-    temporary = folder / f".README.md.{os.getpid()}"
-    try:
-        temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
-        os.replace(temporary, folder / "README.md")
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,10 +1,9 @@
 """The longest video that trains: by GPU memory, size, method and optimizer, as the planner has it."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from ...cli.plan import Case, load_config, longest_frames
+from ...fitting import Case, load_config, longest_frames
 from ...methods import METHODS
 
 GIB = 2**30
@@ -19,10 +18,9 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
     rows = []
     for model in MODELS if scale == 1 else MODELS[:1]:
         for optimizer in OPTIMIZERS:
-            args = SimpleNamespace(gpu_memory=0, host_memory=HOST_BYTES, optimizer=optimizer, batch=1)
-            case = Case(load_config(model), args)
+            case = Case(load_config(model), gpu_bytes=0, host_bytes=HOST_BYTES, optimizer=optimizer)
             for gpu in GPU_GIB if scale == 1 else GPU_GIB[:1]:
-                args.gpu_memory = gpu * GIB
+                case.gpu_bytes = gpu * GIB
                 for method in SHOWN:
                     frames, bounded = longest_frames(case, METHODS[method])
                     rows.append(

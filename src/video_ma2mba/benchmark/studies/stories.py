@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...cli.watching import find_model
 from ...data.synthetic import QUESTION_KINDS, Question, Story, make_story
+from ...loading import find_model
 
 SEEDS = {"train": 3 * 10**9, "test": 4 * 10**9}
 
