@@ -37,7 +37,7 @@ from video_ma2mba.data.synthetic import QUESTION_KINDS, Story, make_story
 
 SHORTEST_S, LONGEST_S = 4, 90  # of the videos in training; a model is asked about 8 s and more
 DESCRIBE = "<image>\nDescribe the scene."
-EVALUATION_SEED = 5
+EVALUATION_SEED, NUM_QUESTIONS = 5, 500
 # Seeds of stories: each set has its own, and none meets those of the evaluation.
 SEEDS = {"tower": 10**6, "text": 2 * 10**6, "pictures": 3 * 10**6, "clips": 4 * 10**6, "scenes": 5 * 10**6,
          "questions": 6 * 10**6, "held out": 7 * 10**6}  # fmt: skip
@@ -174,7 +174,7 @@ class Run:
     # --- the answers ---------------------------------------------------------------------------------------------
 
     def report(self, name: str, folder: Path) -> None:
-        """Ask 200 fresh questions at the lengths of the training, and 200 at four times its longest."""
+        """Ask fresh questions at the lengths of the training, and at four times its longest."""
         model = VideoMa2mbaForConditionalGeneration.from_pretrained(folder)
         processor = VideoMa2mbaProcessor.from_pretrained(folder)
         result = {"seconds": self.times, "total_s": round(sum(self.times.values()), 1), "held_out_loss": {}}
@@ -186,7 +186,7 @@ class Run:
             ("training lengths", 8, LONGEST_S),
             ("four times the longest", 4 * LONGEST_S, 4 * LONGEST_S),
         ):
-            accuracy = evaluate(model, processor, EVALUATION_SEED, shortest_s, longest_s)
+            accuracy = evaluate(model, processor, EVALUATION_SEED, shortest_s, longest_s, NUM_QUESTIONS)
             result[label] = {"video_s": [shortest_s, longest_s], "accuracy": accuracy}
             print(label, " ".join(f"{kind} {accuracy[kind]:.1%}" for kind in (*QUESTION_KINDS, "all")))
         (self.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -249,9 +249,9 @@ def rendered(media: Path, name: str, story: Story) -> str:
 
 
 def drawn_questions(story: Story, rng: np.random.Generator):
-    """Questions for one conversation; a longer video bears more about its cast."""
-    repeats = min(5, 2 + story.duration_s // 8)
-    return story.questions(rng, dict.fromkeys(QUESTION_KINDS, 1) | {"ever_appears": repeats, "which_first": repeats})
+    """Questions for one conversation; a longer video bears more about its cast, most about its order, learnt last."""
+    appears, order = min(5, 2 + story.duration_s // 8), min(10, 2 + story.duration_s // 4)
+    return story.questions(rng, dict.fromkeys(QUESTION_KINDS, 1) | {"ever_appears": appears, "which_first": order})
 
 
 def text_stories(count: int) -> Iterator[dict]:

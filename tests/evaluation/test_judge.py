@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tests.evaluation.conftest import write
+from video_ma2mba.cli import main
 from video_ma2mba.evaluation.judge import ChatJudge, StringJudge, Verdict, judge_messages, read_verdict
 from video_ma2mba.evaluation.questions import Question
 
@@ -128,6 +130,30 @@ def test_no_server_at_all(tmp_path):
         judge("http://127.0.0.1:9/v1", tmp_path, tries=2)(MATCH, ["yes"])
     with pytest.raises(ValueError, match="must begin with http"):
         judge("ftp://x", tmp_path)
+
+
+def test_the_command_goes_on_after_the_judge_failed(server, clips, model_folder, tmp_path, capfd, monkeypatch):
+    address, script, asked = server
+    root, output = tmp_path / "data", tmp_path / "out"
+    clips(root, "v_a.mp4")
+    questions = [{"video_name": "a", "question": f"is it {i}", "question_id": str(i)} for i in range(3)]
+    write(root / "test_q.json", questions)
+    write(root / "test_a.json", [{"answer": "yes", "type": 3, "question_id": str(i)} for i in range(3)])
+    monkeypatch.setattr(ChatJudge.__init__, "__kwdefaults__", {"timeout_s": 5.0, "tries": 2, "wait_s": 0.01})
+    command = ["eval", model_folder, "--task", "activitynetqa", "--data", str(root), "-o", str(output)]
+    command += ["--judge", address]
+    script += ["{'pred': 'yes', 'score': 5}", (500, ""), (500, "")]
+    assert main(command) == 2
+    assert "1 replies are kept in judge_replies.jsonl: run the same command with --resume" in capfd.readouterr().err
+    script[:] = ["{'pred': 'no', 'score': 1}"]
+    assert main([*command, "--resume"]) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["accuracy"]["all"]["mean"] == pytest.approx(1 / 3)
+    assert report["scores"]["all"]["mean"] == pytest.approx((5 + 1 + 1) / 3)
+    assert report["judge"] == {"name": "gpt-3.5-turbo-0125", "published": True}
+    assert len(asked) == 1 + 2 + 2  # the first verdict was kept
+    assert all(KEY.encode() not in file.read_bytes() for file in output.iterdir())
+    assert KEY not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize(
