@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .loading import load
+
 if TYPE_CHECKING:
     from .modeling.checkpoint_plan import CheckpointPlan
     from .modeling.configuration_video_ma2mba import VideoMa2mbaConfig
@@ -39,7 +41,7 @@ def load_config(model: str) -> "VideoMa2mbaConfig":
         return VideoMa2mbaConfig.from_preset(model)
     if not Path(model, "config.json").is_file():
         raise ValueError(f"--model {model}: neither one of {', '.join(PRESETS)} nor a folder with a config.json")
-    return VideoMa2mbaConfig.from_pretrained(model)
+    return load(VideoMa2mbaConfig, model)
 
 
 class Case:

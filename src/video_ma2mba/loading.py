@@ -32,7 +32,11 @@ def find_model(name: str | None) -> str:
 
 
 def load(cls: Any, name: str, **kwargs: Any) -> Any:
-    """`cls.from_pretrained`, whose errors about a Hub id are pages long."""
+    """`cls.from_pretrained` of a configuration, a processor or a model, for someone who is to read the error.
+
+    Raises:
+        ValueError: There is nothing of that name, it is another kind of model, or a file of it is damaged.
+    """
     from huggingface_hub.errors import HfHubHTTPError
     from transformers import PreTrainedConfig
 
@@ -40,11 +44,19 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
         model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
         if model_type != "video_ma2mba":
             raise ValueError(f"{name}: this is a model of type {model_type!r}; this needs one of type 'video_ma2mba'")
-        return cls.from_pretrained(name, **kwargs)
+        loaded = cls.from_pretrained(name, **kwargs)
+        if hasattr(loaded, "apply_chat_template"):
+            loaded.apply_chat_template([{"role": "user", "content": "?"}])  # a template is read when it is first used
+        return loaded
     except (HfHubHTTPError, OSError) as error:
         if Path(name).is_dir():
             raise
         raise ValueError(f"{name}: there is no such folder, and the Hub does not give it; check the name") from error
+    except ValueError:
+        raise
+    except Exception as error:  # each library has errors of its own for a file that is damaged
+        what = " ".join(str(error).split())
+        raise ValueError(f"{name}: {cls.__name__} cannot be loaded, a file is damaged: {what}") from error
 
 
 def load_model(name: str, dtype: str, adapter: str | None) -> Any:

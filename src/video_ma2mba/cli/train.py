@@ -118,11 +118,12 @@ def _config_and_processor(recipe: "Recipe") -> tuple[Any, Any]:
     """Of the model where it is there; else the configuration of its size, by its name."""
     from pathlib import Path
 
+    from ..loading import load
     from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
     from ..processing import VideoMa2mbaProcessor
 
     if Path(recipe.model).is_dir():
-        return VideoMa2mbaConfig.from_pretrained(recipe.model), VideoMa2mbaProcessor.from_pretrained(recipe.model)
+        return load(VideoMa2mbaConfig, recipe.model), load(VideoMa2mbaProcessor, recipe.model)
     size = next((size for size in PRESETS if size in recipe.model), None)
     if size is None:
         raise ValueError(f"{recipe.model}: there is no such folder, and its name holds none of {', '.join(PRESETS)}")
