@@ -11,7 +11,7 @@ MAMBA_SSM := mamba-ssm==2.3.2.post1
 LMMS_EVAL := lmms-eval==0.7.2
 LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow
 
-.PHONY: help demo test test-oldest test-kernels test-lmms-eval studies gpu lint cards clean
+.PHONY: help demo test test-oldest test-kernels test-lmms-eval studies torture gpu lint cards clean
 
 help:
 	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-kernels run the tests of the GPU kernels on the CPU, in Triton's interpreter"
 	@echo "make test-lmms-eval run the tests of the adapter for lmms-eval, in an environment of its own"
 	@echo "make studies      run the studies and the needle in a haystack again: some 45 minutes on a CPU"
+	@echo "make torture      mutated inputs, and commands killed at random moments: some 15 minutes"
 	@echo "make gpu          test and measure on a GPU, into one JSON: WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
 	@echo "make lint         check the style with ruff"
 	@echo "make cards        bring the code and the rendered cards in model_cards/ up to date"
@@ -47,6 +48,9 @@ studies: .venv/.ready
 	.venv/bin/video-ma2mba eval model_cards/video-ma2mba-tiny --task niah -o out/niah
 	cp out/niah/report.json examples/studies/niah.json
 	cp out/niah/report.png examples/studies/niah.png
+
+torture: .venv/.ready
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/torture/torture.py
 
 # Needs no network and no set-up but the Python that is there: it has torch, triton, transformers, peft and pytest.
 DEVICE ?= cuda

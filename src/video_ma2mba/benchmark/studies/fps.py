@@ -95,6 +95,9 @@ def draw(result: dict[str, Any]) -> Any:
             for row, size, score in zip(rows, sizes, scores, strict=True):
                 panel.annotate(row["sample"], (size, score), (5, -3), textcoords="offset points", fontsize=7)
         panel.set(title=f"videos of {video_s} s", xlabel="KiB that the memory of the video takes", xscale="log")
+        sizes = sorted({row["memory_bytes"] / 2**10 for row in result["rows"] if row["video_s"] == video_s})
+        panel.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend()
     panels[0].set_ylabel("accuracy")

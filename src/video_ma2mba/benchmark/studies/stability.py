@@ -102,7 +102,7 @@ def draw(result: dict[str, Any]) -> Any:
     for name in ("on", "nudged"):
         rows = [row for row in result["weights"] if row[name] > 0]
         panels[2].plot([r["step"] for r in rows], [r[name] for r in rows], label=labels[name], color=colors[name])
-    panels[2].set(title="distance of the weights from those of off, relative", xlabel="step", yscale="log")
+    panels[2].set(title="weights: distance from off, relative", xlabel="step", yscale="log")
     panels[2].legend(fontsize=7)
     for panel in panels:
         panel.grid(alpha=0.3)
