@@ -14,7 +14,8 @@ from tests.evaluation.test_tasks import mme
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
 from video_ma2mba.cli import main
 from video_ma2mba.data.synthetic import make_story
-from video_ma2mba.evaluation.run import ANSWERS, answer_all, find
+from video_ma2mba.evaluation.report import make_report
+from video_ma2mba.evaluation.run import ANSWERS, answer_all, count_reasons, find
 from video_ma2mba.evaluation.tasks import TASKS, read_questions
 from video_ma2mba.loading import TINY_MODEL
 from video_ma2mba.processing.video_source import VideoSource
@@ -116,6 +117,25 @@ def test_a_killed_command_goes_on_to_the_same_report(benchmark, tmp_path, model_
     assert reports[0] == reports[1]
     assert (killed / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "| all |" in (killed / "report.md").read_text()
+
+
+def test_a_video_that_opens_and_cannot_be_read_is_reported(benchmark, tmp_path, model, processor, monkeypatch):
+    output = tmp_path / "out"
+    found = found_in(benchmark, output)
+    watch = VideoMemory.watch
+
+    def watched(self, path, *args, **kwargs):
+        if path.name == "b.mp4":
+            raise ValueError(f"{path}: no frame of it could be read")
+        return watch(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(VideoMemory, "watch", watched)
+    answers = answer_all(model, processor, TASK, found, benchmark, output)
+    assert [answer.id for answer in answers] == [question.id for question in found.questions]
+    assert len(answers) == 20
+    assert count_reasons(found.problems) == {"unreadable medium": 10}
+    report = make_report(TASK, found, answers, {"model": "m", "frames": "all"})
+    assert (report["num_questions"], report["num_problems"]) == (20, 10)
 
 
 def test_going_on_with_other_settings_is_refused(benchmark, tmp_path, model_folder, capsys):

@@ -110,62 +110,71 @@ def answer_all(
         progress: Called with (questions answered, questions) after every video.
 
     Returns:
-        Answers in the order of `found`.
+        Answers in the order of `found`, from which a video that turns out to be unreadable is moved to its problems.
     """
     file = output / ANSWERS
     done = _answered(file, found)
     with file.open("a", encoding="utf-8") as stream:
-        for video, questions in found.by_video.items():
+        for video, questions in list(found.by_video.items()):
             if video not in done:
                 memory = VideoMemory(model, processor)
                 start = time.perf_counter()
-                memory.watch(media_root / video, fps, max_frames=max_frames)
+                try:
+                    memory.watch(media_root / video, fps, max_frames=max_frames)
+                except (ValueError, OSError) as error:  # it opened, and yet no frame of it can be read
+                    del found.by_video[video]
+                    found.problems += [Problem(q.where, "unreadable medium", str(error), q.id) for q in questions]
+                    continue
                 watch_s = time.perf_counter() - start
-                answers = []
-                for first in range(0, len(questions), batch_size):
-                    batch = questions[first : first + batch_size]
-                    start = time.perf_counter()
-                    said = _likeliest(memory, batch) if by_likelihood else _spoken(memory, batch, task.max_new_tokens)
-                    seconds = (time.perf_counter() - start) / len(batch)
-                    for question, (raw, num_tokens) in zip(batch, said, strict=True):
-                        parsed = task.read_answer(raw, question) if task.read_answer else None
-                        answers.append(
-                            Answer(
-                                question.id,
-                                video,
-                                raw,
-                                parsed,
-                                num_tokens,
-                                memory.num_frames,
-                                round(watch_s, 4),
-                                round(seconds, 4),
-                            )
-                        )
-                stream.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
+                done[video] = _answer(memory, video, questions, task, watch_s, by_likelihood, batch_size)
+                stream.writelines(_line(answer) for answer in done[video])
                 stream.flush()
-                done[video] = answers
             if progress is not None:
                 progress(sum(len(one) for one in done.values()), len(found.questions))
     return [answer for video in found.by_video for answer in done[video]]
 
 
+def _answer(
+    memory: VideoMemory,
+    video: str,
+    questions: Sequence[Question],
+    task: Task,
+    watch_s: float,
+    by_likelihood: bool,
+    batch_size: int,
+) -> list[Answer]:
+    answers = []
+    for first in range(0, len(questions), batch_size):
+        batch = questions[first : first + batch_size]
+        start = time.perf_counter()
+        said = _likeliest(memory, batch) if by_likelihood else _spoken(memory, batch, task.max_new_tokens)
+        times = {"watch_s": round(watch_s, 4), "answer_s": round((time.perf_counter() - start) / len(batch), 4)}
+        for question, (raw, num_tokens) in zip(batch, said, strict=True):
+            parsed = task.read_answer(raw, question) if task.read_answer else None
+            answers.append(Answer(question.id, video, raw, parsed, num_tokens, memory.num_frames, **times))
+    return answers
+
+
+def _line(answer: Answer) -> str:
+    return json.dumps(asdict(answer), ensure_ascii=False) + "\n"
+
+
 def _answered(file: Path, found: Found) -> dict[str, list[Answer]]:
     """The videos that are done; what a crash left of others is removed from the file."""
-    answers: dict[str, Answer] = {}
+    kept: dict[str, Answer] = {}
     if file.is_file():
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 answer = Answer(**json.loads(line))
             except (json.JSONDecodeError, TypeError):
                 continue
-            answers[answer.id] = answer
+            kept[answer.id] = answer
     done = {
-        video: [answers[question.id] for question in questions]
+        video: [kept[question.id] for question in questions]
         for video, questions in found.by_video.items()
-        if all(question.id in answers for question in questions)
+        if all(question.id in kept for question in questions)
     }
-    lines = [json.dumps(asdict(answer), ensure_ascii=False) + "\n" for one in done.values() for answer in one]
-    write_text(file, "".join(lines))
+    write_text(file, "".join(_line(answer) for answers in done.values() for answer in answers))
     return done
 
 
