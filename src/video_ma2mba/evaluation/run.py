@@ -123,7 +123,7 @@ def answer_all(
                     memory.watch(media_root / video, fps, max_frames=max_frames)
                 except (ValueError, OSError) as error:  # it opened, and yet no frame of it can be read
                     del found.by_video[video]
-                    found.problems += [Problem(q.where, "unreadable medium", str(error), q.id) for q in questions]
+                    found.problems.extend(Problem(q.where, "unreadable medium", str(error), q.id) for q in questions)
                     continue
                 watch_s = time.perf_counter() - start
                 done[video] = _answer(memory, video, questions, task, watch_s, by_likelihood, batch_size)
