@@ -115,6 +115,11 @@ class Terminal:
     def type(self, text):
         os.write(self.fd, text.encode())
 
+    def say(self, line):
+        """Type a line once the prompt is there; typed earlier it would be echoed before what is still printed."""
+        self.wait_for("> ")
+        self.type(f"{line}\n")
+
     def close(self):
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         os.close(self.fd)
@@ -126,26 +131,41 @@ def test_chat_in_a_terminal(longer, model, processor, model_folder, tmp_path):
         "chat", longer, "--model", model_folder, "--snapshots", "10", "20", "--max-new-tokens", "100000"
     )
     assert "40 frames up to 0:39" in terminal.wait_for(r"/quit\r\n")
-    terminal.wait_for("> ")
-    terminal.type("/stats\n")
+    terminal.say("/stats")
     assert "snapshots at 10 s, 20 s" in terminal.wait_for(r"20 s\r\n")
-    terminal.type("/seek 15\n")
+    terminal.say("/seek 15")
     assert "11 frames up to 0:10" in terminal.wait_for(r"so far[^\r]*\r\n")
-    terminal.type("/seek 5\n")
+    terminal.say("/seek 5")
     terminal.wait_for("error: no snapshot at or before 5 s")
-    terminal.type("/seek end\n")
+    terminal.say("/seek end")
     terminal.wait_for("40 frames up to 0:39")
-    terminal.type("What was there to be seen, and to be told of it at great length?\n")
+    terminal.say("What was there to be seen, and to be told of it at great length?")
     terminal.wait_for(r"length\?\r\n[^\[]")  # the answer has begun
     terminal.type("\x03")  # stops the answer, and not the talk
     terminal.wait_for(r"\[stopped\]\r\n")
-    terminal.type(f"/save {tmp_path / 'kept'}\n")
+    terminal.say(f"/save {tmp_path / 'kept'}")
     terminal.wait_for(r"saved to [^\n]*kept\r\n")
-    terminal.type("/dance\n")
+    terminal.say("/dance")
     terminal.wait_for("the commands are /seek SECONDS")
-    terminal.type("/quit\n")
+    terminal.say("/quit")
     assert terminal.close() == 0
     assert VideoMemory.from_pretrained(tmp_path / "kept", model, processor).num_frames == 40
+
+
+def test_an_interrupt_at_the_prompt_drops_the_line_and_not_the_talk(video, model_folder, monkeypatch, capsys):
+    typed = iter([KeyboardInterrupt(), "/stats", EOFError()])
+
+    def read(prompt):
+        assert prompt == "> "
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert main(["chat", video, "--model", model_folder]) == 0
+    assert capsys.readouterr().out.count("10 frames up to 0:09") == 2  # at the beginning, and asked for after all
 
 
 def test_chat_in_a_pipe_prints_only_answers(video, model, processor, model_folder, tmp_path):

@@ -1,7 +1,7 @@
 """Talk about a video, or about a memory of one: what was said before counts.
 
 /seek SECONDS goes back to a snapshot, /save FOLDER keeps the memory with the talk, /stats says what it holds, /forget
-begins the talk anew, /quit ends. Ctrl-C stops an answer, and at the prompt the command.
+begins the talk anew, /quit or Ctrl-D ends. Ctrl-C stops an answer, and drops what was typed.
 """
 
 import argparse
@@ -26,16 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     memory, _ = watching.open_memory(args)
     talk = Talk(memory, args.max_new_tokens)
-    if sys.stdin.isatty():
+    in_terminal = sys.stdin.isatty()
+    if in_terminal:
         import readline  # noqa: F401 - gives `input` a history and editing
 
         print(talk.stats())
         print("/seek SECONDS, /save FOLDER, /stats, /forget, /quit")
     while True:
         try:
-            line = input(PROMPT if sys.stdin.isatty() else "")
+            line = input(PROMPT if in_terminal else "")
         except EOFError:
             return
+        except KeyboardInterrupt:
+            if not in_terminal:
+                raise
+            print()
+            continue
         if line.strip() == "/quit":
             return
         if line.strip():
