@@ -23,7 +23,7 @@ help:
 	@echo "make torture      mutated inputs, and commands killed at random moments: some 15 minutes"
 	@echo "make gpu          test and measure on a GPU, into one JSON: WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
 	@echo "make lint         check the style with ruff"
-	@echo "make cards        bring the code and the rendered cards in model_cards/ up to date"
+	@echo "make cards        render the cards of the paper's sizes in model_cards/ again"
 	@echo "make clean        remove the environments and caches that the targets above made"
 
 demo: .venv/.ready
@@ -61,9 +61,7 @@ gpu:
 lint: .venv/.ready
 	.venv/bin/ruff check .
 
-# A folder of model_cards/ is a whole Hub repository, so it holds the code of a checkpoint beside its weights.
 cards:
-	for code in model_cards/*/*.py; do cp modeling/$$(basename $$code) $$code 2>/dev/null || cp processing/$$(basename $$code) $$code; done
 	for size in 0.7b:370m 1.8b:1.3b 3.1b:2.7b; do .venv/bin/video-ma2mba share --card-only \
 		model_cards/video-ma2mba-$${size%:*} --repo video-ma2mba/video-ma2mba-$${size%:*} \
 		--base-model state-spaces/mamba2-$${size#*:} --base-model openai/clip-vit-large-patch14-336; done

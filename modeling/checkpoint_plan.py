@@ -12,12 +12,11 @@ there. Weights, and the gradients of parameters summed in float32, are not in it
 import math
 from dataclasses import dataclass
 
+from .segment_sizes import KERNEL_SEGMENT, SCAN_CHUNK, SEGMENT
+
 ORDERS = ("layer_major", "sequence_major")
 AXES = ("layer", "sequence")
-SEGMENT = 512  # tokens a mixer works on at a time; as in `mamba2`
-KERNEL_SEGMENT = 8192  # likewise on the kernels; as in `ssd_kernels`
 HOST_TO_DEVICE = 8  # machines have several times as much host memory as device memory
-SCAN_CHUNK = 64  # tokens of one block of the scan; as in `ssd`
 
 
 class InfeasibleMemoryBudget(ValueError):

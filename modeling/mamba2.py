@@ -18,11 +18,9 @@ from .checkpointing import run_checkpointed
 from .recompute import recompute_segments, saved_as_recipe
 from .run_layers import kept_tokens, run_layers
 from .scan_backends import choose_backends
+from .segment_sizes import SEGMENT
 from .ssd import causal_conv1d, ssd_scan, ssd_step
 from .ssd_kernels import CoreShape, kernel_core
-
-# Tokens a mixer works on at a time: bounds what the convolution and the scan hold, whatever the length of the call.
-SEGMENT = 512
 
 
 class LayerState(NamedTuple):

@@ -17,9 +17,7 @@ state axis is ever made.
 import torch
 from torch.nn import functional as F
 
-# Tokens of one block of the matrix form. The work inside a block grows with this length, the number of states handed
-# from block to block shrinks with it; 64 is where a CPU is fastest at the head sizes of the published models.
-SCAN_CHUNK = 64
+from .segment_sizes import SCAN_CHUNK
 
 
 def causal_conv1d(x, weight, bias, conv_state, mask=None):

@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import torch
 
+from .segment_sizes import KERNEL_SEGMENT
 from .ssd import causal_conv1d, last_inputs
 
-# Tokens a mixer gives to the kernels at a time: bounds what they hold, and is long enough to fill a GPU.
-KERNEL_SEGMENT = 8192
 MAX_OFFSET = 2**31 - 1  # elements from the start of an operand
 NEVER = -1e4  # a step before the softplus that becomes exactly zero after it: the token is padding
 

@@ -7,41 +7,20 @@ so that `--help` is instant.
 """
 
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "CheckpointPlan",
-    "InfeasibleMemoryBudget",
-    "VideoMa2mbaConfig",
-    "VideoMa2mbaForConditionalGeneration",
-    "VideoMa2mbaModel",
-    "VideoMa2mbaProcessor",
-    "VideoMa2mbaVideoProcessor",
-    "VideoMemory",
-    "plan_checkpoints",
-]
 __version__ = version("video-ma2mba")
 
+if TYPE_CHECKING or PurePath(sys.argv[0] if sys.argv else "").stem != "video-ma2mba":
+    from .registration import *  # noqa: F403 - the public names, which `registration` lists
+    from .registration import __all__ as __all__
+else:
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import registration
-
-    return getattr(registration, name)
-
-
-if PurePath(sys.argv[0] if sys.argv else "").stem != "video-ma2mba":
-    from .registration import (
-        CheckpointPlan,
-        InfeasibleMemoryBudget,
-        VideoMa2mbaConfig,
-        VideoMa2mbaForConditionalGeneration,
-        VideoMa2mbaModel,
-        VideoMa2mbaProcessor,
-        VideoMa2mbaVideoProcessor,
-        VideoMemory,
-        plan_checkpoints,
-    )
+    def __getattr__(name: str) -> Any:
+        registration = import_module(".registration", __name__)  # `from . import` would ask for the name here
+        if name not in registration.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(registration, name)

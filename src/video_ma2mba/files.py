@@ -4,7 +4,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -23,3 +26,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_png(path: Path, figure: "Figure") -> None:
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))

@@ -1,6 +1,8 @@
 """Finding and loading a model for someone who typed its name: errors say what to do."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,22 @@ def find_model(name: str | None) -> str:
     return name
 
 
+@contextmanager
+def reading(name: str | Path, what: str) -> Iterator[None]:
+    """Files of `name` are read in here by libraries, each of which has errors of its own for one that is damaged.
+
+    Raises:
+        ValueError: In place of what is neither a ValueError nor an OSError already.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{name}: {what} cannot be loaded, a file is damaged: {said}") from error
+
+
 def load(cls: Any, name: str, **kwargs: Any) -> Any:
     """`cls.from_pretrained` of a configuration, a processor or a model, for someone who is to read the error.
 
@@ -38,25 +56,28 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
         ValueError: There is nothing of that name, it is another kind of model, or a file of it is damaged.
     """
     from huggingface_hub.errors import HfHubHTTPError
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     try:
-        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-        if model_type != "video_ma2mba":
-            raise ValueError(f"{name}: this is a model of type {model_type!r}; this needs one of type 'video_ma2mba'")
-        loaded = cls.from_pretrained(name, **kwargs)
-        if hasattr(loaded, "apply_chat_template"):
-            loaded.apply_chat_template([{"role": "user", "content": "?"}])  # a template is read when it is first used
-        return loaded
+        with reading(name, cls.__name__):
+            model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+            if model_type != "video_ma2mba":
+                raise ValueError(
+                    f"{name}: this is a model of type {model_type!r}; this needs one of type 'video_ma2mba'"
+                )
+            if issubclass(cls, PreTrainedModel):
+                loaded, report = cls.from_pretrained(name, output_loading_info=True, **kwargs)
+                if missing := sorted(report["missing_keys"]):  # transformers would make them up
+                    raise ValueError(f"{name}: a file is damaged, the weights lack {', '.join(missing)}")
+                return loaded
+            loaded = cls.from_pretrained(name, **kwargs)
+            if hasattr(loaded, "apply_chat_template"):
+                loaded.apply_chat_template([{"role": "user", "content": "?"}])  # a template is read at its first use
+            return loaded
     except (HfHubHTTPError, OSError) as error:
         if Path(name).is_dir():
             raise
         raise ValueError(f"{name}: there is no such folder, and the Hub does not give it; check the name") from error
-    except ValueError:
-        raise
-    except Exception as error:  # each library has errors of its own for a file that is damaged
-        what = " ".join(str(error).split())
-        raise ValueError(f"{name}: {cls.__name__} cannot be loaded, a file is damaged: {what}") from error
 
 
 def load_model(name: str, dtype: str, adapter: str | None) -> Any:
@@ -74,12 +95,22 @@ def load_model(name: str, dtype: str, adapter: str | None) -> Any:
         return model
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ValueError(f"--adapter {adapter}: there is no adapter_config.json; `train finetune-lora` writes one")
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
-    try:
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    except RuntimeError as error:  # sizes that do not match
-        raise ValueError(f"--adapter {adapter}: these adapters do not fit {name}") from error
+    with reading(f"--adapter {adapter}", "adapters"):
+        weights = load_peft_weights(adapter, device="cpu")
+        try:
+            adapted = PeftModel.from_pretrained(model, adapter)
+        except RuntimeError as error:  # sizes that do not match
+            raise ValueError(f"--adapter {adapter}: these adapters do not fit {name}") from error
+        # PEFT goes on without adapters that it finds no weights for, and without weights that it finds no place for
+        if wrong := sorted(weights.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()):
+            raise ValueError(
+                f"--adapter {adapter}: its config and its weights disagree about {', '.join(wrong)}; or these adapters "
+                f"do not fit {name}"
+            )
+        return adapted.merge_and_unload()
 
 
 def choose_device(name: str) -> "torch.device":

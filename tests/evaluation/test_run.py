@@ -1,16 +1,11 @@
 """The loop: each video once, answers kept, interrupted runs gone on with, likelihoods, the command."""
 
 import json
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import pytest
 import torch
 
-from tests.evaluation.conftest import write
-from tests.evaluation.test_tasks import mme
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
 from video_ma2mba.cli import main
 from video_ma2mba.data.synthetic import make_story
@@ -19,6 +14,10 @@ from video_ma2mba.evaluation.run import ANSWERS, answer_all, count_reasons, find
 from video_ma2mba.evaluation.tasks import TASKS, read_questions
 from video_ma2mba.loading import TINY_MODEL
 from video_ma2mba.processing.video_source import VideoSource
+
+from ..killed import run_killed
+from .conftest import write
+from .test_tasks import mme
 
 TASK = TASKS["videomme"]
 
@@ -58,8 +57,10 @@ def test_each_long_video_is_decoded_once_for_ten_questions(tmp_path, monkeypatch
     answers = answer_all(model, processor, TASK, found, root, output)
     assert [len(questions) for questions in found.by_video.values()] == [10, 10, 10]
     assert len(answers) == 30
-    # four frames a second, each once, and the first one when the file is opened, for its looks
-    assert sorted(Counter(decoded).values()) == [721, 721, 721]
+    # Four frames a second, each once, and the first one when the file is opened, for its looks. How many of the last
+    # second are decoded beyond the last one that is wanted depends on the decoder's threads.
+    assert all(720 - 4 < count <= 721 for count in Counter(decoded).values()), Counter(decoded)
+    assert len(Counter(decoded)) == 3
     assert {answer.num_frames for answer in answers} == {180}
 
 
@@ -98,19 +99,13 @@ def test_a_run_that_was_cut_off_gives_the_same_answers(benchmark, tmp_path, mode
 
 
 def test_a_killed_command_goes_on_to_the_same_report(benchmark, tmp_path, model_folder):
-    command = [sys.executable, "-m", "video_ma2mba.cli", "eval", model_folder, "--task", "videomme", "--data"]
-    command += [str(benchmark), "-o"]
+    command = ["eval", model_folder, "--task", "videomme", "--data", str(benchmark), "-o"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    with subprocess.Popen([*command, str(killed)], stderr=subprocess.DEVNULL) as process:
-        end = time.monotonic() + 120
-        while time.monotonic() < end and not (killed / ANSWERS).exists():
-            time.sleep(0.01)
-        process.kill()
-    assert main(["eval", model_folder, "--task", "videomme", "--data", str(benchmark), "-o", str(whole)]) == 0
-    again = ["eval", model_folder, "--task", "videomme", "--data", str(benchmark), "-o", str(killed)]
-    if (killed / "settings.json").exists():
-        assert main(again) == 2  # it would begin anew
-    assert main([*again, "--resume"]) == 0
+    run_killed([*command, killed], "video_ma2mba.modeling.video_memory:VideoMemory.watch", after=1)
+    assert len((killed / ANSWERS).read_text().splitlines()) == 10  # those about the first video
+    assert main([*command, str(whole)]) == 0
+    assert main([*command, str(killed)]) == 2  # it would begin anew
+    assert main([*command, str(killed), "--resume"]) == 0
     reports = [json.loads((folder / "report.json").read_text()) for folder in (killed, whole)]
     for report in reports:
         del report["watch_s"], report["answer_s"]

@@ -6,23 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Mamba2Config
 
 from video_ma2mba.benchmark import memory
 from video_ma2mba.benchmark.counting import LiveBytes
 from video_ma2mba.modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without
 from video_ma2mba.modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
 
+from ..tiny import tiny_config
+
 COUNTED = Path(__file__).resolve().parents[2] / "examples" / "memory" / "counted.json"
 GIB = 2**30
 
 
 def small_config():
-    text = Mamba2Config(
-        hidden_size=128, num_hidden_layers=2, num_heads=4, head_dim=64, state_size=32, n_groups=1, vocab_size=64,
-        bos_token_id=0, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    return VideoMa2mbaConfig(text_config=text, image_token_id=62, video_token_id=63)
+    return tiny_config(text={"hidden_size": 128, "head_dim": 64, "state_size": 32, "vocab_size": 64})
 
 
 # --- counting ---

@@ -15,6 +15,8 @@ from video_ma2mba import VideoMemory
 from video_ma2mba.cli import main, watch
 from video_ma2mba.data.synthetic import make_story
 
+from ..killed import run_killed
+
 COMMAND = [sys.executable, "-m", "video_ma2mba.cli"]
 
 
@@ -66,25 +68,9 @@ def test_a_kill_leaves_the_old_memory_or_the_new_one(longer, video, model, proce
     old = VideoMemory(model, processor)
     old.watch(video)
     old.save_pretrained(out)
-    killer = (
-        "import os, signal, sys\n"
-        "from video_ma2mba.modeling import video_memory_files as files\n"
-        "count = int(sys.argv[1])\n"
-        "def counted(do):\n"
-        "    def call(*args, **kwargs):\n"
-        "        global count\n"
-        "        count -= 1\n"
-        "        if count < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return do(*args, **kwargs)\n"
-        "    return call\n"
-        "files.save_file, files._file_hash = counted(files.save_file), counted(files._file_hash)\n"
-        "files.Path.replace, files._remove_leftovers = counted(files.Path.replace), counted(files._remove_leftovers)\n"
-        "from video_ma2mba.cli import main\n"
-        "sys.exit(main(sys.argv[2:]))\n"
-    )
     options = ["watch", longer, "-o", str(out), "--model", model_folder]
-    done = subprocess.run([sys.executable, "-c", killer, str(moment), *options], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    steps = ("save_file", "_file_hash", "Path.replace", "_remove_leftovers")
+    run_killed(options, *(f"video_ma2mba.modeling.video_memory_files:{step}" for step in steps), after=moment)
     assert VideoMemory.from_pretrained(out, model, processor).num_frames == (40 if moment == 4 else 10)
     assert main(options) == 0
     assert VideoMemory.from_pretrained(out, model, processor).num_frames == 40
@@ -178,4 +164,6 @@ def test_chat_in_a_pipe_prints_only_answers(video, model, processor, model_folde
         input="First?\n\nSecond?\n", capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert [line.strip() for line in done.stdout.splitlines()] == [" ".join(text.splitlines()) for text in expected]
+    said = [line.strip() for line in done.stdout.splitlines()]
+    assert said == [line.strip() for text in expected for line in text.splitlines()]
+    assert len(said) >= 2

@@ -45,7 +45,8 @@ def test_a_step_that_fails_or_hangs_is_written_down(script):
     failing = script.run_step("fails", [sys.executable, "-c", "print(1 / 0)"], 60, dict(os.environ))
     assert not failing["ok"]
     assert "ZeroDivisionError" in failing["errors"]
-    hanging = script.run_step("hangs", [sys.executable, "-c", "import time; time.sleep(60)"], 1, dict(os.environ))
+    forever = "import threading; threading.Event().wait()"
+    hanging = script.run_step("hangs", [sys.executable, "-c", forever], 1, dict(os.environ))
     assert not hanging["ok"]
     assert hanging["errors"] == "took more than 1 s"
     good = script.run_step("good", [sys.executable, "-c", "print('{\"a\": 1}')"], 60, dict(os.environ))

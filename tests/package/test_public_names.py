@@ -47,8 +47,8 @@ def test_command_line_starts_without_torch():
     code = """
 import sys
 sys.argv = ["video-ma2mba"]
-from video_ma2mba import cli
-cli.build_parser().format_help()
+from video_ma2mba.cli import build_parser
+build_parser().format_help()
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 import video_ma2mba
 assert video_ma2mba.VideoMa2mbaConfig.model_type == "video_ma2mba"  # the first use imports the rest

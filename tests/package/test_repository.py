@@ -34,14 +34,3 @@ def test_no_pickle_anywhere():
     importing = re.compile(r"^\s*(import|from)\s+(pickle|cPickle|dill|joblib|cloudpickle)\b", re.MULTILINE)
     users = [path for room in ROOMS for path in room.rglob("*.py") if importing.search(path.read_text("utf-8"))]
     assert not users
-
-
-def test_code_in_model_cards_is_that_of_the_rooms():
-    """Otherwise `make cards` brings it up to date."""
-    copies = list((ROOT / "model_cards").rglob("*.py"))
-    rooms = {path.name: path.read_bytes() for room in ROOMS[:2] for path in room.glob("*.py")}
-    assert copies
-    assert [copy.name for copy in copies if copy.read_bytes() != rooms.get(copy.name)] == []
-    for copy in copies:
-        needed = re.findall(r"^from \.(\w+) import", copy.read_text("utf-8"), re.MULTILINE)
-        assert [name for name in needed if not copy.with_name(f"{name}.py").exists()] == [], copy

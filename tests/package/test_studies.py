@@ -14,16 +14,13 @@ from video_ma2mba.cli import main
 from video_ma2mba.data.synthetic import make_story
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    return tmp_path_factory.mktemp("kept")
-
-
-def run(name, kept, tmp_path):
+def run(name, folder):
+    """A study whose trained backbones are in `folder`."""
     parser = argparse.ArgumentParser()
     study.add_arguments(parser)
-    plot = tmp_path / "plot.png"
-    result = study.run(parser.parse_args([name, "--scale", "0.01", "--keep", str(kept), "--plot", str(plot)]))
+    plot = folder / f"{name}.png"
+    kept = str(folder / "kept")
+    result = study.run(parser.parse_args([name, "--scale", "0.01", "--keep", kept, "--plot", str(plot)]))
     assert plot.read_bytes().startswith(b"\x89PNG")
     json.dumps(result)
     return result
@@ -70,8 +67,15 @@ def test_training_batches_are_the_same_for_the_same_step_and_supervise_answers_a
     assert (batch.labels[:, : batch.features.shape[1]] == -100).all()
 
 
-def test_backbone(kept, tmp_path):
-    result = run("backbone", kept, tmp_path)
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """What the study gave, and its folder."""
+    folder = tmp_path_factory.mktemp("backbone")
+    return run("backbone", folder), folder
+
+
+def test_backbone_compares_models_of_one_size(backbone):
+    result, _ = backbone
     ours, theirs = (result["num_parameters"][name] for name in ("mamba2", "attention"))
     assert 0.9 < ours / theirs < 1.1
     first, second = result["answering"]
@@ -80,9 +84,12 @@ def test_backbone(kept, tmp_path):
     assert all(row["mamba2"]["bytes"] > 0 < row["attention"]["bytes"] for row in result["training"])
 
 
-def test_fps_takes_the_backbones_that_were_trained(kept, tmp_path):
-    assert len(list(kept.iterdir())) == 2
-    result = run("fps", kept, tmp_path)
+def test_fps_takes_the_backbones_that_were_trained(backbone):
+    _, folder = backbone
+    written = {path.name: path.stat().st_mtime_ns for path in (folder / "kept").iterdir()}
+    assert len(written) == 2
+    result = run("fps", folder)
+    assert written == {path.name: path.stat().st_mtime_ns for path in (folder / "kept").iterdir()}
     rows = {(r["video_s"], r["sample"], r["backbone"]): r for r in result["rows"]}
     assert rows[48, "2 FPS", "mamba2"]["num_frames"] == 96
     assert rows[48, "2 FPS", "attention"]["memory_bytes"] == 12 * rows[48, "8 frames", "attention"]["memory_bytes"]
@@ -98,8 +105,8 @@ def test_frames_are_spread_over_the_whole_video():
     assert [next(i for i, frame in enumerate(frames) if (frame == one).all()) for one in picked] == [10, 30, 50, 70]
 
 
-def test_intervals_marks_what_the_planner_takes(kept, tmp_path):
-    result = run("intervals", kept, tmp_path)
+def test_intervals_marks_what_the_planner_takes(tmp_path):
+    result = run("intervals", tmp_path)
     one_recompute = [row for row in result["rows"] if row["recompute_factor"] <= 4 / 3 + 1e-9]
     assert one_recompute
     assert result["chosen"]["recompute_factor"] == pytest.approx(4 / 3)
@@ -108,8 +115,8 @@ def test_intervals_marks_what_the_planner_takes(kept, tmp_path):
     assert all(row["seconds"] > 0 for row in result["rows"])
 
 
-def test_max_length_is_what_the_plan_command_says(kept, tmp_path, capsys):
-    result = run("max-length", kept, tmp_path)
+def test_max_length_is_what_the_plan_command_says(tmp_path, capsys):
+    result = run("max-length", tmp_path)
     command = "plan --model 0.7b --hours 1 --gpu-memory 16GiB --host-memory 256GiB --optimizer lora --compare --json"
     assert main(command.split()) == 0
     planned = {row["method"]: row["longest_frames"] for row in json.loads(capsys.readouterr().out)["rows"]}
@@ -117,8 +124,8 @@ def test_max_length_is_what_the_plan_command_says(kept, tmp_path, capsys):
     assert found == pytest.approx(planned)
 
 
-def test_stability_compares_two_runs_of_one_beginning(kept, tmp_path):
-    result = run("stability", kept, tmp_path)
+def test_stability_compares_two_runs_of_one_beginning(tmp_path):
+    result = run("stability", tmp_path)
     losses = result["loss"]
     assert len(losses["on"]) == len(losses["off"]) == 40
     assert losses["on"][0] == pytest.approx(losses["off"][0], rel=1e-5)

@@ -1,18 +1,18 @@
 """`VideoMemory`: what it answers is what `generate` answers on the whole input, and nothing is lost on the way."""
 
+import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
 from video_ma2mba.data.synthetic import make_story
+from video_ma2mba.loading import TINY_MODEL
 from video_ma2mba.modeling import video_memory_answers, video_memory_files
 
-TINY = Path(__file__).resolve().parents[2] / "model_cards" / "video-ma2mba-tiny"
 QUESTIONS = [
     "What colour was the circle?", "Which shape came first of all?", "Which shape came last of all?",
     "Did a red square ever appear?", "Which came first, the red square or the blue cross?",
@@ -22,9 +22,8 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def trained():
     """The model of the repository: here a wrong token would be a wrong word."""
-    return (
-        VideoMa2mbaForConditionalGeneration.from_pretrained(TINY).eval(), VideoMa2mbaProcessor.from_pretrained(TINY)
-    )  # fmt: skip
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL).eval()
+    return model, VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
 
 
 @pytest.fixture(params=["trained", "random"])
@@ -127,9 +126,9 @@ def test_a_memory_outlives_its_process(trained, video, tmp_path):
     code = f"""
 import json
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
-model = VideoMa2mbaForConditionalGeneration.from_pretrained({str(TINY)!r}).eval()
+model = VideoMa2mbaForConditionalGeneration.from_pretrained({str(TINY_MODEL)!r}).eval()
 memory = VideoMemory.from_pretrained(
-    {str(tmp_path / "memory")!r}, model, VideoMa2mbaProcessor.from_pretrained({str(TINY)!r})
+    {str(tmp_path / "memory")!r}, model, VideoMa2mbaProcessor.from_pretrained({str(TINY_MODEL)!r})
 )
 ids = [row.tolist() for row in memory.generate({QUESTIONS!r}, max_new_tokens=8)]
 print(json.dumps([ids, memory.num_frames, memory.timestamps_s, memory.dialogue, memory.sources]))
@@ -259,14 +258,11 @@ def test_damaged_and_foreign_memories_are_refused(memory, model, processor, trai
     described.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         VideoMemory.from_pretrained(described.parent, model, processor)
-    with torch.no_grad():  # further training makes it another model
-        weight = model.model.language_model.layers[0].mixer.in_proj.weight
-        weight.add_(1e-3)
-        try:
-            with pytest.raises(ValueError, match="its weights differs"):
-                VideoMemory.from_pretrained(tmp_path / "one", model, processor)
-        finally:
-            weight.sub_(1e-3)
+    trained_on = copy.deepcopy(model)  # further training makes it another model
+    with torch.no_grad():
+        trained_on.model.language_model.layers[0].mixer.in_proj.weight.add_(1e-3)
+    with pytest.raises(ValueError, match="its weights differs"):
+        VideoMemory.from_pretrained(tmp_path / "one", trained_on, processor)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,11 @@ from video_ma2mba import cli
 from video_ma2mba.data.synthetic import make_story
 
 TINY = Path(__file__).resolve().parents[2] / "model_cards" / "video-ma2mba-tiny"
-CODE = {path.name for path in TINY.glob("*.py")}  # as save_pretrained copied it there
-FILES = CODE | {
+FILES = {
+    "configuration_video_ma2mba.py", "modeling_video_ma2mba.py", "mamba2.py", "ssd.py", "ssd_kernels.py",
+    "scan_backends.py", "segment_sizes.py", "recompute.py", "run_layers.py", "checkpointing.py", "checkpoint_plan.py",
+    "multi_axis_checkpointing.py", "autocast.py", "processing_video_ma2mba.py", "video_processing_video_ma2mba.py",
+    "chat_video_ma2mba.py", "video_reader.py", "video_source.py",
     "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
     "processor_config.json", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
@@ -25,7 +28,7 @@ FILES = CODE | {
 
 @pytest.fixture
 def folder(tmp_path):
-    return Path(shutil.copytree(TINY, tmp_path / "tiny"))
+    return Path(shutil.copytree(TINY, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.py")))
 
 
 def listed(text):
@@ -69,11 +72,12 @@ print(processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1]:
 """
 
 
-def test_the_listed_files_alone_answer_without_the_package(tmp_path):
+def test_the_listed_files_alone_answer_without_the_package(folder, tmp_path):
+    assert cli.main(["share", str(folder), "--repo", "me/tiny", "--dry-run"]) == 0
     alone = tmp_path / "alone"
     alone.mkdir()
     for name in FILES:
-        shutil.copy(TINY / name, alone)
+        shutil.copy(folder / name, alone)
     story = make_story(seed=7, duration_s=20)
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(alone), str(story.render(tmp_path / "story.mp4"))],
@@ -117,6 +121,7 @@ def refused(command, capsys, *says):
     "missing", ["tokenizer.json", "chat_template.jinja", "model.safetensors", "ssd.py", "mamba2.py"]
 )
 def test_incomplete_folder(folder, missing, capsys):
+    assert cli.main(["share", str(folder), "--repo", "me/tiny", "--dry-run"]) == 0  # brings its code
     (folder / missing).unlink()
     says = "no weights" if missing == "model.safetensors" else missing
     refused(["share", str(folder), "--repo", "me/tiny", "--dry-run"], capsys, says)

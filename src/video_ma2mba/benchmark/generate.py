@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..loading import choose_device
 from ..modeling import VideoMa2mbaForConditionalGeneration
 from ..modeling.configuration_video_ma2mba import PRESETS
 from .machine import describe
@@ -32,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if min(*args.contexts, args.new_tokens, args.frames) < 1:
         raise ValueError("--contexts, --new-tokens and --frames must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
+    choose_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     torch.manual_seed(0)
     config = backbone_config(args.model)

@@ -8,11 +8,8 @@ Three things in one run, on synthetic videos and the tiny model (or --model):
 """
 
 import argparse
-import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,8 +27,9 @@ from .. import (
     VideoMemory,
 )
 from ..data.synthetic import make_story
+from ..files import write_png
 from ..loading import TINY_MODEL
-from ..memory import resident
+from ..memory import in_measured_process, peak_bytes, restart_peak
 from .machine import describe
 
 QUESTION = "What colour was the circle?"
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         videos = {m: _video(Path(folder), 60 * m, 64) for m in args.minutes}
         rows = _ask(model, processor, videos, args.repeats)
         for row in rows:
-            row["watch_peak_bytes"] = _watch_alone(args.model, videos[row["minutes"]])
+            row["watch_peak_bytes"] = in_measured_process(__name__, args.model, videos[row["minutes"]])
         overlap = _overlap(processor, _video(Path(folder), 60 * OVERLAP_MINUTES, args.size))
     first, last = rows[0], rows[-1]
     result = {
@@ -154,16 +152,6 @@ def _cache_bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _watch_alone(model: str, video: Path) -> int:
-    """The peak of resident memory of `watch` above the loaded model, in a process of its own."""
-    settings = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", __name__, model, str(video)]
-    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise OSError(f"watching {video.name} failed:\n{done.stderr}")
-    return int(json.loads(done.stdout.splitlines()[-1]))
-
-
 def _larger(tiny: Any) -> tuple[Any, Any]:
     """A model with random weights that takes about as long to read a frame as the decoder takes to give it."""
     torch.manual_seed(0)
@@ -212,12 +200,10 @@ def _overlap(tiny: Any, video: Path) -> dict[str, Any]:
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     minutes = [row["minutes"] for row in rows]
     for axes, ours, theirs, label, scale in (
         (left, "memory_bytes", "attention_bytes", "MiB kept", 2**20),
@@ -230,19 +216,16 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    write_png(path, figure)
 
 
 def _peak_of_watching(name: str, video: str) -> int:
+    """The peak of memory of `watch` above the loaded model."""
     model, processor = _larger(VideoMa2mbaProcessor.from_pretrained(name))
     VideoMemory(model, processor).watch(video, end_s=50.0)  # loads what is loaded late
-    gc.collect()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before = restart_peak(model.device)
     VideoMemory(model, processor).watch(video)
-    return resident("VmHWM") - before
+    return peak_bytes(model.device) - before
 
 
 if __name__ == "__main__":

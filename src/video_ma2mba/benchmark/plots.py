@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..files import write_png
 from .memory import BACKBONES, HOST_BUDGET_BYTES, METHODS, PAPER_GB
 
 COLORS = dict(zip(METHODS, ["#555555", "#c0392b", "#e67e22", "#2471a3", "#7d3c98", "#1e8449", "#16a085"], strict=True))
@@ -11,10 +12,10 @@ PAPER_COLORS = {name: COLORS[name] for name in ("off", "per layer", "sqrt")} | {
 
 def plot_memory(result: dict[str, Any], path: Path) -> None:
     """Device memory over weights and gradients against length, a panel for each model; the paper's table 3 dashed."""
-    import matplotlib.figure
+    from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
-    figure = matplotlib.figure.Figure(figsize=(5.2 * len(models), 5.4), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(models), 5.4), layout="constrained")
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for panel, model in zip(panels, models, strict=True):
         for method in METHODS:
@@ -37,4 +38,4 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
         f"{HOST_BUDGET_BYTES // 2**30} GiB of host memory; dashed: table 3 of arXiv 2411.19460",
         fontsize=9,
     )
-    figure.savefig(path, dpi=110)
+    write_png(path, figure)

@@ -5,18 +5,13 @@ a short training done, so that all libraries are. On a GPU: the peak of allocate
 the optimizer's states, three times the trained parameters, are in it, so they are added to the planner's prediction.
 """
 
-import ctypes
-import gc
 import json
-import os
 import platform
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
-from ..memory import resident
+from ..memory import in_measured_process, peak_bytes, restart_peak
 
 NUM_SUPERVISED = 512
 NUM_STEPS = 3
@@ -26,7 +21,7 @@ METHODS = {"off": None, "MA-GC": {}}
 
 def measure(device: str, lengths: list[int]) -> dict[str, Any]:
     """All lengths, without checkpointing and with what the planner picks by itself."""
-    rows = [_in_a_process(device, length, method) for length in lengths for method in METHODS]
+    rows = [in_measured_process(__name__, device, length, method) for length in lengths for method in METHODS]
     for row in rows:
         off = next(r for r in rows if r["method"] == "off" and r["tokens"] == row["tokens"])
         row["part_of_off"] = row["measured_bytes"] / off["measured_bytes"]
@@ -34,17 +29,6 @@ def measure(device: str, lengths: list[int]) -> dict[str, Any]:
         row["largest_loss_difference"] = max(abs(mine - theirs) for mine, theirs in pairs)
     processor = platform.processor() or platform.machine()
     return {"benchmark": "memory", "device": device, "machine": processor, "dtype": "float32", "rows": rows}
-
-
-def _in_a_process(device: str, num_tokens: int, method: str) -> dict[str, Any]:
-    # One thread, for the same sums in the same order. And glibc is to give freed tensors back at once, as it would
-    # those of a large model: its own thresholds, which it would else raise as it goes. Then resident is what is in use.
-    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-    command = [sys.executable, "-m", __name__, device, str(num_tokens), method]
-    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise OSError(f"training {num_tokens} tokens, {method}, failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def small_config() -> Any:
@@ -83,7 +67,7 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.before = _restart_peak(device)
+            self.before = restart_peak(model.device)
 
     def run(first: int, learning_rate: float) -> tuple[Trainer, Watch]:
         """Train on what comes after the token `first`."""
@@ -104,7 +88,7 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
     run(max(num_tokens - WARM_UP_TOKENS, 0), 0.0)  # changes nothing, and loads what is loaded late
     model.zero_grad()
     trainer, watch = run(0, 1e-3)
-    peak = _peak(device) - watch.before
+    peak = peak_bytes(model.device) - watch.before
     plan = model.checkpoint_plan(1, num_tokens) if METHODS[method] is not None else None
     batch = {"dtype_bytes": 4, "num_supervised_tokens": NUM_SUPERVISED}
     activations = plan.predicted_peak_bytes if plan else peak_bytes_without(config, 1, num_tokens, **batch)
@@ -118,27 +102,6 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
         "predicted_activations_bytes": activations,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
-
-
-def _restart_peak(device: str) -> int:
-    """Forget the peak so far; returns what is held now."""
-    gc.collect()
-    if device == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def _peak(device: str) -> int:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return resident("VmHWM")
 
 
 if __name__ == "__main__":

@@ -12,20 +12,19 @@ Seconds of the CPU stand beside those of the clock: where other programs share t
 
 import argparse
 import inspect
-import platform
 import statistics
 import time
 from typing import Any
 
 import torch
-import transformers
 from torch.nn import functional as F
 from transformers.models.mamba2 import modeling_mamba2
 
-from ..modeling.mamba2 import SEGMENT
+from ..loading import choose_device
 from ..modeling.recompute import recompute_segments
-from ..modeling.ssd import SCAN_CHUNK, ssd_scan
-from .machine import allocated_peak_bytes
+from ..modeling.segment_sizes import SCAN_CHUNK, SEGMENT
+from ..modeling.ssd import ssd_scan
+from .machine import allocated_peak_bytes, describe
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 
@@ -49,9 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("batch", "tokens", "heads", "head_dim", "state", "their_chunk", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
+    if choose_device(args.device).type == "cuda":
         from . import mixer
 
         return mixer.measure(args)
@@ -88,12 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "times_less_cpu": theirs["median_cpu_s"] / ours["median_cpu_s"],
         "memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
         "largest_difference": _differences(results["ours"], results["transformers"]),
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": describe("cpu"),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..files import write_whole
+from ..files import write_png
 from .machine import describe
 
 STUDIES = ("backbone", "fps", "intervals", "max-length", "stability")
@@ -40,11 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     found = study.run(args.scale, args.keep)
     result = {"study": args.study, "scale": args.scale, **found, "machine": describe("cpu")}
     if args.plot is not None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        figure = study.draw(result)
-        write_whole(args.plot, lambda path: figure.savefig(path, dpi=110, format="png"))
+        write_png(args.plot, study.draw(result))
     return result
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, Mamba2Config
 
+from ..loading import choose_device
 from ..methods import METHODS
 from ..modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from ..modeling.configuration_video_ma2mba import PRESETS
@@ -37,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.repeats < 1 or min(args.lengths) < 1:
         raise ValueError("--repeats and --lengths must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
-    device = torch.device(args.device)
+    device = choose_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     torch.manual_seed(0)
     config = backbone_config(args.model)

@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..progress import progress_bars
+
 HELP = "prepare published data sets for training"
 
 
@@ -49,21 +51,10 @@ def run(args: argparse.Namespace) -> None:
         )
         cache = {"processor": processor, "fps": args.fps, "encoding": args.cache_frames}
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, int] = {}
-
-        def progress(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total)
-
+    with progress_bars() as show:
         report = prepare(
             args.source, args.media_root, args.output, name=args.format, max_duration_s=3600 * args.max_hours,
-            parquet=args.parquet, cache=cache, progress=progress,
+            parquet=args.parquet, cache=cache, progress=show,
         )  # fmt: skip
     records = report["records"]
     print(

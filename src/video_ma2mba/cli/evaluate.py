@@ -6,11 +6,13 @@ Every video is watched once for all of its questions. Answers are kept as they c
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..files import write_json
 from ..loading import find_model
+from ..progress import progress_bars
 from . import watching
 
 HELP = "score a model on a benchmark"
@@ -82,10 +84,6 @@ def _claim(output: Path, settings: dict[str, Any], resume: bool) -> None:
         )
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    return watching.load_model_and_processor(args)
-
-
 def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path) -> None:
     from ..evaluation.report import flat, make_report, write_report
     from ..evaluation.run import answer_all, find
@@ -101,11 +99,11 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path)
     if not found.questions:
         first = f"; the first: {found.problems[0].where}: {found.problems[0].message}" if found.problems else ""
         raise ValueError(f"not one question can be asked, {len(found.problems)} items were left out{first}")
-    model, processor = _load(args)
-    with _bar("Answering") as progress:
+    model, processor = watching.load_model_and_processor(args)
+    with progress_bars() as show:
         answers = answer_all(
             model, processor, task, found, media_root, output, fps=args.fps, max_frames=args.frames,
-            by_likelihood=args.by_likelihood, batch_size=args.batch_size, progress=progress,
+            by_likelihood=args.by_likelihood, batch_size=args.batch_size, progress=partial(show, "Answering"),
         )  # fmt: skip
     report = make_report(task, found, answers, settings, judge)
     write_report(report, output)
@@ -130,7 +128,7 @@ def _judge(args: argparse.Namespace, output: Path) -> Any:
 def _niah(args: argparse.Namespace, output: Path) -> None:
     from ..evaluation import niah
 
-    model, processor = _load(args)
+    model, processor = watching.load_model_and_processor(args)
     lengths = [round(60 * minutes) for minutes in args.minutes]
     if min(lengths) < 1 or not all(0 <= depth <= 1 for depth in args.depths):
         raise ValueError("--minutes must be positive, and --depths lie between 0 and 1")
@@ -141,30 +139,12 @@ def _niah(args: argparse.Namespace, output: Path) -> None:
     else:
         needles = niah.synthetic_needles(processor)
         haystack = niah.synthetic_haystack(processor, max(lengths))
-    with _bar("Looking for needles") as progress:
-        cells = niah.find_needles(model, processor, haystack, needles, lengths, args.depths, output, progress)
+    with progress_bars() as show:
+        look = partial(show, "Looking for needles")
+        cells = niah.find_needles(model, processor, haystack, needles, lengths, args.depths, output, look)
     rows = niah.summarise(cells)
     model_name = Path(args.model).name
     total = sum(cell["found"] for cell in cells) / len(cells)
     write_json(output / "report.json", {"task": "niah", "model": model_name, "found": total, "rows": rows})
     niah.draw(rows, f"{model_name}: {total:.0%} of needles found", output / "report.png")
     print(f"found {total:.1%} of {len(cells)} needles; report.json, report.png and cells.jsonl are in {output}")
-
-
-class _bar:  # noqa: N801 - reads as a function
-    """A progress bar on stderr; gives a function of (done, of how many)."""
-
-    def __init__(self, text: str):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True))
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-        task = self.bar.add_task("", total=None)
-        return lambda done, total: self.bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()

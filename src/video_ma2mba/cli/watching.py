@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..loading import choose_device, find_model, load, load_model
+from ..progress import progress_bars
 
 if TYPE_CHECKING:
     from ..modeling.video_memory import VideoMemory
@@ -78,17 +79,12 @@ def watch(
     Args:
         pause: Called after every micro-batch, where the memory can be saved.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     before = memory.num_frames
     max_duration_s = None if args.max_duration is None else args.max_duration - (start_s - args.start)
-    columns = (TextColumn("Watching"), BarColumn(), MofNCompleteColumn(), TextColumn("frames"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("watch", total=None)
+    with progress_bars() as show:
 
         def progress(done: int, expected: int | None) -> None:
-            bar.update(task, completed=before + done, total=None if expected is None else before + expected)
+            show("Watching, frames", before + done, None if expected is None else before + expected)
             if pause is not None:
                 pause()
 
@@ -96,5 +92,5 @@ def watch(
             args.video, args.fps, start_s=start_s, end_s=args.end, max_frames=args.max_frames,
             max_duration_s=max_duration_s, snapshots_s=args.snapshots, progress=progress,
         )  # fmt: skip
-        bar.update(task, total=memory.num_frames)  # a truncated file ends early
+        show("Watching, frames", memory.num_frames, memory.num_frames)  # a truncated file ends early
     return watched

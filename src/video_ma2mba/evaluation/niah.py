@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..data.synthetic import COLOURS, make_story
+from ..files import write_png
 from ..modeling.video_memory import VideoMemory
 
 CELLS = "cells.jsonl"
@@ -176,16 +177,14 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """The heat map of depth over length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lengths, depths = sorted({row["num_frames"] for row in rows}), sorted({row["depth"] for row in rows})
     values = np.full((len(depths), len(lengths)), np.nan)
     for row in rows:
         values[depths.index(row["depth"]), lengths.index(row["num_frames"])] = row["found"]
-    figure, axes = pyplot.subplots(figsize=(1.5 + 0.9 * len(lengths), 1.5 + 0.5 * len(depths)))
+    figure = Figure(figsize=(1.5 + 0.9 * len(lengths), 1.5 + 0.5 * len(depths)), layout="constrained")
+    axes = figure.subplots()
     picture = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
         axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=9)
@@ -195,9 +194,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_ylabel("depth of the needle")
     axes.set_title(title)
     figure.colorbar(picture, label="needles found")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, format="png")
-    pyplot.close(figure)
+    write_png(path, figure)
 
 
 def _duration(num_frames: int) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json, write_text, write_whole
+from ..files import write_json, write_png, write_text
 from .judge import Judge, Verdict, describe
 from .metrics import JudgedScore, MultipleChoiceAccuracy
 from .questions import Question
@@ -103,7 +103,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     write_json(folder / "report.json", report)
     write_text(folder / "report.md", markdown(report))
     if report["scores"]:
-        write_whole(folder / "report.png", lambda path: _draw(report, path))
+        _draw(report, folder / "report.png")
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -137,13 +137,11 @@ def _row(name: str, one: dict[str, Any]) -> str:
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = flat(report["scores"])[::-1]
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.3 * len(rows)))
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     for y, (_, one) in enumerate(rows):
         if one["low"] is not None:
             axes.plot([one["low"], one["high"]], [y, y], color="0.6", linewidth=2)
@@ -153,6 +151,4 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     axes.set_xlabel(f"{report['metric']}, with 95 % intervals over videos")
     axes.set_title(f"{report['task']}: {report['model']}")
     axes.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, format="png")
-    pyplot.close(figure)
+    write_png(path, figure)

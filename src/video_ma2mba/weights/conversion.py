@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
+
+from ..loading import load, reading
+from ..progress import progress_bars
 
 # from there, because transformers must know the classes before a folder that holds code is written or read
 from ..registration import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
@@ -141,15 +142,15 @@ class Conversion:
 
     def _write_weights(self, folder: Path, shards: list[dict[str, int]], dtypes: dict[str, torch.dtype]) -> None:
         total = sum(sum(shard.values()) for shard in shards)
-        index = {}
-        with _progress("Converting") as progress:
-            task = progress.add_task("convert", total=total)
+        index, done = {}, 0
+        with progress_bars(in_bytes=True) as show:
             for number, shard in enumerate(shards, 1):
                 file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
                 tensors = {}
                 for name, tensor in self._tensors(list(shard), dtypes):
                     tensors[name] = tensor
-                    progress.update(task, advance=tensor.nbytes)
+                    done += tensor.nbytes
+                    show("Converting", done, total)
                 save_file(tensors, folder / file, metadata={"format": "pt"})
                 index.update(dict.fromkeys(shard, file))
         if len(shards) > 1:
@@ -158,13 +159,14 @@ class Conversion:
 
     def _verify(self, folder: Path, dtypes: dict[str, torch.dtype]) -> None:
         written = CheckpointReader(folder)
-        with _progress("Verifying") as progress:
-            task = progress.add_task("verify", total=sum(written.num_bytes(name) for name in written.shapes))
+        done, total = 0, sum(written.num_bytes(name) for name in written.shapes)
+        with progress_bars(in_bytes=True) as show:
             for name in dtypes:
                 (_, found), (_, expected) = next(written.read([name])), next(self._tensors([name], dtypes))
                 if not torch.equal(found, expected):
                     raise ValueError(f"verification failed: {name} in {folder} is not what its source holds")
-                progress.update(task, advance=found.nbytes)
+                done += found.nbytes
+                show("Verifying", done, total)
         check_answers(folder)
 
 
@@ -174,10 +176,11 @@ def check_answers(folder: Path) -> None:
     Raises:
         ValueError: weights that are not all there, or too many; logits that are not finite.
     """
-    model, loading = VideoMa2mbaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    with reading(folder, "the model"):
+        model, loading = VideoMa2mbaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     if wrong := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):
         raise ValueError(f"{folder}: weights that are missing, or that the model does not have: {list_names(wrong)}")
-    processor = VideoMa2mbaProcessor.from_pretrained(folder)
+    processor = load(VideoMa2mbaProcessor, str(folder))
     side = processor.video_processor.side
     frames = torch.zeros(1, side, side, 3, dtype=torch.uint8).numpy()
     content = [{"type": "video", "video": frames}, {"type": "text", "text": "What is shown?"}]
@@ -199,9 +202,3 @@ def _shards(sizes: dict[str, int], most: int) -> list[dict[str, int]]:
             shards.append({})
         shards[-1][name] = size
     return shards
-
-
-def _progress(text: str) -> Progress:
-    return Progress(
-        TextColumn(text), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-    )

@@ -10,6 +10,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from ..loading import reading
 from ..registration import VideoMa2mbaConfig, VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
 from .checkpoint_reader import read_json
 
@@ -108,7 +109,8 @@ def language_config(folder: Path, num_embeddings: int) -> Mamba2Config:
     """The config of a Mamba-2 language model in the format of state-spaces or of transformers."""
     model_type = read_json(folder, "config.json").get("model_type")
     if model_type == "mamba2":
-        return Mamba2Config.from_pretrained(folder)
+        with reading(folder, "Mamba2Config"):
+            return Mamba2Config.from_pretrained(folder)
     if model_type is not None:
         raise ValueError(f"{folder}: a model of type {model_type!r}, not a Mamba-2 language model")
     return state_spaces_config(read_json(folder, "config.json"), num_embeddings, folder)
@@ -117,10 +119,11 @@ def language_config(folder: Path, num_embeddings: int) -> Mamba2Config:
 def vision_config(folder: Path) -> CLIPVisionConfig | SiglipVisionConfig:
     """The tower's config, from the folder of a whole CLIP or SigLIP or of its tower alone."""
     model_type = read_json(folder, "config.json").get("model_type")
-    if model_type in ("clip", "clip_vision_model"):
-        return CLIPVisionConfig.from_pretrained(folder)
-    if model_type in ("siglip", "siglip_vision_model"):
-        return SiglipVisionConfig.from_pretrained(folder)
+    with reading(folder, "the tower's config"):
+        if model_type in ("clip", "clip_vision_model"):
+            return CLIPVisionConfig.from_pretrained(folder)
+        if model_type in ("siglip", "siglip_vision_model"):
+            return SiglipVisionConfig.from_pretrained(folder)
     raise ValueError(f"{folder}: a model of type {model_type!r}; a tower must be CLIP or SigLIP")
 
 
@@ -138,7 +141,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     folder = fetch(name, ("tokenizer*.json", "special_tokens_map.json"))
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{name}: there is no tokenizer.json; name a tokenizer with --tokenizer")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    with reading(name, "the tokenizer"):
+        return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def build_processor(

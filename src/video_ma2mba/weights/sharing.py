@@ -1,9 +1,12 @@
 """From a folder to the Hub: which files a repository needs, whether they are sound, and their upload."""
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .. import modeling, processing
 from .checkpoint_reader import CheckpointReader, read_json
 from .conversion import check_answers
 from .model_card import check_card
@@ -17,7 +20,8 @@ _NEEDED = (
 def files_to_share(folder: Path) -> list[str]:
     """The names of the files that a Hub repository of this checkpoint needs, sorted, README.md aside.
 
-    What else lies there, such as the Trainer's `training_args.bin`, is not among them; so no pickle ever is.
+    What else lies there, such as the Trainer's `training_args.bin`, is not among them; so no pickle ever is. A folder
+    without code gets that of this package.
 
     Raises:
         ValueError: files that are missing, weights that are broken or a pickle.
@@ -33,7 +37,7 @@ def files_to_share(folder: Path) -> list[str]:
 
 
 def _code(folder: Path) -> set[str]:
-    """The modules that `auto_map` names, and all that they import from beside them."""
+    """The modules that `auto_map` names, and all that they import from beside them; put there if none is."""
     classes = [
         *read_json(folder, "config.json").get("auto_map", {}).values(),
         *read_json(folder, "processor_config.json").get("auto_map", {}).values(),
@@ -44,10 +48,17 @@ def _code(folder: Path) -> set[str]:
             f"{folder}: has no auto_map that names its code; write it again with model.save_pretrained and "
             "processor.save_pretrained of the package video_ma2mba"
         )
+    if not any((folder / name).is_file() for name in modules):
+        ours = [file for room in (modeling, processing) for file in Path(room.__path__[0]).glob("*.py")]
+        for file in _with_imports(file for file in ours if file.name in modules):
+            shutil.copy(file, folder)
     if missing := sorted(name for name in modules if not (folder / name).is_file()):
         raise ValueError(f"{folder}: lacks the code {', '.join(missing)}")
-    imported = {Path(file).name for module in modules for file in get_relative_import_files(folder / module)}
-    return modules | imported
+    return {file.name for file in _with_imports(folder / name for name in modules)}
+
+
+def _with_imports(modules: Iterable[Path]) -> set[Path]:
+    return {Path(file) for module in modules for file in (module, *get_relative_import_files(module))}
 
 
 def check_folder(folder: Path) -> None:

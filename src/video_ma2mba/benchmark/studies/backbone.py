@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..machine import allocated_peak_bytes
+from .side_by_side import train_side_by_side
 from .stories import Stories
 
 NAMES = {"mamba2": "Mamba-2", "attention": "attention"}
-STEPS, BATCH_SIZE, LEARNING_RATE = 2400, 12, 2e-3
+STEPS, BATCH_SIZE = 2400, 12
 CURRICULUM = ((0.25, 3, 8), (0.5, 3, 20), (1.0, 4, 48))  # up to this share of the steps: seconds from, to
 TESTED_S = (8, 16, 32, 64, 128, 256, 512)
 TIMED_TOKENS = (64, 256, 1024, 4096, 16384)
@@ -48,28 +49,10 @@ def trained(stories: Stories, scale: float, keep: Path) -> dict[str, Any]:
             model.load_state_dict(load_file(files[name]), strict=False)  # tied heads are stored once
             model.tie_weights()
         return models
-    optimizers = {}
-    for name, model in models.items():
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
-        optimizers[name] = parameters, optimizer, schedule
-        model.train()
-    for step in range(steps):
-        _, shortest_s, longest_s = next(part for part in CURRICULUM if step < part[0] * steps)
-        batch = stories.training_batch(step, shortest_s, longest_s, BATCH_SIZE)
-        losses = {}
-        for name, model in models.items():
-            parameters, optimizer, schedule = optimizers[name]
-            loss = batch.loss(model)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            losses[name] = loss.item()
-        if step % 100 == 99:
-            print(f"step {step + 1}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()), flush=True)
+    spans = [next(part[1:] for part in CURRICULUM if step < part[0] * steps) for step in range(steps)]
+    batches = (stories.training_batch(step, *span, BATCH_SIZE) for step, span in enumerate(spans))
+    for _ in train_side_by_side(models, steps, batches):
+        pass
     keep.mkdir(parents=True, exist_ok=True)
     for name, model in models.items():
         own = {key: value for key, value in model.state_dict().items() if key != "lm_head.weight"}

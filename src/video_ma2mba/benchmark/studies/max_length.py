@@ -9,7 +9,6 @@ from ...methods import METHODS
 GIB = 2**30
 GPU_GIB = (16, 24, 48, 80, 141)
 MODELS = ("0.7b", "1.8b", "3.1b")
-SHOWN = ("off", "per layer", "sqrt", "layer_major", "sequence_major", "sequence_major + offload")
 OPTIMIZERS = ("adamw", "lora")
 HOST_BYTES = 256 * GIB
 
@@ -21,8 +20,8 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
             case = Case(load_config(model), gpu_bytes=0, host_bytes=HOST_BYTES, optimizer=optimizer)
             for gpu in GPU_GIB if scale == 1 else GPU_GIB[:1]:
                 case.gpu_bytes = gpu * GIB
-                for method in SHOWN:
-                    frames, bounded = longest_frames(case, METHODS[method])
+                for method, options in METHODS.items():
+                    frames, bounded = longest_frames(case, options)
                     rows.append(
                         {
                             "model": model,
@@ -44,7 +43,7 @@ def draw(result: dict[str, Any]) -> Any:
     panels = figure.subplots(len(OPTIMIZERS), len(models), sharex=True, sharey=True, squeeze=False)
     for line, optimizer in zip(panels, OPTIMIZERS, strict=True):
         for panel, model in zip(line, models, strict=True):
-            for method in SHOWN:
+            for method in METHODS:
                 rows = [
                     row
                     for row in result["rows"]

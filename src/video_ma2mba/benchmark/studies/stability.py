@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .backbone import LEARNING_RATE, build
+from .backbone import build
+from .side_by_side import train_side_by_side
 from .stories import Stories
 
 STEPS, BATCH_SIZE, EVERY = 2000, 4, 20
@@ -21,39 +22,22 @@ CHECKPOINTING = {"layer_interval": 2, "sequence_interval": 64, "order": "layer_m
 def run(scale: float, keep: Path) -> dict[str, Any]:
     stories = Stories()
     steps = max(40, round(STEPS * scale))
-    models = {"off": build("mamba2", stories).train()}
+    models = {"off": build("mamba2", stories)}
     models["on"] = copy.deepcopy(models["off"])
     models["on"].gradient_checkpointing_enable(**CHECKPOINTING)
     models["nudged"] = copy.deepcopy(models["off"])
     _nudge(models["nudged"])
-    runs = {}
-    for name, model in models.items():
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
-        runs[name] = parameters, optimizer, schedule
     losses: dict[str, list[float]] = {name: [] for name in models}
     norms: dict[str, list[float]] = {name: [] for name in models}
     parted: list[dict[str, float]] = []
-    for step in range(steps):
-        batch = stories.training_batch(step, 4, 40, BATCH_SIZE)
-        for name, model in models.items():
-            parameters, optimizer, schedule = runs[name]
-            loss = batch.loss(model)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
-            optimizer.step()
-            schedule.step()
-            losses[name].append(loss.item())
-            norms[name].append(norm.item())
+    batches = (stories.training_batch(step, 4, 40, BATCH_SIZE) for step in range(steps))
+    for step, found in enumerate(train_side_by_side(models, steps, batches)):
+        for name, (loss, norm) in found.items():
+            losses[name].append(loss)
+            norms[name].append(norm)
         if step % EVERY == EVERY - 1 or step == 0:
-            distances = {name: _distance(runs[name][0], runs["off"][0]) for name in ("on", "nudged")}
+            distances = {name: _distance(models[name], models["off"]) for name in ("on", "nudged")}
             parted.append({"step": step + 1, **distances})
-        if step % 100 == 99:
-            print(
-                f"step {step + 1}: " + ", ".join(f"{name} {loss[-1]:.4f}" for name, loss in losses.items()), flush=True
-            )
     tail = max(1, steps // 10)
     return {
         "steps": steps,
@@ -78,10 +62,11 @@ def _nudge(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _distance(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
-    """The length of the difference over the length of the weights."""
-    difference = sum(((a - b).double() ** 2).sum() for a, b in zip(ones, others, strict=True))
-    return float((difference / sum((b.double() ** 2).sum() for b in others)) ** 0.5)
+def _distance(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    """The length of the difference of the trained weights over their length."""
+    ones, others = ([p.double() for p in model.parameters() if p.requires_grad] for model in (one, other))
+    difference = sum(((a - b) ** 2).sum() for a, b in zip(ones, others, strict=True))
+    return float((difference / sum((b**2).sum() for b in others)) ** 0.5)
 
 
 def draw(result: dict[str, Any]) -> Any:

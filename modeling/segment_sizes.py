@@ -1,0 +1,10 @@
+"""Tokens that a mixer works on at a time: for those that compute, and for the plan, which may import no torch."""
+
+# In plain torch: bounds what the convolution and the scan hold, whatever the length of the call.
+SEGMENT = 512
+# On the kernels: likewise, and long enough to fill a GPU.
+KERNEL_SEGMENT = 8192
+# One block of the matrix form of the scan in plain torch. The work inside a block grows with this length, the number of
+# states handed from block to block shrinks with it; 64 is where a CPU is fastest at the head sizes of the published
+# models.
+SCAN_CHUNK = 64

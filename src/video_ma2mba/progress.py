@@ -1,0 +1,23 @@
+"""Progress of long work: bars on stderr, so that stdout has the results alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress_bars(in_bytes: bool = False) -> Iterator[Callable[[str, float, float | None], None]]:
+    """Gives `show(what, done, total)`: a bar for each `what`; a total of None is one that nobody knows (yet)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def show(what: str, done: float, total: float | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
