@@ -11,18 +11,19 @@ MAMBA_SSM := mamba-ssm==2.3.2.post1
 LMMS_EVAL := lmms-eval==0.7.2
 LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow
 
-.PHONY: help demo test test-oldest test-kernels test-lmms-eval studies torture gpu lint cards clean
+.PHONY: help demo test test-oldest test-kernels test-lmms-eval test-install studies torture gpu lint cards clean
 
 help:
 	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
-	@echo "make test         run all tests on the pinned versions"
+	@echo "make test         run all tests on the pinned versions, in random order, and list what they do not cover"
 	@echo "make test-oldest  run them on transformers $(OLDEST_TRANSFORMERS), the oldest that is supported"
 	@echo "make test-kernels run the tests of the GPU kernels on the CPU, in Triton's interpreter"
 	@echo "make test-lmms-eval run the tests of the adapter for lmms-eval, in an environment of its own"
+	@echo "make test-install build the wheel and the sdist, and use each in an empty environment"
 	@echo "make studies      run the studies and the needle in a haystack again: some 45 minutes on a CPU"
 	@echo "make torture      mutated inputs, and commands killed at random moments: some 15 minutes"
 	@echo "make gpu          test and measure on a GPU, into one JSON: WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
-	@echo "make lint         check the style with ruff"
+	@echo "make lint         check the style with ruff, and the types with mypy"
 	@echo "make cards        render the cards of the paper's sizes in model_cards/ again"
 	@echo "make clean        remove the environments and caches that the targets above made"
 
@@ -30,7 +31,7 @@ demo: .venv/.ready
 	.venv/bin/python examples/demo.py
 
 test: .venv/.ready
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --cov --cov-report=term-missing:skip-covered
 
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pytest -n 2
@@ -40,6 +41,18 @@ test-kernels: .venv-kernels/.ready
 
 test-lmms-eval: .venv-lmms-eval/.ready
 	.venv-lmms-eval/bin/pytest tests/lmms_eval
+
+# The wheel and the sdist, each in an environment that has only what it asks for, run where the repository is not.
+test-install: .venv/.ready
+	rm -rf build/dist .venv-install
+	.venv/bin/python -m build --outdir build/dist
+	for package in build/dist/*.whl build/dist/*.tar.gz; do \
+		$(PYTHON) -m venv --clear .venv-install && \
+		.venv-install/bin/python -m pip install --quiet $(TORCH) && \
+		.venv-install/bin/python -m pip install --quiet --constraint constraints.txt $$package && \
+		rm -rf build/elsewhere && mkdir build/elsewhere && cp -r model_cards/video-ma2mba-tiny build/elsewhere/model && \
+		(cd build/elsewhere && ../../.venv-install/bin/python -P ../../tests/install/check_installed.py model) || exit 1; \
+	done
 
 studies: .venv/.ready
 	for study in backbone fps intervals max-length stability; do .venv/bin/video-ma2mba bench study $$study \
@@ -60,6 +73,11 @@ gpu:
 
 lint: .venv/.ready
 	.venv/bin/ruff check .
+	rm -rf build/types
+	mkdir -p build/types
+	cp -r src/video_ma2mba build/types
+	cp -r modeling processing build/types/video_ma2mba
+	cd build/types && ../../.venv/bin/mypy --config-file ../../pyproject.toml -p video_ma2mba
 
 cards:
 	for size in 0.7b:370m 1.8b:1.3b 3.1b:2.7b; do .venv/bin/video-ma2mba share --card-only \
@@ -67,7 +85,7 @@ cards:
 		--base-model state-spaces/mamba2-$${size#*:} --base-model openai/clip-vit-large-patch14-336; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-kernels .venv-lmms-eval .ruff_cache build *.egg-info
+	rm -rf .venv .venv-oldest .venv-kernels .venv-lmms-eval .venv-install .ruff_cache .coverage* build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call.

@@ -104,10 +104,7 @@ def build_processor() -> VideoMa2mbaProcessor:
     )
     return VideoMa2mbaProcessor(
         PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            eos_token="<|endoftext|>",
-            pad_token="<|padding|>",
-            padding_side="left",
+            tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|padding|>", padding_side="left"
         ),
         VideoMa2mbaVideoProcessor(size=FRAME_SIZE, image_mean=[0.25] * 3, image_std=[0.25] * 3),
         patch_size=PATCH_SIZE,
@@ -220,12 +217,7 @@ class Chats(IterableDataset):
     """
 
     def __init__(
-        self,
-        cache: dict[int, list[Path]],
-        stages: Sequence[Stage],
-        num_steps: int,
-        most_questions: int,
-        seed: int,
+        self, cache: dict[int, list[Path]], stages: Sequence[Stage], num_steps: int, most_questions: int, seed: int
     ):
         self.cache, self.stages, self.num_steps = cache, stages, num_steps
         self.most_questions, self.seed = most_questions, seed

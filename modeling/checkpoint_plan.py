@@ -154,7 +154,7 @@ def plan_checkpoints(
         if budget is None:
             # one recompute is all that is asked for, unless the options given need more
             weighed = peak if host_budget is not None else peak + host / HOST_TO_DEVICE
-            rank = (max(units, 4), weighed, num_chunks)
+            rank: tuple = (max(units, 4), weighed, num_chunks)
         elif peak <= budget:
             rank = (units, host, num_chunks, peak)
         else:

@@ -19,6 +19,7 @@ Rules:
 """
 
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -182,7 +183,7 @@ class _Run:
         return out, states
 
     def backward(self, inputs_embeds, grad_out, grad_states, needs_grad_embeds):
-        grad_embeds = self.store.empty_like(inputs_embeds) if needs_grad_embeds else None
+        grad_embeds: Any = self.store.empty_like(inputs_embeds) if needs_grad_embeds else None
         spans = self.spans(inputs_embeds.shape[1])
         coming = self._fetch_borders(inputs_embeds, spans, len(spans) - 1)
         for time in reversed(range(len(spans))):
@@ -287,7 +288,7 @@ class _Checkpointed(torch.autograd.Function):
 
 def _trainable(blocks):
     """The parameters to be trained, each as the list of the places that hold it (a shared one has several)."""
-    owners = {}
+    owners: dict[nn.Parameter, list] = {}
     for block in blocks:
         for module in block.modules():
             for name, param in module._parameters.items():

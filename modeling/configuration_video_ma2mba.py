@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPVisionConfig, Mamba2Config, PreTrainedConfig
@@ -33,6 +33,7 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         scan_backend: "torch", "mamba_ssm" (kernels for GPUs), or "auto" for these where they run. One that is asked for
             by name never gives way to another in silence.
         loss_chunk_size: supervised tokens that go through the head at a time.
+        tie_word_embeddings: the head is the embedding table, as in the published backbones.
 
     Raises:
         ValueError: where the parts do not fit together.
@@ -42,8 +43,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012 - the name and form transformers reads
     keys_to_ignore_at_inference = ["cache_params", "hidden_states"]  # noqa: RUF012 - as above
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # checked by `_as_config`, which turns dicts into configurations
+    text_config: Any = None
     image_token_id: int = 50277
     video_token_id: int = 50278
     vision_feature_layer: int = -2
@@ -93,6 +94,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
             raise ValueError(
                 f"vision_feature_layer={self.vision_feature_layer} is not among the tower's {num_layers} layers"
             )
+        if self.vision_feature_select_strategy == "full" and self.vision_config.model_type == "clip_vision_model":
+            raise ValueError("vision_feature_select_strategy='full' would keep CLIP's class token; take 'default'")
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"image_token_id and video_token_id must differ, both are {self.video_token_id}")
         for name in ("image_token_id", "video_token_id"):
@@ -128,6 +131,8 @@ def _as_config(value, default):
                 f"a sub-config needs a known model_type, such as 'mamba2' or 'clip_vision_model'; got {model_type!r}"
             )
         return CONFIG_MAPPING[model_type](**value)
+    if not isinstance(value, PreTrainedConfig):
+        raise ValueError(f"a sub-config must be a configuration of transformers or a dict, got {value!r}")
     return value
 
 

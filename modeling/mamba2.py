@@ -5,7 +5,7 @@ Parameter names are those of transformers' Mamba2, so that its checkpoints load.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -65,8 +65,6 @@ class Mamba2Cache:
     def reorder_cache(self, beam_idx):
         """Keep the rows `beam_idx` (beams,) of the batch, in that order, in place."""
         self.layers = [LayerState(*(s.index_select(0, beam_idx.to(s.device)) for s in layer)) for layer in self.layers]
-
-    batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats):
         """Repeat each row of the batch `repeats` times, in place."""
@@ -143,10 +141,10 @@ class Mamba2Mixer(nn.Module):
 
     def new_state(self, batch_size):
         """The state before the first token: zeros, in float32 or better."""
-        where = {"dtype": torch.promote_types(self.D.dtype, torch.float32), "device": self.D.device}
+        zero = self.D.new_zeros((), dtype=torch.promote_types(self.D.dtype, torch.float32))
         return LayerState(
-            torch.zeros(batch_size, self.conv_kernel - 1, self.conv_dim, **where),
-            torch.zeros(batch_size, self.num_heads, self.head_dim, self.state_size, **where),
+            zero.new_zeros(batch_size, self.conv_kernel - 1, self.conv_dim),
+            zero.new_zeros(batch_size, self.num_heads, self.head_dim, self.state_size),
         )
 
     def forward(self, hidden_states, state, mask=None):
@@ -245,7 +243,7 @@ class Mamba2Backbone(nn.Module):
         super().__init__()
         self.prefill_chunk_size = prefill_chunk_size
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Mamba2Block(config, scan_backend) for _ in range(config.num_hidden_layers)])
+        self.layers: Any = nn.ModuleList([Mamba2Block(config, scan_backend) for _ in range(config.num_hidden_layers)])
         self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
     def new_cache(self, batch_size):

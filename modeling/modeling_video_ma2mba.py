@@ -16,14 +16,7 @@ from transformers.utils import ModelOutput
 
 from .autocast import autocast_dtype
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .mamba2 import (
-    Mamba2Backbone,
-    Mamba2Cache,
-    Mamba2Mixer,
-    Mamba2RMSNorm,
-    Mamba2RMSNormGated,
-    init_mamba2_weights,
-)
+from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .recompute import recompute_segments
 
@@ -59,12 +52,12 @@ class VideoMa2mbaProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features)))
 
 
-class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):
+class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # type: ignore[misc]  # more arguments
     config: VideoMa2mbaConfig
     config_class = VideoMa2mbaConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "video", "text")
+    input_modalities = ("image", "video", "text")  # type: ignore[assignment]  # so in transformers' own models
     supports_gradient_checkpointing = True
     _no_split_modules = ["Mamba2Block", "CLIPEncoderLayer", "SiglipEncoderLayer"]  # noqa: RUF012 - read by transformers
     _skip_keys_device_placement = ["cache_params"]  # noqa: RUF012 - read by transformers
@@ -100,7 +93,11 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):
 
 
 class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
-    """The model without a head: frames and text in, hidden states and recurrent states out."""
+    """The model without a head: frames and text in, hidden states and recurrent states out (paper, section 3.1).
+
+    Args:
+        config: `VideoMa2mbaConfig`.
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -129,6 +126,9 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 
         Returns:
             `BaseModelOutputWithPooling` with `pooler_output` (all frames, tokens_per_frame, hidden).
+
+        Raises:
+            ValueError: frames of another form.
         """
         pixels = pixel_values_videos.flatten(0, -4)
         if pixels.shape[1] != 3:
@@ -145,7 +145,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         return BaseModelOutputWithPooling(pooler_output=torch.cat(features))
 
     def get_image_features(self, pixel_values, to_host=False, **kwargs):
-        """As `get_video_features`: an image is a video of one frame."""
+        """As `get_video_features` of `pixel_values`: an image is a video of one frame."""
         return self.get_video_features(pixel_values, to_host)
 
     def _again_in_backward(self, fn, inputs):
@@ -252,6 +252,10 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 
         Returns:
             `VideoMa2mbaOutput`; `last_hidden_state` is (kept, hidden), row by row, where `keep` is given.
+
+        Raises:
+            ValueError: neither or both of ids and embeddings, or frames that do not fit the placeholders.
+            InfeasibleMemoryBudget: under gradient checkpointing, no plan fits the budget.
         """
         batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
@@ -287,8 +291,12 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         return VideoMa2mbaOutput(last_hidden_state=hidden_states, cache_params=cache_params if use_cache else None)
 
 
-class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, GenerationMixin):
-    """Video-Ma2mba with its language head: answers questions about videos and images."""
+class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, GenerationMixin):  # type: ignore[misc]  # as above
+    """Video-Ma2mba with its language head: answers questions about videos and images.
+
+    Args:
+        config: `VideoMa2mbaConfig`.
+    """
 
     _tied_weights_keys = {  # noqa: RUF012 - read by transformers
         "lm_head.weight": "model.language_model.embeddings.weight"
@@ -319,7 +327,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         return self.model.get_video_features(pixel_values_videos)
 
     def get_image_features(self, pixel_values, **kwargs):
-        """See `VideoMa2mbaModel.get_image_features`."""
+        """See `VideoMa2mbaModel.get_image_features`, of `pixel_values`."""
         return self.model.get_image_features(pixel_values)
 
     def forward(
@@ -348,6 +356,9 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
 
         Returns:
             `VideoMa2mbaOutput` with `loss`, or with `logits` (batch, kept, vocabulary) in float32.
+
+        Raises:
+            ValueError: labels of another shape than the inputs; and as `VideoMa2mbaModel.forward`.
         """
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "pixel_values_videos": pixel_values_videos,
@@ -405,7 +416,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             cache.batch_repeat_interleave(max(generation_config.num_beams, generation_config.num_return_sequences))
             model_kwargs["cache_params"] = cache
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # the cache is called cache_params
         self, input_ids, inputs_embeds=None, attention_mask=None, cache_params=None, use_cache=None,
         is_first_iteration=False, **kwargs,
     ):  # fmt: skip

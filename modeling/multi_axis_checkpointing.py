@@ -1,5 +1,7 @@
 """What people switch on: transformers' gradient checkpointing, along two axes."""
 
+from typing import Any
+
 from transformers.utils import logging
 
 from .checkpoint_plan import check_options, plan_checkpoints
@@ -12,6 +14,9 @@ class MultiAxisCheckpointing:
 
     The options and the plans chosen so far live on the base model, so that model and head agree.
     """
+
+    config: Any  # of `PreTrainedModel`, as the next
+    base_model_prefix: str
 
     def gradient_checkpointing_enable(
         self,
@@ -78,7 +83,10 @@ class MultiAxisCheckpointing:
         return base.gradient_checkpointing and base.training
 
     def checkpoint_plan(self, batch_size, sequence_length):
-        """The `CheckpointPlan` for a batch of this shape: chosen once per shape, and said in one line."""
+        """The `CheckpointPlan` for a batch of `batch_size` rows of `sequence_length` tokens, as padded.
+
+        It is chosen once per shape, and said in one line. Raises what `plan_checkpoints` does.
+        """
         base = self._base()
         key = batch_size, sequence_length
         if key not in base._plans:

@@ -11,7 +11,8 @@ def read_ahead(items):
 
     An exception of the iterator is raised where its item would have come. Closing ends the thread.
     """
-    ready, stopped = queue.Queue(maxsize=READ_AHEAD), threading.Event()
+    ready: queue.Queue = queue.Queue(maxsize=READ_AHEAD)
+    stopped = threading.Event()
 
     def put(item):
         while not stopped.is_set():

@@ -24,7 +24,8 @@ def recompute_segments(fn, segment, sequence, states=(), params=()):
         y (batch, tokens, ...), the final states, and a function that computes y again from the saved inputs.
         Gradients of `params` are summed over the segments in float32 or better.
     """
-    borders = []  # the states entering each segment: found by whoever computes forward in the backward pass, used once
+    # the states entering each segment: found by whoever computes forward in the backward pass, used once
+    borders: list = []
 
     def again():
         y, _, borders[:] = _forward(fn, segment, sequence, states, params)
@@ -57,7 +58,7 @@ class _RecomputeSegments(torch.autograd.Function):
             ctx.borders[:] = [()] * max(1, -(-grad_y.shape[1] // ctx.segment))  # no states: nothing to find
         elif not ctx.borders:
             ctx.borders[:] = _forward(ctx.fn, ctx.segment, *_split(tensors, ctx.parts))[2]
-        grads = [
+        grads: list = [
             None if not need else torch.empty_like(t) if i < num_sequence else torch.zeros_like(t, dtype=_wide(t.dtype))
             for i, (t, need) in enumerate(zip(tensors, needed, strict=True))
         ]

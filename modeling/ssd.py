@@ -96,10 +96,10 @@ def ssd_scan(x, dt, A, B, C, D, ssm_state, chunk_size=SCAN_CHUNK):
     for own, decay in zip(added.unbind(1), chunk_decay.unbind(1), strict=True):
         at_start.append(ssm_state)
         ssm_state = torch.addcmul(own, decay, ssm_state)
-    at_start = torch.stack(at_start, dim=1).view(b, c, g, r * p, n)
+    starts = torch.stack(at_start, dim=1).view(b, c, g, r * p, n)
 
     # 4. What the state at the start of a chunk says at each of its tokens.
-    from_state = (C @ at_start.transpose(-1, -2)).view(b, c, g, q, r, p).transpose(2, 3)
+    from_state = (C @ starts.transpose(-1, -2)).view(b, c, g, q, r, p).transpose(2, 3)
     y = torch.addcmul(skip, from_state, log_decay.exp()[..., None]) + y.permute(0, 1, 4, 2, 3, 5)
     return y.reshape(b, c * q, h, p)[:, :t], ssm_state
 

@@ -66,7 +66,7 @@ def scan_kernels():
         if spec is None:
             raise ImportError("the package mamba-ssm is not installed")
         stand_in = types.ModuleType("mamba_ssm")
-        stand_in.__path__ = list(spec.submodule_search_locations)
+        stand_in.__path__ = list(spec.submodule_search_locations or ())
         sys.modules["mamba_ssm"] = stand_in
     try:
         names = ("ssd_combined", "selective_state_update", "layernorm_gated")
@@ -126,7 +126,7 @@ def kernel_core(shape, conv, projected, mask, states, params):
     """
     if projected.shape[1] == 1 and not torch.is_grad_enabled() and shape.time_step_limit == (0.0, float("inf")):
         return *_step(shape, conv, projected, mask, states, params), None
-    kept = []
+    kept: list[torch.Tensor] = []
 
     def again():
         return _gated_norm(shape, kept[0], projected, params[-1])[0]
@@ -166,7 +166,7 @@ class _KernelCore(torch.autograd.Function):
         conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
         A = -A_log.float().exp()
         grad_projected = torch.empty_like(projected)
-        sums = [None if p is None else torch.zeros_like(p, dtype=torch.float32) for p in params]
+        sums: list = [None if p is None else torch.zeros_like(p, dtype=torch.float32) for p in params]
         for span in reversed(_spans(projected, shape)):
             ssm_state, conv_state = borders.pop(), borders.pop()
             piece, grad_piece = _call(projected, span), _call(grad_projected, span)
@@ -183,7 +183,7 @@ class _KernelCore(torch.autograd.Function):
             wanted = [x_B_C, conv_weight, conv_bias, conv_state]
             wanted = [None if t is None else t.detach().requires_grad_() for t in wanted]
             with torch.enable_grad():
-                convolved, new_conv_state = _convolve(ctx.conv, *wanted, where)
+                convolved, new_conv_state = _convolve(ctx.conv, wanted[0], wanted[1], wanted[2], wanted[3], where)
             operands = _scanned(convolved.detach(), _masked(dt, where), A, shape)
             grad_convolved = torch.empty(convolved.shape, dtype=convolved.dtype, device=convolved.device)
             grad_A, grad_D, grad_dt_bias, grad_ssm_state = _scan_backward(

@@ -74,6 +74,9 @@ class VideoMemory(VideoMemoryAnswers):
     def at(self, seconds=None, minutes=None):
         """The memory as it was at a time for which `watch` was asked to keep a snapshot.
 
+        Args:
+            seconds, minutes: of the whole that was watched; one of the two.
+
         Returns:
             A `VideoMemory` of its own, of the frames up to that time.
 
@@ -185,7 +188,7 @@ class VideoMemory(VideoMemoryAnswers):
         fps = processor.video_processor.fps if fps is None else fps
         opened = [memory._open(source, fps, 0.0, None, None) for memory, source in zip(memories, sources, strict=True)]
         expected, done, size = sum(count for _, _, count in opened), 0, memories[0]._frames_per_call
-        batches = [read_ahead(iter(lambda f=frames: list(islice(f, size)), [])) for _, frames, _ in opened]
+        batches = [read_ahead(_batches(frames, size)) for _, frames, _ in opened]
         try:
             while True:
                 parts = [next(batch, None) for batch in batches]
@@ -200,8 +203,6 @@ class VideoMemory(VideoMemoryAnswers):
             for batch in batches:
                 batch.close()
         for memory, (name, _, _) in zip(memories, opened, strict=True):
-            if not memory.num_frames:
-                raise ValueError(f"{name}: no frame of it could be read")
             end_s = memory.num_frames / fps
             seen = {"name": name, "fps": fps, "start_s": 0.0, "offset_s": 0.0}
             memory.sources = [{**seen, "num_frames": memory.num_frames, "end_s": end_s}]
@@ -342,7 +343,7 @@ class VideoMemory(VideoMemoryAnswers):
     # --- keeping -----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder):
-        """Write the memory to a folder, whole or not at all: safetensors and JSON.
+        """Write the memory to `folder`, whole or not at all: safetensors and JSON.
 
         Raises:
             OSError: it cannot be written; what was there before is still there.
@@ -365,7 +366,7 @@ class VideoMemory(VideoMemoryAnswers):
 
     @classmethod
     def from_pretrained(cls, folder, model, processor):
-        """A memory that `save_pretrained` wrote.
+        """A memory that `save_pretrained` wrote to `folder`, for the `model` and `processor` it was made with.
 
         Raises:
             ValueError: no memory there, a damaged one, one of a newer format, or one of another model or processor.
@@ -389,3 +390,9 @@ class VideoMemory(VideoMemoryAnswers):
 
 def _label(time_s):
     return f"snapshot-{time_s!r}"
+
+
+def _batches(items, size):
+    """Lists of `size` items, the last one maybe shorter."""
+    while batch := list(islice(items, size)):
+        yield batch

@@ -1,6 +1,7 @@
 """The asking half of `VideoMemory`: questions answered from copies of the states a video left behind."""
 
 import threading
+from typing import Any
 
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
@@ -9,7 +10,12 @@ MAX_QUESTION_TOKENS = 8192
 
 
 class VideoMemoryAnswers:
-    """Needs `model`, `processor`, `dialogue`, and `_cache`, the states after the video, which it never changes."""
+    """Answers from `_cache`, the states after the video, which it never changes."""
+
+    model: Any
+    processor: Any
+    dialogue: list[dict]
+    _cache: Any
 
     def ask(self, question, *, stream=False, **generate_kwargs):
         """Answer from a copy of the states; the memory stays as it is.
@@ -40,7 +46,11 @@ class VideoMemoryAnswers:
         return answers[0] if isinstance(question, str) else answers
 
     def chat(self, message, *, stream=False, **generate_kwargs):
-        """As `ask`, but what was said before stands in the prompt, and this is added to `dialogue`."""
+        """As `ask` one question, but what was said before stands in the prompt, and `message` is added to `dialogue`.
+
+        Raises:
+            ValueError: an empty message.
+        """
         if not message.strip():
             raise ValueError("the message is empty")
         dialogue = [*self.dialogue, {"role": "user", "content": message}]
@@ -59,11 +69,11 @@ class VideoMemoryAnswers:
         return pieces()
 
     def num_prompt_tokens(self, question):
-        """Tokens of the prompt after the video."""
+        """Tokens of the prompt of `question` after the video."""
         return len(self._tail([{"role": "user", "content": question}]))
 
     def generate(self, questions, **generate_kwargs):
-        """The token ids of the answers to a list of questions: int64 (new tokens,) each."""
+        """The token ids of the answers to a list of `questions`: int64 (new tokens,) each. The rest is as of `ask`."""
         return self._generate([[{"role": "user", "content": text}] for text in questions], generate_kwargs)
 
     @torch.no_grad()
@@ -71,7 +81,7 @@ class VideoMemoryAnswers:
         """How likely the model finds each of some answers to a question.
 
         Args:
-            answers: texts; none may be empty.
+            question: a text. answers: texts; none may be empty.
 
         Returns:
             float32 (answers,), natural logarithms of the probability of all tokens of an answer, without the end of

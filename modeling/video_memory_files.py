@@ -60,6 +60,7 @@ def write_memory(folder, model, processor, *, caches, timestamps_s, described):
             "num_tokens_of": {name: cache.num_tokens for name, cache in caches.items()},
             **described,
         }
+        described["sha256"] = _hash(described)
         partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         partial.replace(folder / CONFIG_NAME)  # from here on it is the new memory, all at once
     except BaseException as error:
@@ -94,6 +95,8 @@ def read_memory(folder, model, processor):
         raise ValueError(
             f"{folder}: a memory of format {version!r}; this version of the library reads format {FORMAT_VERSION}"
         )
+    if described.pop("sha256", None) != _hash(described):
+        raise ValueError(f"{folder / CONFIG_NAME}: damaged; watch the video again")
     for name, value in _identity(model, processor).items():
         if described.get(name) != value:
             raise ValueError(

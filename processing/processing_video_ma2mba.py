@@ -112,7 +112,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values_videos", "pixel_values"]
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # the options it takes are ours, by name
         self,
         conversation: Sequence[dict] | Sequence[Sequence[dict]],
         chat_template: str | None = None,
@@ -122,7 +122,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         return_dict: bool = True,
         processor_kwargs: dict | None = None,
         **options: Unpack[VideoMa2mbaProcessorOptions],
-    ) -> str | list[str] | torch.Tensor | BatchFeature:
+    ) -> Any:
         """Renders conversations, and by `tokenize=True` makes the model's inputs of them.
 
         Args:
@@ -145,7 +145,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             VideoReadError: A video cannot be read.
         """
         is_batch = bool(conversation) and not isinstance(conversation[0], dict)
-        conversations = list(conversation) if is_batch else [conversation]
+        conversations: list[Any] = list(conversation) if is_batch else [conversation]
         rendered = [self._schema.render(messages, add_generation_prompt) for messages in conversations]
         texts = self.tokenizer.apply_chat_template(
             [[*messages] for messages in conversations],
@@ -214,7 +214,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
 
     def _split(self, text: str, queues: dict) -> list[Segment]:
         """Cuts a text where the chat schema would, taking the media of its placeholders from the queues."""
-        kinds = {self.tokenizer.eos_token: "end", self.video_token: "video", self.image_token: "image"}
+        kinds: dict[str, Any] = {self.tokenizer.eos_token: "end", self.video_token: "video", self.image_token: "image"}
         marks = "|".join(map(re.escape, [*kinds, *TAGS.values()]))
         segments = []
         for piece in re.split(f"({marks})", text):
@@ -250,7 +250,8 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         sampling = {"fps": fps, "max_frames": max_frames, "start_s": start_s, "end_s": end_s, "strict": strict}
         encoded = [self._encode_row(segments, split_special_tokens, sampling) for segments in rows]
 
-        data = {"input_ids": [row.ids for row in encoded], "attention_mask": [[1] * len(row.ids) for row in encoded]}
+        data: dict[str, Any] = {"input_ids": [row.ids for row in encoded]}
+        data["attention_mask"] = [[1] * len(row.ids) for row in encoded]
         fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
         if return_labels:
             data["labels"] = [row.labels for row in encoded]
@@ -280,15 +281,18 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         for segment in segments:
             if segment.kind == "text":
                 row.append(next(tokenized), segment.supervised)
-            elif segment.kind == "end":
+                continue
+            if segment.kind == "end":
                 row.append([self.tokenizer.eos_token_id], segment.supervised)
-            elif segment.kind == "image":
-                row.images.append(self.video_processor.load_image(media_source(segment.entry)))
+                continue
+            entry = segment.entry or {}
+            if segment.kind == "image":
+                row.images.append(self.video_processor.load_image(media_source(entry)))
                 row.append([self.image_token_id] * self.tokens_per_frame)
             else:
-                own = {key: segment.entry[key] for key in _SAMPLING_KEYS if segment.entry.get(key) is not None}
+                own = {key: entry[key] for key in _SAMPLING_KEYS if entry.get(key) is not None}
                 video = self.video_processor.load(
-                    media_source(segment.entry), timestamps=segment.entry.get("timestamps"), **{**sampling, **own}
+                    media_source(entry), timestamps=entry.get("timestamps"), **{**sampling, **own}
                 )
                 row.videos.append(video.frames)
                 row.timestamps.append(video.timestamps_s)

@@ -57,12 +57,23 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         fps: Frames per second of video time taken from files where a call does not say otherwise. The paper's rate by
             default.
 
+    Raises:
+        ValueError: A size that is no square, or an unknown resize_mode.
+
     Files are scaled by libswscale while they are decoded, frames in memory by torch's antialiased bicubic filter. Both
     are the same filter up to rounding, but libswscale scales the colour planes before they become RGB.
     """
 
-    valid_kwargs = VideoMa2mbaVideoKwargs
+    valid_kwargs = VideoMa2mbaVideoKwargs  # type: ignore[assignment]  # declared for images alone
     model_input_names = ["pixel_values_videos"]  # noqa: RUF012 (as transformers declares it)
+    # set by the base class from the arguments
+    size: dict[str, int]
+    resize_mode: str
+    do_rescale: bool
+    do_normalize: bool
+    image_mean: list[float]
+    image_std: list[float]
+    fps: float
 
     def __init__(
         self,
@@ -80,7 +91,7 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"size must be a number of pixels or a square {{'height': n, 'width': n}}, got {size}.")
         if resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode must be one of {', '.join(RESIZE_MODES)}, got {resize_mode!r}.")
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]  # it keeps settings that it does not know
             size={"height": side, "width": side},
             resize_mode=resize_mode,
             do_rescale=do_rescale,
@@ -123,7 +134,9 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             `pixel_values_videos`: (videos, frames, 3, side, side), uint8, or float32 after rescaling. Shorter videos
             end in zero frames.
         """
-        options = {"fps": fps, "max_frames": max_frames, "start_s": start_s, "end_s": end_s, "strict": strict}
+        options: dict[str, Any] = {
+            "fps": fps, "max_frames": max_frames, "start_s": start_s, "end_s": end_s, "strict": strict,
+        }  # fmt: skip
         loaded = [self.load(video, **options) for video in flatten_videos(videos)]
         pixels = stack_rows([video.frames for video in loaded])
         pixels = self.rescale_and_normalize_frames(pixels, do_rescale, do_normalize)
@@ -142,7 +155,11 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         end_s: float | None = None,
         strict: bool = False,
     ) -> VideoFrames:
-        """Like `read_frames`, with frames of the size the model wants: pixels are (side, side, 3) uint8."""
+        """Like `read_frames`, with frames of the size the model wants: pixels are (side, side, 3) uint8.
+
+        Args:
+            path, fps, max_frames, start_s, end_s, strict: See `load` and `read_frames`.
+        """
         fps = self.fps if fps is None else fps
         size = self._size_before_squaring
         frames = read_frames(path, fps, max_frames=max_frames, start_s=start_s, end_s=end_s, resize=size, strict=strict)
@@ -230,7 +247,7 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
     def _collect(self, frames: VideoFrames) -> LoadedVideo:
         """All frames of an iterator in one tensor, allocated once: stacking a list would need the memory twice."""
         pixels = torch.empty((frames.num_frames, 3, self.side, self.side), dtype=torch.uint8)
-        timestamps = []
+        timestamps: list[float] = []
         for frame in frames:
             pixels[len(timestamps)] = torch.from_numpy(frame.pixels).permute(2, 0, 1)
             timestamps.append(frame.timestamp_s)

@@ -21,7 +21,7 @@ Only PyAV and NumPy are needed here.
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -33,7 +33,7 @@ try:
     import av
     from av.video.reformatter import VideoReformatter
 except ImportError:  # the folder must stay loadable without PyAV: frames may also come as arrays
-    av = None
+    av = None  # type: ignore[assignment]  # `video_source` says what to install
 
 Size = tuple[int, int]  # height, width
 
@@ -65,7 +65,7 @@ class VideoFrames(Iterator[VideoFrame]):
         num_frames: How many frames will come, for progress bars and for allocating; a truncated file yields fewer.
     """
 
-    def __init__(self, info: VideoInfo, num_frames: int, frames: Iterator[VideoFrame]):
+    def __init__(self, info: VideoInfo, num_frames: int, frames: Generator[VideoFrame, None, None]):
         self.info = info
         self.num_frames = num_frames
         self._frames = frames
@@ -164,13 +164,14 @@ def _as_fraction(number: float) -> Fraction:
 
 def _decode(
     info: VideoInfo, times: Iterator[Fraction], num_frames: int, *, resize, seek: bool, strict: bool
-) -> Iterator[VideoFrame]:
+) -> Generator[VideoFrame, None, None]:
     """Opens the file anew and yields the frame shown at each of the `num_frames` ascending `times` (seconds)."""
     with VideoSource(info.path) as source:
         # Frame threads keep the cores busy in a sequential run, but delay the first frame after every seek.
         source.stream.thread_type = "SLICE" if seek else "AUTO"
         reformatter = VideoReformatter()
-        num_picked, last, pixels, orientation = 0, None, None, None
+        num_picked = 0
+        last, orientation = None, None
         for frame in _pick(source, map(source.ticks, times), seek):
             if orientation is None:
                 orientation = orientation_of(frame)

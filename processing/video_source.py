@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 try:
     import av
 except ImportError:  # the folder must stay loadable without PyAV: frames may also come as arrays
-    av = None
+    av = None  # type: ignore[assignment]  # whoever needs it says what to install
 
 _KEYFRAME_WINDOW_S = 30  # how far from the beginning keyframes are counted
 
@@ -57,12 +58,14 @@ class VideoSource:
         self.container = self._open()
         try:
             self.stream = self._video_stream()
+            self.time_base = self.stream.time_base or Fraction(1, av.time_base)
             self._fresh = True  # nothing read yet: the beginning needs no seek
-            self._landing, self._same_landings = None, 0
+            self._landing: int | None = None
+            self._same_landings = 0
             self.origin = self.end = self.stream.start_time or 0  # rule 1; `end` grows with what is decoded
             rate = self.stream.average_rate or self.stream.guessed_rate
             self.average_fps = float(rate) if rate else None
-            self.frame_ticks = round(1 / (rate * self.stream.time_base)) if rate else 0
+            self.frame_ticks = round(1 / (rate * self.time_base)) if rate else 0
         except BaseException:
             self.container.close()
             raise
@@ -76,12 +79,12 @@ class VideoSource:
     def ticks(self, seconds: Fraction) -> int:
         """The last tick at or before a time."""
         # The thousandth lets a time that was a tick before it became a float be that tick again.
-        return self.origin + math.floor(seconds / self.stream.time_base + Fraction(1, 1000))
+        return self.origin + math.floor(seconds / self.time_base + Fraction(1, 1000))
 
     def seconds(self, ticks: int) -> float:
-        return float((ticks - self.origin) * self.stream.time_base)
+        return float((ticks - self.origin) * self.time_base)
 
-    def reopen(self, thread_type: str) -> None:
+    def reopen(self, thread_type: Any) -> None:
         """Begins anew, with other threads."""
         self.container.close()
         self.container = self._open()
@@ -96,7 +99,9 @@ class VideoSource:
         """
         window = self.ticks(Fraction(_KEYFRAME_WINDOW_S))
         limit = math.inf if stop_at_gap is None else self.ticks(stop_at_gap) - self.origin
-        frame, keyframe, gap, end = None, None, None, None
+        frame, gap = None, None
+        keyframe: int | None = None
+        end: int | None = None
         for packet in self._packets():
             if frame is None:
                 frame = next(iter(self._frames_of(packet)), None)
@@ -122,7 +127,7 @@ class VideoSource:
             height=frame.width if transposed else frame.height,
             average_fps=self.average_fps,
             num_frames=self.stream.frames or None,
-            keyframe_interval_s=None if gap is None else float(gap * self.stream.time_base),
+            keyframe_interval_s=None if gap is None else float(gap * self.time_base),
         )
 
     def frames_from(self, target: int) -> Iterator["av.VideoFrame"]:
@@ -136,7 +141,7 @@ class VideoSource:
             if at_origin or (first is not None and first.pts <= target):
                 break
             # Indexes hold decoding times: with B-frames a seek can land on a keyframe shown after its target.
-            back = 2 * back or math.ceil(1 / self.stream.time_base)
+            back = 2 * back or math.ceil(1 / self.time_base)
         if first is not None:
             yield first
             yield from frames
@@ -234,6 +239,11 @@ class VideoSource:
         for stream in self.container.streams.video:
             # The cover picture of a song counts as a video stream in FFmpeg, not here.
             if not stream.disposition & av.stream.Disposition.attached_pic:
+                if stream.codec_context is None:
+                    raise VideoReadError(
+                        f"{self.name}: its pictures are in a format that this FFmpeg cannot decode. Convert it to mp4, "
+                        "or, if it should be one, copy or download it again."
+                    )
                 return stream
         kinds = sorted({stream.type for stream in self.container.streams})
         raise VideoReadError(
@@ -259,11 +269,11 @@ class VideoSource:
             raise VideoReadError(
                 f"{self.name}: the frames carry no times. Put them into a container: ffmpeg -i INPUT -c copy OUTPUT.mp4"
             )
-        return max(declared or 0, 0 if end is None else (end - self.origin) * self.stream.time_base)
+        return max(declared or Fraction(0), Fraction(0) if end is None else (end - self.origin) * self.time_base)
 
     def _declared_duration(self) -> Fraction | None:
         if self.stream.duration:
-            return self.stream.duration * self.stream.time_base
+            return self.stream.duration * self.time_base
         try:  # Matroska: 00:01:02.345000000
             hours, minutes, seconds = map(Fraction, self.stream.metadata.get("DURATION", "").split(":"))
             return hours * 3600 + minutes * 60 + seconds
@@ -278,7 +288,8 @@ def orientation_of(frame: "av.VideoFrame") -> tuple[bool, bool, bool]:
     PyAV's side data and its frame hold each other, so a frame once asked lives until the next garbage collection.
     """
     try:
-        matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), dtype=np.int32)
+        side_data: Any = frame.side_data
+        matrix = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), dtype=np.int32)
     except KeyError:
         return False, False, False
     a, b, _, c, d = (int(value) for value in matrix[:5])

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file beside `path`, then put it in its place."""
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    partial = path.with_name(f".{path.name}.partial")  # one name: what a killed process left is written over
     try:
         write(partial)
         os.replace(partial, path)

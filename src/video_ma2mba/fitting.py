@@ -100,15 +100,17 @@ class Case:
         if options is None:
             return None, peak_bytes_without(self.config, self.batch_size, num_tokens, **batch)
         budget = self.gpu_bytes - RESERVED_BYTES - self.fixed(options, num_frames).total
-        bounds = {"host_memory_budget_bytes": self.host_bytes} if options.get("offload") else {}
-        shape = (self.config, self.batch_size, num_tokens)
+        batch |= options
+        bounds: dict[str, Any] = {"memory_budget_bytes": budget}
+        if options.get("offload"):
+            bounds["host_memory_budget_bytes"] = self.host_bytes
         if budget > 0:
             try:
-                found = plan_checkpoints(*shape, memory_budget_bytes=budget, **bounds, **options, **batch)
+                found = plan_checkpoints(self.config, self.batch_size, num_tokens, **bounds, **batch)
                 return found, found.predicted_peak_bytes
             except InfeasibleMemoryBudget:
                 pass
-        found = plan_checkpoints(*shape, **options, **batch)
+        found = plan_checkpoints(self.config, self.batch_size, num_tokens, **batch)
         return found, found.predicted_peak_bytes
 
     def fits(self, options: dict | None, num_frames: int, num_tokens: int) -> bool:

@@ -1,5 +1,6 @@
 """Finding and loading a model for someone who typed its name: errors say what to do."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,13 +39,14 @@ def reading(name: str | Path, what: str) -> Iterator[None]:
     """Files of `name` are read in here by libraries, each of which has errors of its own for one that is damaged.
 
     Raises:
-        ValueError: In place of what is neither a ValueError nor an OSError already.
+        ValueError: In place of what is neither a ValueError nor an OSError already, or does not say which file it is.
     """
     try:
         yield
-    except (ValueError, OSError):
-        raise
     except Exception as error:
+        is_nameless = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+        if isinstance(error, ValueError | OSError) and not is_nameless:
+            raise
         said = " ".join(str(error).split())
         raise ValueError(f"{name}: {what} cannot be loaded, a file is damaged: {said}") from error
 

@@ -56,4 +56,4 @@ def in_measured_process(module: str, *arguments: object) -> Any:
 def _resident(name: str) -> int:
     """Bytes of a line of /proc/self/status: "VmRSS" is resident now, "VmHWM" was at most."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
+    return 1024 * int(re.findall(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[0])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from video_ma2mba.data.formats import detect
+from video_ma2mba.data.formats import FORMATS, detect
 from video_ma2mba.data.prepare import prepare
 
 SYSTEM = "<|system|>You are a helpful assistant.<|endoftext|>"
@@ -293,3 +293,95 @@ def test_plain_questions_and_answers(tmp_path, media, rendered):
         SYSTEM + "<|user|><video>\nWhat is this?<|endoftext|><|assistant|>a blue cross<|endoftext|>"
     ]
     assert places(report) == [("questions.jsonl:2", "malformed")]
+
+
+SCENE = {"start_frame": 0, "end_frame": 50, "start_fps": 25, "end_fps": 25}
+OPTIONS = {f"a{i}": str(i) for i in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("form", "record", "message"),
+    [
+        ("llava", ["no object"], "a record must be an object"),
+        ("llava", {"id": 1}, "needs a list under 'conversations'"),
+        ("llava", {"video": "a", "image": "b", "conversations": []}, "either a video or images"),
+        ("llava", {"video": ["a", "b"], "conversations": []}, "'video' must be a path"),
+        ("llava", {"image": [3], "conversations": []}, "'image' must be a path"),
+        ("llava", {"image": ["1", "2"], "conversations": pair("<image> Which?", "1")}, "1 placeholder(s) for 2 images"),
+        ("llava", {"conversations": ["Hello"]}, "a turn must be an object"),
+        ("llava", {"conversations": [{"from": "human", "value": 3}]}, "the text of a turn must be a string"),
+        ("messages", {"messages": "Hello"}, "needs a list under 'messages'"),
+        ("messages", {"messages": [{"role": "judge", "content": ""}]}, "a message needs a role"),
+        ("messages", {"messages": [{"role": "user", "content": 3}]}, "a content must be a text or a list"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "a text, a video or an image"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "needs one path"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "video", "path": "a", "start_s": 1}]}]},
+            "needs both start_s and end_s",
+        ),
+        ("plain", {"question": "?", "answer": "a", "video": "v", "image": "i"}, "either a 'video' or an 'image'"),
+        ("scenewalk", {"id": 1}, "lists under 'scenes' and 'conversations'"),
+        ("scenewalk", {"video": "v", "scenes": ["x"], "conversations": pair("?", "a")}, "a scene must be an object"),
+        ("scenewalk", {"video": "v", "scenes": [{}], "conversations": pair("?", "a")}, "needs start_frame"),
+        ("scenewalk", {"video": "v", "scenes": [SCENE], "conversations": [3, 4]}, "no caption"),
+        ("scenewalk", {"video": "v", "scenes": [], "conversations": ["x"]}, "neither a pair of turns"),
+        ("nextqa", {"video": "v", "question": "q", "qid": "1", "answer": "x", **OPTIONS}, "the number of an option"),
+        ("nextqa", {"video": "v", "question": "q", "qid": "1", "answer": 5, **OPTIONS}, "answer 5 of 5 options"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_said(tmp_path, form, record, message):
+    (problem,) = FORMATS[form](write_lines(tmp_path / "records.jsonl", record))
+    assert (problem.where, problem.reason) == ("records.jsonl:1", "malformed")
+    assert message in problem.message
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"mc_question": 3}, "needs a list under 'mc_question'"),
+        ({"mc_question": [{"question": "?"}]}, "a question needs 'options'"),
+        (
+            {"metadata": {}, "mc_question": [{"question": "?", "options": ["a", "b"], "answer_id": 0}]},
+            "needs its frame_rate",
+        ),
+    ],
+)
+def test_perception_test_says_what_is_wrong(tmp_path, entry, message):
+    write_json(tmp_path / "cut_frame_mapping_train.json", {"video_7": 90})
+    (problem,) = FORMATS["perception-test"](write_json(tmp_path / "questions.json", {"video_7": entry}))
+    assert message in problem.message
+
+
+def test_activitynet_qa_without_its_answers(tmp_path):
+    asked = [{"video_name": "a", "question": "is it", "question_id": "v_a_1"}]
+    (problem,) = FORMATS["activitynet-qa"](write_json(tmp_path / "train_q.json", asked))
+    assert problem.message == "its answers are not beside it: train_a.json"
+
+
+def test_scenes_with_written_times(tmp_path):
+    row = clip_row(0, 0, 2, "A wheel turns.")
+    row["time_stamp"] = {"start_time": "00:00:01.500", "end_time": "01:02"}
+    (record,) = FORMATS["scenewalk-clips"](write_lines(tmp_path / "train.jsonl", row))
+    (entry,) = record.media()
+    assert (entry["start_s"], entry["end_s"]) == (1.5, 62.0)
+
+
+def test_an_answer_before_the_first_question_is_left_out(tmp_path):
+    turns = [{"from": "gpt", "value": "Hello."}, *pair("Who?", "I.")]
+    (record,) = FORMATS["llava"](write_lines(tmp_path / "a.jsonl", {"id": "x", "conversations": turns}))
+    assert [message["role"] for message in record.messages] == ["user", "assistant"]
+
+
+def test_a_parquet_file_that_is_none(tmp_path):
+    source = tmp_path / "train.parquet"
+    source.write_bytes(b"nothing of the kind")
+    (problem,) = FORMATS["scenewalk-clips"](source)
+    assert "not a Parquet file" in problem.message
+
+
+def test_perception_test_without_cups(tmp_path):
+    asked = {"id": 3, "question": "Who?", "options": ["a", "b"], "answer_id": 0}
+    (record,) = FORMATS["perception-test"](write_json(tmp_path / "a.json", {"video_7": {"mc_question": [asked]}}))
+    assert record.id == "video_7_3"
+    assert "end_s" not in next(record.media())

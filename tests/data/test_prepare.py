@@ -1,10 +1,7 @@
 """What is left out, and why; runs that were interrupted; frames that are stored."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
+import os
 from itertools import pairwise
 
 import pytest
@@ -14,6 +11,8 @@ from video_ma2mba.cli import main
 from video_ma2mba.data.collator import INFO, VideoChatCollator
 from video_ma2mba.data.manifest import load_manifest
 from video_ma2mba.data.prepare import prepare
+
+from ..killed import run_killed
 
 VIDEO = {"type": "video", "path": "good.mp4"}
 
@@ -118,6 +117,32 @@ def test_stored_frames_stand_in_for_the_video(tmp_path, media, processor, encodi
     # and frames stored with other settings are not mistaken for these
     batch = VideoChatCollator(processor, fps=0.5, with_info=True)([load_manifest(tmp_path / "cached")[0]])
     assert "have fps 1.0, and 0.5 is wanted" in batch[INFO][0]["error"]
+    for damaged in ("*.safetensors", "index.json"):  # which costs the sample, and not the run
+        next((tmp_path / "cached" / "frames").rglob(damaged)).write_bytes(b"{")
+        batch = VideoChatCollator(processor, with_info=True)([load_manifest(tmp_path / "cached")[0]])
+        assert "damaged" in batch[INFO][0]["error"]
+
+
+def test_a_video_that_does_not_decode_leaves_no_frames(tmp_path, media, processor, monkeypatch):
+    source, root = write(tmp_path / "a.jsonl", {"id": "x", "messages": chat(VIDEO, text("?"))}), media("good.mp4")
+
+    def open_video(*args, **kwargs):
+        raise ValueError("broken in the middle")
+
+    monkeypatch.setattr(processor.video_processor, "open_video", open_video)
+    cache = {"processor": processor.video_processor, "fps": 1.0, "encoding": "raw"}
+    report = prepare(source, root, tmp_path / "out", cache=cache)
+    assert report["records"]["left_out"] == {"unreadable medium": 1}
+    assert list((tmp_path / "out" / "frames").iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "content"), [("manifest.jsonl", '{"id": "x'), ("dataset.json", "{}")])
+def test_a_damaged_manifest_is_refused(tmp_path, media, name, content):
+    source = write(tmp_path / "a.jsonl", {"id": "x", "messages": chat(VIDEO, text("?"))})
+    prepare(source, media("good.mp4"), tmp_path / "out")
+    (tmp_path / "out" / name).write_text(content)
+    with pytest.raises(ValueError, match="data prepare"):
+        load_manifest(tmp_path / "out")
 
 
 def test_clips_in_a_row_show_every_frame_once(tmp_path, media, processor):
@@ -138,18 +163,14 @@ def test_a_killed_run_goes_on_where_it_stood(tmp_path, media):
     root = media(*names)
     records = [{"id": n, "messages": chat({"type": "video", "path": n}, text("?"))} for n in names]
     source, out = write(tmp_path / "a.jsonl", *records), tmp_path / "out"
-    command = [sys.executable, "-m", "video_ma2mba.cli", "data", "prepare", str(source), "--media-root", str(root)]
-    killed = subprocess.Popen([*command, "-o", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["data", "prepare", str(source), "--media-root", str(root), "-o", str(out)]
+    run_killed(command, "video_ma2mba.data.media:probe_video", after=5)
     remembered = out / "media.jsonl"
-    while killed.poll() is None and not (remembered.is_file() and remembered.stat().st_size > 200):
-        time.sleep(0.001)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    if not (out / "manifest.jsonl").exists():
-        assert remembered.stat().st_size > 0
+    assert len(remembered.read_text().strip().splitlines()) == 5
+    assert not (out / "manifest.jsonl").exists()
     with remembered.open("a") as file:
         file.write('{"kind": "video", "path": "1.m')  # as a write that was cut off
-    assert main(["data", "prepare", str(source), "--media-root", str(root), "-o", str(out)]) == 0
+    assert main(command) == 0
     assert sorted(load_manifest(out)["id"]) == sorted(names)
     known = [line for line in remembered.read_text().splitlines() if line.endswith("}")]
     assert len(known) == len(names)  # none was looked at twice
@@ -165,3 +186,78 @@ def test_the_command_says_what_it_did(tmp_path, media, capsys):
     assert "left out, empty conversation: 1" in printed.err
     assert main(["data", "prepare", str(source), "--media-root", str(root / "no"), "-o", str(tmp_path / "o")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_the_command_stores_frames_that_training_then_reads(tmp_path, media, model_folder, processor, capsys):
+    source, root = write(tmp_path / "a.jsonl", {"id": "x", "messages": chat(VIDEO, text("?"))}), media("good.mp4")
+    command = ["data", "prepare", str(source), "--media-root", str(root), "-o", str(tmp_path / "out")]
+    for _ in range(2):  # the second time they are there already
+        assert main([*command, "--cache-frames", "raw", "--model", model_folder]) == 0
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["cached_frames"] == 6
+    assert main([*command, "--cache-frames", "raw", "--model", model_folder, "--fps", "2"]) == 0
+    (problem,) = json.loads((tmp_path / "out" / "report.json").read_text())["problems"]
+    assert "have fps 1.0, and 2.0 is wanted" in problem["message"]
+    assert main([*command, "--model", model_folder]) == 0
+    (root / "good.mp4").unlink()
+    (row,) = load_manifest(tmp_path / "out")
+    assert VideoChatCollator(processor)([row])["pixel_values_videos"].shape == (1, 6, 3, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "webvids"], "--format webvids: known are llava, messages"),
+        (["--max-hours", "0"], "must be positive"),
+        (["--fps", "-1"], "must be positive"),
+    ],
+)
+def test_the_command_refuses_nonsense(tmp_path, media, capsys, options, message):
+    source = write(tmp_path / "a.jsonl", {"id": "x", "messages": chat(VIDEO, text("?"))})
+    command = ["data", "prepare", str(source), "--media-root", str(media("good.mp4")), "-o", str(tmp_path / "out")]
+    assert main([*command, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_video_that_breaks_while_its_frames_are_stored_is_left_out(tmp_path, media, processor):
+    root = media("good.mp4", "bad.mp4")
+    records = [{"id": n, "messages": chat({"type": "video", "path": f"{n}.mp4"}, text("?"))} for n in ("good", "bad")]
+    source = write(tmp_path / "a.jsonl", *records)
+    prepare(source, root, tmp_path / "out")  # both open, which is remembered
+    looks = (root / "bad.mp4").stat()
+    (root / "bad.mp4").write_bytes(bytes(looks.st_size))
+    os.utime(root / "bad.mp4", ns=(looks.st_atime_ns, looks.st_mtime_ns))
+    cache = {"processor": processor.video_processor, "fps": 1.0, "encoding": "raw"}
+    report = prepare(source, root, tmp_path / "out", cache=cache)
+    assert report["records"] == {"read": 2, "kept": 1, "left_out": {"unreadable medium": 1}}
+    assert [row["id"] for row in load_manifest(tmp_path / "out")] == ["good"]
+
+
+def test_what_is_no_prepared_folder_is_named(tmp_path, media):
+    with pytest.raises(ValueError, match="no prepared data set"):
+        load_manifest(tmp_path)
+    source = write(tmp_path / "a.jsonl", {"id": "x", "messages": chat(VIDEO, text("?"))})
+    prepare(source, media("good.mp4"), tmp_path / "out")
+    (tmp_path / "out" / "manifest.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"neither manifest\.jsonl nor"):
+        load_manifest(tmp_path / "out")
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        prepare(tmp_path / "nothing", tmp_path, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no .*\.jsonl"):
+        prepare(tmp_path / "empty", tmp_path, tmp_path / "out")
+
+
+def test_open_questions_and_repeated_ones_are_left_out(tmp_path, media):
+    open_end = [*chat(VIDEO, text("First?")), {"role": "user", "content": [text("Second?")]}]
+    shown = [{"role": "user", "content": [text("?")]}, {"role": "assistant", "content": [VIDEO, text("There.")]}]
+    records = [
+        {"id": "open", "messages": open_end},
+        {"id": "again", "messages": chat(VIDEO, text("First?"), answer="No.")},
+        {"id": "shown", "messages": shown},
+    ]
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n\n".join(map(json.dumps, records)))  # blank lines are no records
+    report = prepare(source, media("good.mp4"), tmp_path / "out")
+    assert report["records"] == {"read": 3, "kept": 2, "left_out": {"placeholder mismatch": 1}}
+    (row,) = load_manifest(tmp_path / "out")
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]

@@ -86,8 +86,17 @@ def test_needles_of_ones_own(processor, tmp_path):
         (tmp_path / "needles.jsonl").write_text(bad)
         with pytest.raises(ValueError, match=r"needles\.jsonl:1"):
             niah.read_needles(tmp_path, processor)
+    (tmp_path / "needles.jsonl").write_text(json.dumps(lines[0]))
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes().replace(b"IDAT", b"I\0AT"))
+    with pytest.raises(ValueError, match=r"a\.png"):
+        niah.read_needles(tmp_path, processor)
 
 
 def test_a_haystack_that_is_too_short(model, processor, tmp_path):
     with pytest.raises(ValueError, match="has 5 frames, and 10 are asked for"):
         niah.find_needles(model, processor, torch.zeros(5, 3, 28, 28, dtype=torch.uint8), [], [10], [0.0], tmp_path)
+
+
+def test_a_folder_without_needles(processor, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no needles\.jsonl in it"):
+        niah.read_needles(tmp_path, processor)

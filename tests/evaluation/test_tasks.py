@@ -6,12 +6,13 @@ import json
 import datasets
 import pytest
 
-from tests.evaluation.conftest import write
 from video_ma2mba.data.records import Problem
 from video_ma2mba.evaluation.judge import StringJudge
-from video_ma2mba.evaluation.report import make_report
+from video_ma2mba.evaluation.report import make_report, write_report
 from video_ma2mba.evaluation.run import answer_all, find
 from video_ma2mba.evaluation.tasks import TASKS, read_questions
+
+from .conftest import write
 
 
 def score(name, root, model, processor, **options):
@@ -90,6 +91,8 @@ def test_long_video_bench_without_its_key_is_answered_but_not_scored(tmp_path, c
     report, _ = score("longvideobench", tmp_path, model, processor)
     assert report["scores"] == {}
     assert report["num_without_answer_key"] == 1
+    write_report(report, tmp_path)
+    assert not (tmp_path / "report.png").exists()  # there is nothing to draw
     assert json.loads((tmp_path.with_name(f"{tmp_path.name}-output") / "answers.jsonl").read_text())["parsed"] == "B"
 
 
@@ -106,6 +109,12 @@ def test_mv_bench(tmp_path, clips, says, model, processor):
     assert report["num_left_out_of_score"] == 1  # an empty answer is not counted
     assert report["problems"] == {"malformed": 1}
     assert found.questions[0].prompt == "Question:What?\nOption:\n(A) Sit\n(B) Run\nOnly give the best option.\n"
+
+
+def test_mv_bench_is_not_taken_from_the_hub(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [])
+    with pytest.raises(ValueError, match="download it and name its folder with --data"):
+        list(read_questions(TASKS["mvbench"], "OpenGVLab/MVBench"))
 
 
 def test_mv_bench_names_a_file_that_is_no_subtask(tmp_path):

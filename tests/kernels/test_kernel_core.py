@@ -7,7 +7,8 @@ from video_ma2mba.modeling import ssd_kernels
 from video_ma2mba.modeling.mamba2 import LayerState, Mamba2Mixer, init_mamba2_weights
 from video_ma2mba.modeling.ssd import ssd_scan
 
-from ..modeling.reference import assert_gradients_match, leaves, mixer_loop, tiny_config
+from ..modeling.reference import assert_gradients_match, leaves, mixer_loop
+from ..tiny import tiny_config
 
 # The kernels' own error in float32: exp and softplus in single precision, sums over some tens of tokens.
 RTOL_32 = 2e-5

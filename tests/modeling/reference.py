@@ -1,15 +1,14 @@
 """What the tests compare with: Mamba-2 token by token, written from the recurrence, in whatever dtype it is given.
 
-The code under test is imported for the factories of tiny models at the end alone.
+And what they measure with: the largest tensor that operations make, and what is still held of all that they made.
+Nothing of the library is imported here.
 """
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CLIPVisionConfig, Mamba2Config
-
-from video_ma2mba.modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 
 
 def scan_loop(x, dt, A, B, C, D, state):
@@ -109,37 +108,23 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def tiny_config(vision=None, text=None, **kwargs):
-    """A `VideoMa2mbaConfig` of some thousand parameters: 4 tokens per frame of 16 x 16 pixels, two layers.
+class Made(TorchDispatchMode):
+    """Notes the storage of every tensor that an operation gives out, but those of the tensors in `known`."""
 
-    `vision` and `text` override fields of the parts; `vision` may also be a whole config.
-    """
-    if vision is None or isinstance(vision, dict):
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-        vision = CLIPVisionConfig(**{**sizes, "image_size": 16, "patch_size": 4, "projection_dim": 8, **(vision or {})})
-    sizes = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "num_hidden_layers": 2}
-    ids = {"vocab_size": 48, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "tie_word_embeddings": True}
-    text = Mamba2Config(**{**sizes, **ids, **(text or {})})
-    return VideoMa2mbaConfig(
-        **{"vision_config": vision, "text_config": text, "image_token_id": 46, "video_token_id": 47, **kwargs}
-    )
+    def __init__(self, known=()):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.storages = []
 
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.known:
+                self.storages.append((StorageWeakRef(leaf.untyped_storage()), leaf.untyped_storage().nbytes()))
+        return out
 
-def tiny_model(dtype=torch.float32, seed=0, cls=None, **kwargs):
-    """A `VideoMa2mbaForConditionalGeneration` in eval mode whose logits depend visibly on all tokens before."""
-    torch.manual_seed(seed)
-    model = (cls or VideoMa2mbaForConditionalGeneration)(tiny_config(**kwargs)).to(dtype).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "vision_tower" in name:
-                parameter.normal_(std=0.3)
-            elif name.endswith("A_log"):
-                parameter.normal_(mean=-2)  # a memory of some ten tokens
-            elif name.endswith("dt_bias"):
-                parameter.normal_()
-            elif parameter.ndim < 2:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            elif "mixer" in name:
-                parameter.normal_(std=0.5)  # loud enough beside the residual stream
-        model.get_input_embeddings().weight.normal_(std=0.3)
-    return model
+    def held_bytes(self, but=()):
+        """The sizes of what is still alive, smallest first, less the tensors in `but`."""
+        given_out = {tensor.untyped_storage()._cdata for tensor in but}
+        held = {ref.cdata: size for ref, size in self.storages if not ref.expired() and ref.cdata not in given_out}
+        return sorted(held.values())

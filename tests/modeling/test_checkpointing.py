@@ -14,7 +14,8 @@ from torch.utils.flop_counter import flop_registry
 from video_ma2mba.modeling.checkpointing import run_checkpointed
 from video_ma2mba.modeling.run_layers import run_layers
 
-from .reference import assert_gradients_match, leaves, tiny_model
+from ..tiny import tiny_model
+from .reference import assert_gradients_match, leaves
 
 # float32: the two runs add the same numbers in another order; the issue's bound
 RTOL = 1e-5
@@ -161,6 +162,44 @@ def test_frozen_parameters_get_no_gradient_and_build_no_sum():
     case = Case(model, 20)
     case.assert_equal(plan())
     assert len(case.names) == 1 + 2 * 3 + 3
+
+
+def test_the_final_states_alone_may_have_a_loss():
+    """As where a later call of the model goes on from them; the hidden states then have no gradient at all."""
+    case = Case(backbone(torch.float64), 20)
+    pairs = list(zip(case.states[::2], case.states[1::2], strict=True))
+    found = []
+    for run in (run_layers, lambda blocks, *inputs: run_checkpointed(blocks, plan(), *inputs)):
+        (embeds,) = leaves(case.embeds)
+        _, states = run(case.model.layers, embeds, pairs)
+        params = list(case.model.layers.parameters())
+        loss = sum(tensor.sin().sum() for state in states for tensor in state)
+        found.append(torch.autograd.grad(loss, [embeds, *params], allow_unused=True))
+    reached = [i for i, gradient in enumerate(found[0]) if gradient is not None and gradient.any()]
+    assert not any(gradient.any() for i, gradient in enumerate(found[1]) if gradient is not None and i not in reached)
+    names = ["embeds", *(name for name, _ in case.model.layers.named_parameters())]
+    assert len(reached) > len(names) / 2
+    expected, mine = ([grads[i] for i in reached] for grads in found)
+    assert_gradients_match(mine, expected, [names[i] for i in reached], rtol=1e-10)
+
+
+class Idle(nn.Module):
+    """A block with a parameter that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden_states, state, mask):
+        return hidden_states * self.used, state
+
+
+def test_a_parameter_that_is_not_used_gets_no_gradient():
+    blocks = nn.ModuleList([Idle()])
+    out, _ = run_checkpointed(blocks, plan(), torch.ones(1, 20, 2, requires_grad=True), [(torch.zeros(1),)])
+    out.sum().backward()
+    assert blocks[0].used.grad == 40
+    assert blocks[0].unused.grad is None
 
 
 class DropoutBlock(nn.Module):

@@ -5,7 +5,8 @@ import torch
 
 from video_ma2mba.modeling import Mamba2Cache, VideoMa2mbaForConditionalGeneration
 
-from .reference import Largest, tiny_model
+from ..tiny import tiny_model
+from .reference import Largest
 
 IMAGE, VIDEO = 46, 47
 TOKENS_PER_FRAME = 4
@@ -157,6 +158,7 @@ def test_continuation_from_the_returned_cache(model):
     first = model.generate(first_ids, pixel_values_videos=video(2), **GREEDY, return_dict_in_generate=True)
     cache = first.past_key_values  # transformers' name for whatever cache there is
     assert cache.num_tokens == first.sequences.shape[1] - 1  # the last token has been given out, not read
+    assert cache.get_seq_length() == cache.num_tokens
     before = [state.clone() for layer in cache.layers for state in layer]
     question = torch.randint(2, 40, (1, 4), generator=torch.Generator().manual_seed(8))
     new_ids = torch.cat([first.sequences[:, -1:], question], dim=1)
@@ -261,9 +263,7 @@ def test_an_image_is_a_video_of_one_frame(model):
 def test_frames_do_not_depend_on_their_micro_batch(model):
     with torch.no_grad():
         whole = model.get_video_features(video(5)).pooler_output
-        model.config.vision_chunk_size, before = 2, model.config.vision_chunk_size
-        cut = model.get_video_features(video(5)).pooler_output
-        model.config.vision_chunk_size = before
+        cut = tiny_model(vision_chunk_size=2).get_video_features(video(5)).pooler_output
     assert whole.shape == (5, TOKENS_PER_FRAME, model.config.text_config.hidden_size)
     torch.testing.assert_close(cut, whole, **CLOSE)
 
@@ -295,7 +295,19 @@ def test_assisted_decoding_is_refused(model):
         model.generate(prompt(0), assistant_model=tiny_model(seed=1), **GREEDY)
 
 
-def test_generation_in_bfloat16():
-    model = tiny_model(dtype=torch.bfloat16)
-    out = model.generate(prompt(2), pixel_values_videos=video(2), **GREEDY)
-    assert out.shape[1] == prompt(2).shape[1] + 6
+def test_hidden_states_of_the_base_model_are_those_of_the_head(model):
+    """All of them, at their places, also where padding stands between them."""
+    inputs, _ = batch([2, 1])
+    inputs["attention_mask"][0, -2] = 0
+    with torch.no_grad():
+        hidden = model.model(**inputs).last_hidden_state
+        logits = model(**inputs).logits
+    assert hidden.shape == (*inputs["input_ids"].shape, 32)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(model.lm_head(hidden).float()[real], logits[real], **CLOSE)
+
+
+def test_image_features_are_those_of_a_video(model):
+    with torch.no_grad():
+        images = model.get_image_features(video(2)[0]).pooler_output
+        assert torch.equal(images, model.get_video_features(video(2)[0]).pooler_output)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from video_ma2mba.modeling import modeling_video_ma2mba
 
-from .reference import tiny_model
+from ..tiny import tiny_model
 from .train_two_processes import Clips, train
 
 CUT = {"layer_interval": 2, "sequence_interval": 8}
@@ -201,6 +201,7 @@ def test_lora_dropout_is_recomputed_alike():
     model.gradient_checkpointing_disable()
     torch.manual_seed(1)
     assert_same_step(found, step(model, batch))
+    assert step(model, batch)[0] != found[0]  # other random numbers, another loss
 
 
 @pytest.mark.parametrize("key", NAMES)
@@ -218,8 +219,7 @@ def test_stock_trainer_with_accumulation(tmp_path, key):
 
 
 def test_two_processes_equal_one(tmp_path):
-    here = Path(__file__).parent
-    script = [str(here / "train_two_processes.py")]
+    script = ["-m", "tests.modeling.train_two_processes"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     results = []
@@ -228,7 +228,7 @@ def test_two_processes_equal_one(tmp_path):
         done = subprocess.run(
             [*command, *script, str(out), str(batch_size)],
             env=environment,
-            cwd=tmp_path,
+            cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
         )
@@ -241,6 +241,15 @@ def test_two_processes_equal_one(tmp_path):
         if not name.endswith(NO_GRADIENT):
             # AdamW's first steps are about the sign of a gradient; four of them move a weight by 4e-3
             assert two["weights"][name] == pytest.approx(weights, abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "options", [{"every_n_layers": 2}, {"gradient_checkpointing_kwargs": {"every_n_layers": 2, "use_reentrant": True}}]
+)
+def test_transformers_own_options_are_understood(options):
+    model = model_of()
+    model.gradient_checkpointing_enable(**options)
+    assert model.checkpoint_plan(1, 24).layer_interval == 2
 
 
 @pytest.mark.parametrize(

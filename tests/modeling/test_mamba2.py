@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from video_ma2mba.modeling import mamba2
 from video_ma2mba.modeling.mamba2 import LayerState, Mamba2Block, Mamba2Mixer, init_mamba2_weights
 
-from .reference import Largest, assert_gradients_match, leaves, mixer_loop, tiny_config
+from ..tiny import tiny_config
+from .reference import Largest, Made, assert_gradients_match, leaves, mixer_loop
 
 RTOL_64 = 1e-10  # float64, some thousand operations deep
 SEGMENT = 8
@@ -147,23 +147,10 @@ def test_block_saves_in_proj_output_and_hidden_stream_alone(dtype, residual_in_f
     hidden = torch.randn(1, tokens, config.hidden_size, dtype=torch.float32 if residual_in_fp32 else dtype)
     hidden.requires_grad_()
     state = block.mixer.new_state(1)
-    known = {t.untyped_storage()._cdata for t in (hidden, *state, *block.parameters())}
-    made = []
-
-    class Made(Largest):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for leaf in torch.utils._pytree.tree_leaves(out):
-                if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in known:
-                    made.append((StorageWeakRef(leaf.untyped_storage()), leaf.untyped_storage().nbytes()))
-            return out
-
-    with Made():
+    with Made(known=(hidden, *state, *block.parameters())) as made:
         out, new_state = block(hidden, state)
-    given_out = {t.untyped_storage()._cdata for t in (out, *new_state)}
-    held = {ref.cdata: size for ref, size in made if not ref.expired() and ref.cdata not in given_out}
     projection = block.mixer.in_proj.out_features
-    assert sorted(held.values()) == [tokens * projection * dtype.itemsize]
+    assert made.held_bytes(but=(out, *new_state)) == [tokens * projection * dtype.itemsize]
     # and it is enough: the backward pass runs
     (out.float().square().sum() + new_state.ssm_state.square().sum()).backward()
     assert hidden.grad.abs().max() > 0

@@ -9,7 +9,8 @@ import copy
 import pytest
 import torch
 
-from .reference import assert_gradients_match, tiny_model
+from ..tiny import tiny_model
+from .reference import assert_gradients_match
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, CLI
 
 from video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration, VideoMa2mbaModel
 
-from .reference import tiny_config, tiny_model
+from ..tiny import tiny_config, tiny_model
 
 VIDEO, IMAGE = 47, 46
 IDS = torch.tensor([[5, *[VIDEO] * 8, 6, 7]])
@@ -105,6 +105,8 @@ def test_sub_configurations_may_be_dicts():
     for wrong in ({"hidden_size": 8}, {"model_type": "mamba7"}):
         with pytest.raises(ValueError, match="model_type"):
             VideoMa2mbaConfig(text_config=wrong)
+    with pytest.raises(ValueError, match="a sub-config must be a configuration"):
+        VideoMa2mbaConfig(text_config="mamba2")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,7 @@ def test_sub_configurations_may_be_dicts():
         ({"loss_chunk_size": 0}, "loss_chunk_size=0"),
         ({"spatial_pool_mode": "nearest-ish"}, "spatial_pool_mode"),
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy"),
+        ({"vision_feature_select_strategy": "full"}, "class token"),
         ({"prefill_chunk_size": "many"}, "prefill_chunk_size"),
     ],
 )
@@ -162,6 +165,13 @@ def test_presets_take_overrides():
 def test_inputs_that_do_not_fit_are_named(inputs, says):
     with pytest.raises(ValueError, match=says):
         tiny_model()(**inputs)
+
+
+def test_embeddings_can_be_replaced():
+    model = tiny_model()
+    table = torch.nn.Embedding(48, 32)
+    model.set_input_embeddings(table)
+    assert model.get_input_embeddings() is model.model.language_model.embeddings is table
 
 
 def test_resized_embeddings_stay_tied_and_work():

@@ -9,7 +9,7 @@ import torch
 from video_ma2mba.modeling import scan_backends, ssd_kernels
 from video_ma2mba.modeling.scan_backends import choose_backends, why_not_causal_conv1d, why_not_mamba_ssm
 
-from .reference import tiny_config, tiny_model
+from ..tiny import tiny_config, tiny_model
 
 SHAPE = ssd_kernels.CoreShape(80, 64, 1, 128, 256, (0.0, float("inf")), 1e-5)  # the 2.7B model's
 BF16 = torch.bfloat16
@@ -154,3 +154,13 @@ def test_a_model_hands_the_configuration_on():
     assert tiny_config().scan_backend == "auto"
     with pytest.raises(Exception, match="scan_backend"):
         tiny_config(scan_backend="cudnn")
+
+
+def test_a_missing_convolution_is_named():
+    assert "causal_conv1d" in why_not_causal_conv1d("cuda", BF16, SHAPE, 4)
+
+
+def test_a_batch_that_no_call_of_the_kernels_can_hold():
+    assert ssd_kernels.tokens_per_call(1, SHAPE) % SHAPE.chunk_size == 0
+    with pytest.raises(ValueError, match="use a smaller batch"):
+        ssd_kernels.tokens_per_call(2**20, SHAPE)

@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from video_ma2mba.modeling import RepetitionStop
 
-from .reference import tiny_model
+from ..tiny import tiny_model
 
 
 def repeats(answer, run_length):

@@ -1,4 +1,4 @@
-"""Run by test_gradient_checkpointing.py, in one process or under `python -m torch.distributed.run`.
+"""Run as a module by test_gradient_checkpointing.py, in one process or under `python -m torch.distributed.run`.
 
 Trains a tiny model with the stock Trainer and writes the loss of every step and a few weights to the JSON file named on
 the command line.
@@ -12,8 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parent))
-from reference import tiny_model
+from ..tiny import tiny_model
 
 
 class Clips(Dataset):

@@ -102,6 +102,11 @@ def test_bench_writes_rows_as_they_come_and_goes_on(parse, tmp_path, monkeypatch
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench_without_a_file(parse):
+    (row,) = memory.run(parse(["--models", "0.7b", "--methods", "off", "--lengths", "1024"]))["rows"]
+    assert row["device_bytes"] > 0
+
+
 @pytest.mark.parametrize("arguments", [["--resume"], ["--lengths", "0"], ["--plot", "no/such/folder.png"]])
 def test_bench_refuses(parse, arguments):
     with pytest.raises(ValueError, match=r"--resume|--lengths|no/such"):

@@ -50,6 +50,12 @@ def test_traceback_on_request(monkeypatch):
         cli.main(["ask", "a.mp4", "Why?"])
 
 
+def test_package_of_an_extra_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(cli.train, "run", fail_with(ModuleNotFoundError(name="datasets.arrow")))
+    assert cli.main(["train", "finetune"]) == cli.EXIT_USER_ERROR
+    assert "datasets: pip install 'video-ma2mba[train]'" in capsys.readouterr().err
+
+
 def test_our_own_faults_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(cli.ask, "run", fail_with(TypeError("a bug")))
     with pytest.raises(TypeError, match="a bug"):

@@ -138,20 +138,45 @@ def test_chat_in_a_terminal(longer, model, processor, model_folder, tmp_path):
     assert VideoMemory.from_pretrained(tmp_path / "kept", model, processor).num_frames == 40
 
 
-def test_an_interrupt_at_the_prompt_drops_the_line_and_not_the_talk(video, model_folder, monkeypatch, capsys):
-    typed = iter([KeyboardInterrupt(), "/stats", EOFError()])
+@pytest.fixture
+def typed(monkeypatch):
+    """A function that says what is typed, line by line: texts, and exceptions that end the reading of a line."""
 
-    def read(prompt):
-        assert prompt == "> "
-        line = next(typed)
-        if isinstance(line, BaseException):
-            raise line
-        return line
+    def script(*lines, in_terminal=True):
+        left = iter(lines)
 
-    monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+        def read(prompt):
+            assert prompt == ("> " if in_terminal else "")
+            line = next(left)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: in_terminal)
+
+    return script
+
+
+def test_an_interrupt_at_the_prompt_drops_the_line_and_not_the_talk(video, model_folder, typed, capsys):
+    typed(KeyboardInterrupt(), "/stats", EOFError())
     assert main(["chat", video, "--model", model_folder]) == 0
     assert capsys.readouterr().out.count("10 frames up to 0:09") == 2  # at the beginning, and asked for after all
+
+
+def test_an_interrupt_outside_a_terminal_ends_the_command(video, model_folder, typed):
+    typed(KeyboardInterrupt(), in_terminal=False)
+    assert main(["chat", video, "--model", model_folder]) == 130
+
+
+def test_forget_begins_the_talk_anew_and_a_wrong_command_is_explained(video, model_folder, typed, capsys):
+    typed("Who?", "/stats", "/forget", "/stats", "/seek soon", "/save", "/quit")
+    assert main(["chat", video, "--model", model_folder, "--max-new-tokens", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 question(s) so far" in out
+    assert out.count("0 question(s) so far") == 2
+    assert "error: /seek: say a time in seconds, or end" in err
+    assert "error: /save: the commands are /seek SECONDS" in err
 
 
 def test_chat_in_a_pipe_prints_only_answers(video, model, processor, model_folder, tmp_path):

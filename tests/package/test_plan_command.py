@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -109,3 +111,16 @@ def test_bad_input(capsys, change, message):
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert message in captured.err
+
+
+def test_tokens_of_a_model_in_a_folder(capsys, model_folder):
+    report = answer(capsys, "plan", "--model", model_folder, "--tokens", "1001", "--gpu-memory", "80GiB")
+    assert (report["tokens"], report["frames"]) == (1001, 1001)  # one token a frame
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "video_ma2mba.cli", *ASK, "--json"]
+    asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    asked.stdout.close()
+    assert "Traceback" not in asked.stderr.read()
+    assert asked.wait() == 0

@@ -52,5 +52,11 @@ build_parser().format_help()
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 import video_ma2mba
 assert video_ma2mba.VideoMa2mbaConfig.model_type == "video_ma2mba"  # the first use imports the rest
+try:
+    video_ma2mba.VideoMamba3
+except AttributeError as error:
+    assert "VideoMamba3" in str(error)
+else:
+    sys.exit("a name that is not there")
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,12 @@
-"""What the README prints is what works."""
+"""The README is run as it stands: every command, every block of Python, every figure that a file here has.
 
+The commands run in the order of the page, in one folder laid out as a clone with the published files that they name:
+the same names, at a tiny size.
+"""
+
+import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -9,26 +15,129 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluation.conftest import write
+from tests.tiny import byte_tokenizer
+from tests.weights import checkpoints
 from video_ma2mba import cli
 from video_ma2mba.data.synthetic import make_story
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+LINES = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line]
+IN_TABLES = re.findall(r"^\|.*\| `(video-ma2mba .*)` \|$", README, re.MULTILINE)
+
+# What cannot run in a test, and why.
+EXCUSED = {
+    "make test": "it is what runs this",
+    "video-ma2mba ui": "`test_ui.py` serves that page and uses it in a browser",
+    "pip install torch==2.13.0": "`make test-install` runs it, in an empty environment",
+    "pip install .": "as above",
+    "pip install --no-deps einops mamba_ssm-2.3.2.post1-*.whl causal_conv1d-1.7.0-*.whl": "the wheels of a GPU machine",
+    "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-deps --no-build-isolation einops "
+    "mamba-ssm==2.3.2.post1": "`make test-kernels` runs it",
+    "CAUSAL_CONV1D_FORCE_BUILD=TRUE pip install --no-deps --no-build-isolation causal-conv1d==1.7.0": "needs nvcc",
+    "video-ma2mba convert llava-mamba interlive/video-ma2mba-1.3b -o converted --verify": "gigabytes with a tower that "
+    "the authors name; `test_convert.py` converts small ones",
+    "torchrun --nproc-per-node 8 -m video_ma2mba.cli train 3.1b-stage2 --set deepspeed=zero1": "needs eight GPUs",
+}
+# What would take minutes is done with less of it.
+LESS = {" 65536 2097152": " 65536", "memory-of-video": "memory-of-video --minutes 1 2 --repeats 1 --size 64"}
 
 
-def test_python_example_runs_as_printed(tmp_path, monkeypatch, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")  # the one thing that it takes from the clone
-    monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
-    assert capsys.readouterr().out == make_story(seed=7, duration_s=60).circle.colour + "\n"
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The folder in which the page is run."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("model_cards", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    published(folder)
+    return folder
 
 
-@pytest.mark.parametrize("line", re.findall(r"^video-ma2mba .*$", README, re.MULTILINE))
-def test_command_lines_are_understood(line):
-    command = shlex.split(line.partition(" | ")[0], comments=True)
-    args = cli.build_parser().parse_args(command[1:])
-    assert args.command == command[1]
+def published(folder):
+    """The files that the page names as their publishers have them."""
+    story = make_story(seed=7, duration_s=6)
+    for name in ("LLaVA-Video-178K/academic_source/a.mp4", "Video-MME/data/a.mp4", "LongVideoBench/videos/a.mp4"):
+        (folder / name).parent.mkdir(parents=True)
+        story.render(folder / name)
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A shape."}]
+    row = {"id": "a", "data_source": "academic_source", "video": "a.mp4", "conversations": turns}
+    write(folder / "LLaVA-Video-178K" / "a_oe_v0_1_qa_processed.json", [row])
+    row = {"videoID": "a", "question_id": "1", "duration": "short", "domain": "Art", "question": "Which?"}
+    write(folder / "Video-MME" / "test.jsonl", [{**row, "answer": "A", "options": ["A. red", "B. blue"]}])
+    row = {"video_id": "a", "video_path": "a.mp4", "subtitle_path": "a.json", "question": "Which?", "id": "a_0"}
+    row |= {"candidates": ["red", "blue"], "correct_choice": 0, "duration": 6.0, "duration_group": 15}
+    write(folder / "LongVideoBench" / "lvb_val.json", [{**row, "question_category": "S2E", "topic_category": "KS"}])
+    made = checkpoints
+    for name, config, tensors in (
+        ("state-spaces/mamba2-2.7b", made.state_spaces_config(), made.mamba2_tensors()),
+        ("openai/clip-vit-large-patch14-336", made.tower_config("clip", True), made.whole_vision_tensors("clip")),
+    ):
+        made.write_checkpoint(folder / name, config, tensors)
+    byte_tokenizer().save_pretrained(folder / "EleutherAI" / "gpt-neox-20b")  # whose name the commands know
+
+
+def run(line, environment, monkeypatch):
+    """One line of a block. The library's command runs in this process, which spares its imports."""
+    for much, little in LESS.items():
+        line = line.replace(much, little)
+    if assignment := re.fullmatch(r"(\w+)=(\S+)", line):
+        environment[assignment[1]] = assignment[2]
+        return
+    words = shlex.split(os.path.expandvars(line))
+    if words[0] != "video-ma2mba":
+        where = ROOT if words[0] == "make" else None
+        words[0] = words[0].replace("python", sys.executable)
+        subprocess.run(words, cwd=where, check=True, env={**os.environ, "PYTHON": sys.executable})
+    else:
+        monkeypatch.setattr("sys.stdin", io.StringIO("What colour was the circle?\n/quit\n"))
+        assert cli.main(words[1:]) == 0, line
+
+
+def test_the_page_runs_from_top_to_bottom(clone, monkeypatch, capfd):
+    monkeypatch.chdir(clone)
+    names, printed = {}, {}
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for kind, block in BLOCKS:
+        if kind == "python":
+            exec(compile(block, "README.md", "exec"), names)
+            printed[block] = capfd.readouterr().out
+            continue
+        for line in (line.partition("    #")[0].strip() for line in block.splitlines()):
+            if line and line not in EXCUSED:
+                run(line, os.environ, monkeypatch)
+                printed[line] = capfd.readouterr().out
+    colour = make_story(seed=7, duration_s=60).circle.colour
+    first = next(block for kind, block in BLOCKS if kind == "python")
+    assert printed[first] == f"{colour}\n"
+    answers = next(out for line, out in printed.items() if line.startswith("video-ma2mba ask story.mp4 "))
+    assert answers.splitlines()[0] == colour
+    truth = json.loads((clone / "my_videos" / "questions.jsonl").read_text().splitlines()[0])
+    tuned = next(out for line, out in printed.items() if line.startswith("python examples/finetune_own_videos.py my_v"))
+    assert tuned.splitlines()[-1] == truth["answer"]
+
+
+def test_what_is_excused_stands_in_the_page():
+    assert set(EXCUSED) <= {line.partition("    #")[0].strip() for line in LINES}
+
+
+@pytest.mark.parametrize("command", IN_TABLES)
+def test_commands_of_figures_run(command, monkeypatch, capsys):
+    run(command.replace("\\|", "|"), {}, monkeypatch)
+    assert capsys.readouterr().out
+
+
+def test_figures_are_those_of_the_files():
+    rows = json.loads((ROOT / "examples/memory/counted.json").read_text())["rows"]
+    held = {(row["model"], row["method"], row["tokens"]): row["device_bytes"] for row in rows}
+    for tokens in (2**16, 2**21):
+        assert f"{held['3.1b', 'sequence_major + offload', tokens] / 2**30:.1f} GiB" == "9.8 GiB"
+        assert f"{tokens:,}" in README
+    kept = json.loads((ROOT / "examples/video_memory/memory_of_video.json").read_text())["rows"][-1]
+    assert kept["minutes"] == 60
+    assert f"{kept['memory_bytes'] / 2**10:.0f} KiB; an attention model of equal size " in README
+    assert f"an attention model of equal size {kept['attention_bytes'] / 2**20:.1f} MiB" in README
 
 
 def test_make_targets_exist():
@@ -37,31 +146,18 @@ def test_make_targets_exist():
     assert {"demo", "test"} <= named <= targets
 
 
-def test_tree_exists():
-    tree = README.partition("## What is where")[2].partition("```\n")[2].partition("```")[0]
-    paths, folders = [], []
-    for line in tree.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        folders[depth:] = [line.split()[0]]
-        paths.append(ROOT.joinpath(*folders))
+def test_what_is_where_exists():
+    paths = re.findall(r"^\| `([^`]+)` \|", README.partition("## What is where")[2], re.MULTILINE)
     assert len(paths) > 8
-    assert [path for path in paths if not path.exists()] == []
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-def test_plan_is_what_the_command_prints(capsys):
-    (command,) = re.findall(r"^video-ma2mba (plan .*)$", README, re.MULTILINE)
-    assert cli.main(shlex.split(command)) == 0
+def test_the_plan_is_what_the_command_prints(capsys):
+    (command,) = (line for line in LINES if line.startswith("video-ma2mba plan"))
+    assert cli.main(shlex.split(command)[1:]) == 0
     table = [line.rstrip() for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     table = table[: table.index(next(line for line in table if line.startswith("└"))) + 1]
     assert len(table) > 10
     assert "\n".join(table) in README
-
-
-def test_fine_tuning_on_own_videos_runs_as_printed(tmp_path, capfd):
-    lines = re.findall(r"^python (examples/finetune_own_videos.py .*?)(?:\s+#.*)?$", README, re.MULTILINE)
-    assert len(lines) == 2
-    for line in lines:
-        script, *arguments = shlex.split(line)
-        subprocess.run([sys.executable, ROOT / script, *arguments], cwd=tmp_path, check=True)
-    truth = json.loads((tmp_path / "my_videos" / "questions.jsonl").read_text().splitlines()[0])
-    assert capfd.readouterr().out.splitlines()[-1] == truth["answer"]
+    hours = re.search(r"longest that fits .*", "\n".join(table))[0]
+    assert re.findall(r"[\d.]+(?= h)", hours)[2:] == ["0.27", "2.17", "4.73", "41.81"]

@@ -9,6 +9,7 @@ import torch
 
 from video_ma2mba.benchmark import study
 from video_ma2mba.benchmark.studies import fps
+from video_ma2mba.benchmark.studies.backbone import NAMES, _training, build
 from video_ma2mba.benchmark.studies.stories import Stories
 from video_ma2mba.cli import main
 from video_ma2mba.data.synthetic import make_story
@@ -133,3 +134,9 @@ def test_stability_compares_two_runs_of_one_beginning(tmp_path):
     # the first step apart by rounding alone, and never by nothing: otherwise checkpointing was not on
     assert 0 < result["weights"][0]["on"] < 1e-5
     assert 0 < result["weights"][0]["nudged"] < 1e-5
+
+
+def test_long_sequences_are_also_trained_with_checkpointing():
+    stories = Stories()
+    row = _training({name: build(name, stories) for name in NAMES}, 600)
+    assert 0 < row["mamba2 with MA-GC"]["bytes"] < row["mamba2"]["bytes"]

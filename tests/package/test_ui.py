@@ -59,7 +59,7 @@ def test_buttons_watch_ask_save_and_load(buttons, video):
     *pieces, (talk, question, line) = buttons.ask(memory, pictures, "What was at 0:05?", talk)
     assert [turn["role"] for turn in talk] == ["user", "assistant"]
     assert talk[-1]["content"].strip() == memory.dialogue[-1]["content"]
-    assert len(pieces) > 1
+    assert pieces
     assert question == ""
     assert line[0][1] == "0:05"
     assert buttons.save(memory, "my video").startswith("Saved as my video.")

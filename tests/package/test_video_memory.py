@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
 from video_ma2mba.data.synthetic import make_story
@@ -179,14 +180,14 @@ def test_streamed_text_is_the_answer(memory):
 
 def test_snapshots(model, processor, video):
     memory = VideoMemory(model, processor)
-    memory.watch(video, snapshots_s=[2, 5.5, 9])
-    for seconds, num_frames in ((2, 3), (5.5, 6), (9, 10)):
+    memory.watch(video, snapshots_s=[2, 3.5, 5.5, 9])  # 3.5 lies between two calls of the model
+    for seconds, num_frames in ((2, 3), (3.5, 4), (5.5, 6), (9, 10)):
         earlier = memory.at(seconds=seconds)
         assert earlier.num_frames == num_frames
         frames = processor.video_processor.load(video).frames[:num_frames]
         assert_same_tokens(model, processor, frames, QUESTIONS[:1], earlier.generate(QUESTIONS[:1], max_new_tokens=8))
     assert memory.num_frames == 10
-    with pytest.raises(ValueError, match=r"there are, in seconds: 2, 5\.5, 9"):
+    with pytest.raises(ValueError, match=r"there are, in seconds: 2, 3\.5, 5\.5, 9"):
         memory.at(minutes=1)
     with pytest.raises(ValueError, match="either in seconds or in minutes"):
         memory.at()
@@ -255,9 +256,12 @@ def test_damaged_and_foreign_memories_are_refused(memory, model, processor, trai
     described.write_text(described.read_text().replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(ValueError, match="format 2"):
         VideoMemory.from_pretrained(described.parent, model, processor)
-    described.write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        VideoMemory.from_pretrained(described.parent, model, processor)
+    for old, new in (('"num_tokens_of"', '"num_tokens_off"'), ('"num_frames": 1', '"num_frames": 7'), ("}", "")):
+        text = (saved("three") / video_memory_files.CONFIG_NAME).read_text()
+        assert old in text
+        described.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match="damaged"):
+            VideoMemory.from_pretrained(described.parent, model, processor)
     trained_on = copy.deepcopy(model)  # further training makes it another model
     with torch.no_grad():
         trained_on.model.language_model.layers[0].mixer.in_proj.weight.add_(1e-3)
@@ -380,3 +384,45 @@ def test_a_full_disk_leaves_the_old_memory(memory, model, processor, tmp_path, m
         memory.save_pretrained(folder)
     assert VideoMemory.from_pretrained(folder, model, processor).num_frames == 10
     assert [path.name for path in tmp_path.iterdir()] == ["memory"]
+
+
+def test_what_holds_no_frame_is_refused(memory, model, processor):
+    with pytest.raises(ValueError, match="no frame of it could be read"):
+        memory.watch(iter([]))
+    with pytest.raises(ValueError, match="for files; cut the iterator"):
+        memory.watch(iter([]), max_frames=3)
+    assert memory.num_frames == 10
+    memory.push_frames(torch.zeros(0, 3, 28, 28, dtype=torch.uint8))
+    assert memory.num_frames == 10
+    assert VideoMemory.watch_together(model, processor, []) == []
+
+
+def test_watching_together_says_how_far_it_is(model, processor, video):
+    moves = []
+    VideoMemory.watch_together(model, processor, [video, video], progress=lambda *move: moves.append(move))
+    assert moves == [(8, 20), (16, 20), (20, 20)]  # four frames of each at a time
+
+
+def test_a_folder_of_something_else_is_left_alone(memory, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("five years")
+    with pytest.raises(OSError, match="something other than a video memory"):
+        memory.save_pretrained(tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.txt"]
+
+
+def test_an_error_of_the_writer_of_safetensors_is_one_of_the_disk(memory, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(video_memory_files, "save_file", full)
+    with pytest.raises(OSError, match="could not be written: Error while serializing"):
+        memory.save_pretrained(tmp_path / "memory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_description_that_is_no_object_is_damaged(memory, model, processor, tmp_path):
+    memory.save_pretrained(tmp_path / "memory")
+    (tmp_path / "memory" / video_memory_files.CONFIG_NAME).write_text("[]")
+    with pytest.raises(ValueError, match="damaged, not a JSON object"):
+        VideoMemory.from_pretrained(tmp_path / "memory", model, processor)

@@ -4,15 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from video_ma2mba.processing import VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
 
 from .videos import write_video
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+import pytest
+
 from video_ma2mba.benchmark import decode
 
 
@@ -22,3 +24,11 @@ def test_bench_decode():
     assert memory["long_clip"]["frames"] == 36
     assert memory["long_clip"]["kept_bytes"] == 36 * 32 * 32 * 3
     assert memory["short_clip"]["peak_bytes"] > 1 << 20
+
+
+def test_readers_that_differ_are_no_comparison(monkeypatch):
+    monkeypatch.setattr(decode, "_bare_loop", lambda path, side: 5)
+    parser = argparse.ArgumentParser()
+    decode.add_arguments(parser)
+    with pytest.raises(RuntimeError, match="different numbers of frames"):
+        decode.run(parser.parse_args(["--minutes", "0.1", "--repeats", "1", "--side", "32"]))

@@ -323,6 +323,8 @@ def test_calls_that_make_no_sense(processor, video):
         processor(text="Q?", padding="max_length")
     with pytest.raises(ValueError, match="padding_side must be"):
         processor(text="Q?", padding_side="top")
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be at least 1"):
+        processor(text="Q?", pad_to_multiple_of=0)
     with pytest.raises(TypeError, match="truncation"):
         processor(text="Q?", truncation=True)
     with pytest.raises(VideoReadError, match=r"nowhere\.mp4.*no such file"):
@@ -354,3 +356,8 @@ def test_generic_calls_take_nested_lists(processor, video):
     assert (batch["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [1, 2]
     text_only = processor(text="Q?")
     assert sorted(text_only) == ["attention_mask", "input_ids"]
+
+
+def test_what_the_model_takes_is_named(processor):
+    batch = processor(text="<video><image>", videos=_frames(1), images=_frames(1)[0])
+    assert sorted(batch) == sorted(processor.model_input_names)

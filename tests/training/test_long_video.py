@@ -4,12 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from video_ma2mba.data.prepare import prepare
 from video_ma2mba.data.synthetic import make_story
-
-TINY = Path(__file__).parents[2] / "model_cards" / "video-ma2mba-tiny"
+from video_ma2mba.loading import TINY_MODEL
 
 
 def test_half_an_hour_of_video_trains_within_four_gib(tmp_path):
@@ -21,7 +19,7 @@ def test_half_an_hour_of_video_trains_within_four_gib(tmp_path):
     peaks = {}
     for name, checkpointing in (("MA-GC", "{}"), ("off", "null")):
         changes = {
-            "model": TINY, "data": tmp_path / "prepared", "output": tmp_path / name, "max_steps": 1,
+            "model": TINY_MODEL, "data": tmp_path / "prepared", "output": tmp_path / name, "max_steps": 1,
             "global_batch_size": 1, "logging_steps": 1, "gradient_checkpointing": checkpointing,
         }  # fmt: skip
         options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]

@@ -7,6 +7,8 @@ from peft import PeftModel, get_peft_model
 from video_ma2mba import VideoMa2mbaForConditionalGeneration
 from video_ma2mba.cli import main
 from video_ma2mba.training.lora import lora_config
+from video_ma2mba.training.recipe import read_recipe
+from video_ma2mba.training.run import make_trainable
 
 
 def load(folder):
@@ -32,6 +34,14 @@ def test_targets_are_the_mixers_and_the_projector_and_the_tower_where_asked(mode
     assert not any("vision_tower" in name for name in names)
     wider = adapters(get_peft_model(load(model_folder), lora_config(vision_tower=True)))
     assert any("vision_tower" in name and "q_proj" in name for name in wider)
+
+
+def test_a_part_may_train_whole_beside_the_adapters(model_folder):
+    recipe = read_recipe("finetune-lora", ["model=m", "data=d", "output=o", "trains=[multi_modal_projector]"])
+    trained = {n for n, p in make_trainable(load(model_folder), recipe).named_parameters() if p.requires_grad}
+    assert any(name.endswith("linear_1.base_layer.weight") for name in trained)
+    assert any("in_proj.lora_A" in name for name in trained)
+    assert not any("vision_tower" in name or "in_proj.base_layer" in name for name in trained)
 
 
 def test_adapters_on_out_proj_learn_and_change_the_outputs(model_folder, inputs):

@@ -106,6 +106,10 @@ def test_every_line_of_a_stage_says_where_it_is_from():
         (["save_total_limit=1"], r"at least 2"),
         (["lora.rank=0"], r"lora.rank must be at least 1"),
         (["deepspeed=a", "fsdp_config=b"], r"either deepspeed or fsdp_config"),
+        (["dtype=int8"], r"dtype must be float32 or bfloat16, got 'int8'"),
+        (["warmup_ratio=1"], r"warmup_ratio must lie in \[0, 1\)"),
+        (["learning_rate=0"], r"learning_rate must be positive"),
+        (["learning_rate.first=1"], r"learning_rate holds no further keys"),
         (["fps"], r"write key=value"),
         (["seed=[1"], r"not YAML"),
     ],
@@ -120,6 +124,15 @@ def test_an_unknown_recipe_and_a_missing_line_are_refused():
         read_recipe("stage3")
     with pytest.raises(ValueError, match=r"model, data, output must be given"):
         read_recipe("finetune")
+
+
+def test_a_recipe_of_ones_own_is_a_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: m\ndata: d\noutput: o\nlora:\n  rank: 4\n")
+    assert read_recipe(str(file), ["lora.rank=8"]).lora.rank == 8
+    file.write_text("- model\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml: a recipe is a list of"):
+        read_recipe(str(file))
 
 
 def test_the_global_batch_stays_what_it_is():
@@ -148,3 +161,31 @@ def test_dry_run_with_data_says_steps_and_plan(changes, capsys):
     printed = capsys.readouterr().out
     assert "8 samples, 6 steps" in printed
     assert "fits into 4.0 GiB: yes" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"gradient_checkpointing": None}, ["no gradient checkpointing", "no GPU here: say with --gpu-memory"]),
+        ({"streaming": True, "max_tokens": None}, ["streamed; 4 steps", "neither steps nor memory can be told"]),
+        ({"data": "no/such/folder", "max_tokens": None}, ["the data are not there yet"]),
+    ],
+)
+def test_dry_run_of_other_recipes(changes, capsys, change, says):
+    options = [word for one in changes(**change) for word in ("--set", one)]
+    assert main(["train", "finetune", *options, "--dry-run"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(text in printed for text in says), printed
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": "nothing"}, "its name holds none of 0.7b, 1.8b, 3.1b"),
+        ({"gradient_checkpointing": {"memory_budget_bytes": 1}}, "the recipe's memory_budget_bytes: no plan"),
+    ],
+)
+def test_dry_run_refuses_what_cannot_be(changes, capsys, change, says):
+    options = [word for one in changes(**change) for word in ("--set", one)]
+    assert main(["train", "finetune", *options, "--dry-run"]) == 2
+    assert says in capsys.readouterr().err

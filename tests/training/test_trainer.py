@@ -10,24 +10,31 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from video_ma2mba import VideoMa2mbaForConditionalGeneration
 from video_ma2mba.cli import main
+from video_ma2mba.data.prepare import prepare
 from video_ma2mba.training.recipe import read_recipe
 from video_ma2mba.training.run import make_trainer, prepare_run
-from video_ma2mba.training.trainer import NonFiniteLoss, last_checkpoint
+from video_ma2mba.training.trainer import NonFiniteLoss, VideoMa2mbaTrainer, last_checkpoint
+
+from ..killed import run_killed
+
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def command(changes, *more):
     return ["train", "finetune", *(word for change in changes for word in ("--set", change)), *more]
 
 
-def run_alone(arguments, launcher=(), script=("-m", "video_ma2mba.cli"), **environment):
-    """The command in a process of its own."""
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(
-        [sys.executable, *launcher, *script, *arguments], env=settings, capture_output=True, text=True
-    )
+def run_alone(arguments, launcher=()):
+    """The command in a process of its own, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "video_ma2mba.cli", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def report_of(folder):
@@ -123,33 +130,16 @@ def test_output_that_holds_checkpoints_is_not_overwritten(changes, capsys):
     assert "go on with --resume" in capsys.readouterr().err
 
 
-KILLED_IN_A_SAVE = """
-import os, signal, sys
-from video_ma2mba.training.trainer import VideoMa2mbaTrainer
-from video_ma2mba.cli import main
-
-def die(self, output_dir):
-    if self.state.global_step == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return save(self, output_dir)
-
-save, VideoMa2mbaTrainer._save_optimizer_and_scheduler = VideoMa2mbaTrainer._save_optimizer_and_scheduler, die
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_resume_after_a_kill_within_a_save_equals_the_uninterrupted_run(changes, stories, tmp_path):
     more = {"max_steps": 9, "save_steps": 3, "evaluation_data": str(stories), "global_batch_size": 2}
     whole, cut = (changes(output=str(tmp_path / name), **more) for name in ("whole", "cut"))
-    done = run_alone(command(whole))
-    assert done.returncode == 0, done.stderr
-    killed = run_alone(command(cut), script=("-c", KILLED_IN_A_SAVE))
-    assert killed.returncode == -9
+    run_alone(command(whole))
+    save = "video_ma2mba.training.trainer:VideoMa2mbaTrainer._save_optimizer_and_scheduler"
+    run_killed(command(cut), save, after=1)
     half_written = tmp_path / "cut" / "checkpoints" / "checkpoint-6"
     assert (half_written / "model.safetensors").is_file()
     assert not (tmp_path / "cut" / "model").exists()
-    resumed = run_alone(command(cut, "--resume"))
-    assert resumed.returncode == 0, resumed.stderr
+    run_alone(command(cut, "--resume"))
     expected, got = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
@@ -169,10 +159,8 @@ def test_a_checkpoint_that_is_not_whole_is_removed(tmp_path):
 
 
 def test_two_processes_equal_one(changes, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    for name, launch in (("one", ()), ("two", launcher)):
-        done = run_alone(command(changes(output=str(tmp_path / name))), launch)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for name, launch in (("one", ()), ("two", LAUNCHER)):
+        run_alone(command(changes(output=str(tmp_path / name))), launch)
     one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
     assert (one["devices"], two["devices"]) == (1, 2)
     assert one["samples"] == two["samples"] == 16
@@ -190,8 +178,7 @@ def test_two_processes_go_on_where_one_has_only_text_or_only_bad_samples(changes
     rows = [json.loads(lines[0]), bad, only_text, json.loads(lines[1])]
     (damaged / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = changes(data=str(damaged), max_steps=3, global_batch_size=2, gradient_checkpointing=None)
-    done = run_alone(command(options), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_alone(command(options), LAUNCHER)
     report = report_of(tmp_path / "run")
     assert report["samples"] + report["skipped_samples"] == 6
     assert report["skipped_samples"] >= 1
@@ -203,7 +190,7 @@ def test_streaming_trains_too(changes, tmp_path):
 
 
 def test_the_stock_trainer_takes_the_same_data(model_folder, stories, tmp_path):
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     from video_ma2mba import VideoMa2mbaProcessor
     from video_ma2mba.data.collator import VideoChatCollator
@@ -240,3 +227,40 @@ def test_the_shipped_configurations_for_many_devices_are_taken(changes, monkeypa
     assert sorted(path.stem for path in DISTRIBUTED.glob("*.json")) == ["fsdp2", "zero1"]
     with pytest.raises(ValueError, match=r"no such configuration; shipped are fsdp2, zero1"):
         find_distributed("zero9")
+
+
+def test_without_matplotlib_there_is_no_picture(changes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(command(changes(max_steps=1))) == 0
+    assert "no picture of the loss: pip install matplotlib" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "loss.png").exists()
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "fsdp_config"])
+def test_an_unknown_configuration_for_many_devices_is_refused(changes, name):
+    with pytest.raises(ValueError, match="zero9: no such configuration"):
+        make_trainer(prepare_run(read_recipe("finetune", changes(**{name: "zero9"}))))
+
+
+def test_a_data_set_without_a_sample_is_refused(changes, tmp_path):
+    (tmp_path / "source.jsonl").write_text(json.dumps({"id": "x", "messages": []}))
+    prepare(tmp_path / "source.jsonl", tmp_path, tmp_path / "nothing", name="messages")
+    with pytest.raises(ValueError, match="there is not one sample"):
+        prepare_run(read_recipe("finetune", changes(data=str(tmp_path / "nothing"))))
+
+
+def test_the_trainer_alone_takes_a_list_and_an_optimizer(changes, tmp_path):
+    trainer = make_trainer(prepare_run(read_recipe("finetune", changes())))
+    rows = [trainer.train_dataset[i] for i in range(4)]
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    (tmp_path / "checkpoints").mkdir()
+    alone = VideoMa2mbaTrainer(
+        trainer.model, TrainingArguments(
+            str(tmp_path / "checkpoints"), max_steps=1, use_cpu=True, remove_unused_columns=False, report_to="none",
+            save_strategy="no", disable_tqdm=True,
+        ), trainer.data_collator, rows, optimizers=(optimizer, schedule),
+    )  # fmt: skip
+    assert alone.create_optimizer() is optimizer
+    alone.train()
+    assert sum(entry.get("samples", 0) for entry in alone.state.log_history) == 4

@@ -1,22 +1,18 @@
 """Int8 weights by torchao on the CPU: which parts become small, what the tiny model then answers, LoRA on top."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+import torchao
 from transformers import TorchAoConfig
 
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
 from video_ma2mba.data.synthetic import QUESTION_KINDS, make_story
-
-torchao = pytest.importorskip("torchao", reason="torchao is not installed: pip install '.[quantization]'")
-
-TINY = Path(__file__).resolve().parents[2] / "model_cards" / "video-ma2mba-tiny"
+from video_ma2mba.loading import TINY_MODEL
 
 
 def load(**kwargs):
-    return VideoMa2mbaForConditionalGeneration.from_pretrained(TINY, dtype=torch.bfloat16, **kwargs).eval()
+    return VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL, dtype=torch.bfloat16, **kwargs).eval()
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +28,7 @@ def quantized():
 @pytest.fixture(scope="module")
 def prompts():
     """Two questions of each kind about each of two short stories, as the model's inputs."""
-    processor = VideoMa2mbaProcessor.from_pretrained(TINY)
+    processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
     rng, found = np.random.default_rng(0), []
     for seed in range(2):
         story = make_story(seed, 12)

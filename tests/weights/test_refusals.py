@@ -1,6 +1,7 @@
 """Broken sources are refused by name, and nothing is left half-written."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -56,6 +57,15 @@ def test_the_command_works_as_it_is(command, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
     assert cli.main(command) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_tokenizer_of_the_source_and_groups_beside_the_mixers_options(command, tokenizer_folder, tmp_path):
+    for file in tokenizer_folder.iterdir():
+        shutil.copy(file, tmp_path / "source")
+    change_config(tmp_path, n_groups=1)
+    place = command.index("--tokenizer")
+    assert cli.main(command[:place] + command[place + 2 :]) == 0
+    assert (tmp_path / "out" / "model" / "tokenizer.json").is_file()
 
 
 def test_flipped_key(command, tmp_path, capsys):
@@ -258,3 +268,19 @@ def test_interrupted_conversion_leaves_nothing(command, tmp_path, monkeypatch):
     monkeypatch.setattr("video_ma2mba.weights.conversion.save_file", interrupt)
     assert cli.main(command) == 130
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_damaged_tokenizer(command, tokenizer_folder, tmp_path, capsys):
+    damaged = shutil.copytree(tokenizer_folder, tmp_path / "damaged")
+    file = damaged / "tokenizer.json"
+    file.write_text(file.read_text().replace('"id": 0', '"id": -1', 1))
+    command[command.index("--tokenizer") + 1] = str(damaged)
+    assert_refused(command, capsys, tmp_path, str(damaged), "damaged")
+
+
+def test_what_a_killed_conversion_left_is_removed(command, tmp_path):
+    (tmp_path / "out" / ".model.partial").mkdir()
+    (tmp_path / "out" / ".model.partial" / "model-00007-of-00009.safetensors").write_bytes(b"half")
+    assert cli.main(command) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+    assert not list((tmp_path / "out" / "model").glob("model-*"))

@@ -183,3 +183,8 @@ def test_upload_sends_the_listed_files(folder, monkeypatch, capsys):
 
 def test_unreachable_hub_is_an_error_not_a_traceback(folder, capsys):
     refused(["share", str(folder), "--repo", "me/tiny"], capsys, "me/tiny", "Hub")
+
+
+def test_a_damaged_template_is_refused(folder, capsys):
+    (folder / "chat_template.jinja").write_text("{% if messages %}")
+    refused(["share", str(folder), "--repo", "me/tiny", "--dry-run"], capsys, str(folder), "damaged")

@@ -8,6 +8,7 @@ kernels of an operation take for themselves and the slack of an allocator.
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 from unittest import mock
@@ -63,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
         if key in self._known:
             return
         num_bytes = storage.nbytes()
-        self._known[key] = weakref.ref(storage, lambda _, key=key: self._forget(key)), kind, num_bytes
+        self._known[key] = weakref.ref(storage, partial(self._forget, key)), kind, num_bytes
         self._add(kind, num_bytes)
 
     def count_as(self, tensor: torch.Tensor, kind: str) -> None:
@@ -96,7 +97,7 @@ class LiveBytes(TorchDispatchMode):
         if self.live[kind] > self.peak[kind]:
             self.peak[kind] = self.live[kind]
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _: weakref.ref) -> None:
         _, kind, num_bytes = self._known.pop(key)
         self.live[kind] -= num_bytes
 
@@ -216,7 +217,7 @@ class _Call:
     def __init__(self, fn: Callable, segment: int, sequence: tuple, states: tuple, params: tuple) -> None:
         tensors = *sequence, *states, *params
         self.fn, self.device = fn, sequence[0].device
-        self.specs = [None if t is None else (tuple(t.shape), t.dtype) for t in tensors]
+        self.specs: list[Any] = [None if t is None else (tuple(t.shape), t.dtype) for t in tensors]
         self.parts = len(sequence), len(sequence) + len(states)
         self.batch, self.num_tokens = sequence[0].shape[:2]
         self.num_segments = -(-self.num_tokens // segment)
@@ -236,14 +237,15 @@ class _Call:
         shape, dtype = self._of_a_segment(index)
         return prod(shape) * dtype.itemsize
 
-    def _of_a_segment(self, index: int) -> tuple[tuple[int, ...], torch.dtype] | None:
+    def _of_a_segment(self, index: int) -> Any:
+        """Shape and dtype, or None."""
         if self.specs[index] is None or index >= self.parts[0]:
             return self.specs[index]
         (batch, _, *rest), dtype = self.specs[index]
         return (batch, self.length, *rest), dtype
 
     def count(self, trains: tuple[bool, ...]) -> _Cost:
-        tensors = [spec and self.empty(*spec) for spec in map(self._of_a_segment, range(len(self.specs)))]
+        tensors: list[Any] = [spec and self.empty(*spec) for spec in map(self._of_a_segment, range(len(self.specs)))]
         for tensor, train in zip(tensors, trains, strict=True):
             if train:
                 tensor.requires_grad_()
@@ -280,9 +282,6 @@ class _StandInFunction(torch.autograd.Function):
     def backward(ctx, grad_y, *grad_states):
         _ = ctx.saved_tensors  # as they are fetched, a tensor saved as a recipe is computed again
         stand_in, call, needed = ctx.stand_in, ctx.call, ctx.needs_input_grad[3:]
-        if call.state_specs and not ctx.borders:
-            stand_in.forward(call)
-            ctx.borders[:] = [call.empty(((call.num_segments - 1) * call.state_bytes,), torch.uint8)]
         num_sequence = call.parts[0]
         wanted = [spec if need else None for spec, need in zip(call.specs, needed, strict=True)]
         grads = [spec and call.empty(*spec) for spec in wanted[:num_sequence]]

@@ -83,7 +83,7 @@ def _render(path: Path, minutes: float, keyframe_interval: int) -> Path:
     height, width = _HEIGHT + 64, _WIDTH + 64
     blotches = np.kron(rng.integers(16, 232, (height // 16, width // 16)), np.ones((16, 16)))
     for axis in (0, 1, 0, 1):
-        blotches = sum(np.roll(blotches, shift, axis) for shift in range(-4, 5)) / 9
+        blotches = np.mean([np.roll(blotches, shift, axis) for shift in range(-4, 5)], axis=0)
     grain = rng.normal(0, 3, (16, _HEIGHT, _WIDTH))
     grey = np.full((_HEIGHT // 2, _WIDTH), 128, np.uint8)  # both colour planes
     with av.open(str(path), "w") as container:

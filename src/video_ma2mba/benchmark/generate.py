@@ -9,6 +9,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,14 +51,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for context in args.contexts:
         ids = torch.randint(2, 500, (1, context), device=args.device)
         model(ids[:, :64], use_cache=True)  # warms up
-        seconds, output = clock(lambda ids=ids: model(ids, use_cache=True, logits_to_keep=1))
+        seconds, output = clock(partial(model, ids, use_cache=True, logits_to_keep=1))
         caches[context] = output.cache_params
         rows.append({"context_tokens": context, "prefill_s": seconds, "prefill_tokens_per_s": context / seconds})
     token = torch.full((1, 1), 3, device=args.device)
     times: dict[int, list[float]] = {context: [] for context in caches}
     for turn in range(args.new_tokens + 3):
         for context, cache in caches.items():
-            seconds, _ = clock(lambda cache=cache: model(token, cache_params=cache, use_cache=True))
+            seconds, _ = clock(partial(model, token, cache_params=cache, use_cache=True))
             if turn >= 3:
                 times[context].append(seconds)
     for row in rows:
@@ -66,8 +67,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pixels = torch.randint(
         0, 256, (1, args.frames, 3, *2 * [config.vision_config.image_size]), dtype=torch.uint8, device=args.device
     )
-    clock(lambda: model.get_video_features(pixels[:, :1]))
-    seconds, _ = clock(lambda: model.get_video_features(pixels))
+    clock(partial(model.get_video_features, pixels[:, :1]))
+    seconds, _ = clock(partial(model.get_video_features, pixels))
     return {
         "benchmark": "generate",
         "model": args.model,

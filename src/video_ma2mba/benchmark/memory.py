@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return result
     if args.plot is not None and not args.plot.parent.is_dir():
         raise ValueError(f"cannot write {args.plot}: create the folder {args.plot.parent} first")
-    rows = json.loads(output.read_text())["rows"] if args.resume and output.is_file() else []
+    rows = json.loads(output.read_text())["rows"] if args.resume and output is not None and output.is_file() else []
     done = {(row["model"], row["method"], row["tokens"]) for row in rows}
     for num_tokens in args.lengths or [2**n for n in range(10, 23)]:
         for model in args.models:
@@ -210,7 +210,7 @@ def count(
             hidden_states = backbone.norm_f(hidden_states[None])[0]
         cache = _ = None  # training hands on no states
         targets = torch.empty(batch_size * num_kept, dtype=torch.int64, device="meta")
-        head = SimpleNamespace(config=config, lm_head=SimpleNamespace(weight=backbone.embeddings.weight))
+        head: Any = SimpleNamespace(config=config, lm_head=SimpleNamespace(weight=backbone.embeddings.weight))
         loss = VideoMa2mbaForConditionalGeneration._loss(head, hidden_states, targets, None)
         del hidden_states
         loss.backward()

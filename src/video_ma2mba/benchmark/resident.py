@@ -16,7 +16,7 @@ from ..memory import in_measured_process, peak_bytes, restart_peak
 NUM_SUPERVISED = 512
 NUM_STEPS = 3
 WARM_UP_TOKENS = 8192
-METHODS = {"off": None, "MA-GC": {}}
+METHODS: dict[str, dict | None] = {"off": None, "MA-GC": {}}
 
 
 def measure(device: str, lengths: list[int]) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
 
     torch.manual_seed(0)
     config = small_config()
-    model = VideoMa2mbaForConditionalGeneration(config).to(device).train()
+    with torch.device(device):
+        model = VideoMa2mbaForConditionalGeneration(config).train()
     model.model.vision_tower.requires_grad_(False)
     if METHODS[method] is not None:
         model.gradient_checkpointing_enable()

@@ -14,6 +14,7 @@ import argparse
 import inspect
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,12 +66,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             _forward_backward(scan, inputs, cotangents)
             times[name].append(time.perf_counter() - start)
             cpu_times[name].append(time.process_time() - cpu_start)
-    measured = {
+    measured: dict[str, dict[str, Any]] = {
         name: {
             "median_s": statistics.median(times[name]),
             "median_cpu_s": statistics.median(cpu_times[name]),
             "times_s": times[name],
-            "peak_bytes": allocated_peak_bytes(lambda scan=scan: _forward_backward(scan, inputs, cotangents)),
+            "peak_bytes": allocated_peak_bytes(partial(_forward_backward, scan, inputs, cotangents)),
         }
         for name, scan in scans.items()
     }
@@ -111,7 +112,8 @@ def _inputs(args):
 
 def _ours(x, dt, A, B, C, D, state):
     def segment(sequence, states, params):
-        y, new_state = ssd_scan(sequence[0], sequence[1], params[0], *sequence[2:], params[1], states[0])
+        (x, dt, B, C), (A, D) = sequence, params
+        y, new_state = ssd_scan(x, dt, A, B, C, D, *states)
         return y, (new_state,)
 
     y, (state,), _ = recompute_segments(segment, SEGMENT, (x, dt, B, C), (state,), (A, D))

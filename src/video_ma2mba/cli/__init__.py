@@ -16,6 +16,9 @@ COMMANDS = {
     "ask": ask, "bench": bench, "chat": chat, "convert": convert, "data": data, "eval": evaluate,
     "plan": plan, "share": share, "train": train, "ui": ui, "watch": watch,
 }  # fmt: skip
+# Packages that only some commands need, and the extra that brings each.
+EXTRAS = {"datasets": "train", "peft": "train", "tensorboard": "train", "matplotlib": "train", "evaluate": "eval",
+          "gradio": "ui"}  # fmt: skip
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -42,13 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _print_warning
+            warnings.showwarning = _print_warning  # type: ignore[assignment]  # where it arose is left out
             COMMANDS[args.command].run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has seen enough, as in `video-ma2mba ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f"error: this needs {package}: pip install 'video-ma2mba[{EXTRAS[package]}]'", file=sys.stderr)
+        return EXIT_USER_ERROR
     except (ValueError, OSError) as error:
         if os.environ.get("VIDEO_MA2MBA_TRACEBACK") == "1":
             raise

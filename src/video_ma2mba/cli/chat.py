@@ -1,7 +1,7 @@
 """Talk about a video, or about a memory of one: what was said before counts.
 
 /seek SECONDS goes back to a snapshot, /save FOLDER keeps the memory with the talk, /stats says what it holds, /forget
-begins the talk anew, /quit or Ctrl-D ends. Ctrl-C stops an answer, and drops what was typed.
+begins the talk anew, /help lists these, /quit or Ctrl-D ends. Ctrl-C stops an answer, and drops what was typed.
 """
 
 import argparse
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 HELP = "talk about a video or a memory"
 PROMPT = "> "
+COMMANDS = "/seek SECONDS, /save FOLDER, /stats, /forget, /help, /quit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         import readline  # noqa: F401 - gives `input` a history and editing
 
         print(talk.stats())
-        print("/seek SECONDS, /save FOLDER, /stats, /forget, /quit")
+        print(COMMANDS)
     while True:
         try:
             line = input(PROMPT if in_terminal else "")
@@ -66,6 +67,8 @@ class Talk:
         command, _, argument = line.partition(" ")
         if command == "/stats":
             print(self.stats())
+        elif command == "/help":
+            print(COMMANDS)
         elif command == "/forget":
             self.memory.dialogue = []
         elif command == "/save" and argument.strip():
@@ -74,7 +77,7 @@ class Talk:
         elif command == "/seek":
             self.seek(argument.strip())
         else:
-            raise ValueError(f"{line}: the commands are /seek SECONDS, /save FOLDER, /stats, /forget and /quit")
+            raise ValueError(f"{line}: the commands are {COMMANDS}")
 
     def answer(self, question: str) -> None:
         """Print the answer as it comes; Ctrl-C ends it, and it then counts as not asked."""

@@ -77,7 +77,10 @@ def _claim(output: Path, settings: dict[str, Any], resume: bool) -> None:
         return
     if not resume:
         raise ValueError(f"{output} holds a run already: --resume goes on with it, -o DIR takes another folder")
-    earlier = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        earlier = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: damaged, so the run cannot go on; take -o DIR") from error
     if changed := [key for key in settings if settings[key] != earlier.get(key)]:
         raise ValueError(
             f"{output} holds a run with other settings ({', '.join(changed)}); the same ones go on, or take -o DIR"

@@ -19,11 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise ValueError("the page needs Gradio: pip install 'video-ma2mba[ui]'") from error
-
     from ..ui import Page
 
     model, processor = watching.load_model_and_processor(args)

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.output.absolute().parent.is_dir():
         raise ValueError(f"cannot write {args.output}: create the folder {args.output.parent} first")
     unfinished = args.output.with_name(f".{args.output.name}.unfinished")
-    if args.resume and not unfinished.is_dir():
+    if args.resume and not watching.is_memory(unfinished):
         raise ValueError(f"--resume: no interrupted call for {args.output} was found; leave the option out")
     model, processor = watching.load_model_and_processor(args, args.video)
 

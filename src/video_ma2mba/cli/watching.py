@@ -53,7 +53,7 @@ def load_model_and_processor(args: argparse.Namespace, video: str | None = None)
     return load_model(name, dtype, args.adapter).to(device), processor
 
 
-def is_memory(path: str) -> bool:
+def is_memory(path: str | Path) -> bool:
     """Whether this is the folder of a memory."""
     from ..modeling.video_memory_files import CONFIG_NAME
 

@@ -5,7 +5,7 @@ A sample that cannot be used is left out of the batch and said so; the others go
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,7 +42,7 @@ class VideoChatCollator:
         fps: float | None = None,
         max_tokens: int | None = None,
         max_frames: int | None = None,
-        too_long: Literal["refuse", "cut", "lower_fps"] = "refuse",
+        too_long: str = "refuse",
         pad_to_multiple_of: int = 1,
         with_info: bool = False,
         strict: bool = False,
@@ -90,7 +90,7 @@ class VideoChatCollator:
             batch[INFO] = infos
         return batch
 
-    def _batch(self, chats: list[list[dict]]) -> dict[str, torch.Tensor]:
+    def _batch(self, chats: list[list[dict]]) -> dict[str, Any]:
         return self.processor.apply_chat_template(
             chats, tokenize=True, return_labels=True, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
         ).data
@@ -106,7 +106,7 @@ class VideoChatCollator:
             info["changed"] = changed
         left = iter(given)
         root, folder = Path(row["media_root"]), Path(row["folder"])
-        chat = []
+        chat: list[dict[str, Any]] = []
         for message in messages:
             content = []
             for entry in message["content"]:
@@ -115,7 +115,8 @@ class VideoChatCollator:
                     if count == 0:
                         return chat  # no room for this turn, so none for what follows
                     frames = self.loader.load(entry, root, folder, count, cut=self.too_long == "cut")
-                    entry = {"type": entry["type"], entry["type"]: frames}
+                    kind = entry["type"]
+                    entry = {"type": kind, kind: frames if kind == "video" else frames[0]}
                 content.append(entry)
             chat.append({"role": message["role"], "content": content})
         return chat

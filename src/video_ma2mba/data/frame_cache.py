@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..loading import reading
+
 if TYPE_CHECKING:
     from ..processing import VideoMa2mbaVideoProcessor
 
 FRAMES_PER_SHARD = 256
 JPEG_QUALITY = 92
-ENCODINGS = ("raw", "jpeg")
 
 
 def cache_folder(cache: Path, video: str) -> Path:
@@ -47,23 +49,32 @@ def write_frames(
     """
     folder = cache_folder(cache, video)
     if folder.is_dir():
-        return len(read_index(folder, settings(processor, fps))["timestamps_s"])
+        with reading_stored(folder):
+            return len(read_index(folder, settings(processor, fps))["timestamps_s"])
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    timestamps_s: list[float] = []
-    frames = processor.open_video(root / video, fps=fps)
-    for number in itertools.count():
-        shard = list(itertools.islice(frames, FRAMES_PER_SHARD))
-        if not shard:
-            break
-        timestamps_s += [frame.timestamp_s for frame in shard]
-        pixels = np.stack([frame.pixels for frame in shard])
-        save_file(_encode(pixels, encoding), partial / f"{number:05d}.safetensors")
-    index = {"video": video, "encoding": encoding, **settings(processor, fps), "timestamps_s": timestamps_s}
-    (partial / "index.json").write_text(json.dumps(index), encoding="utf-8")
-    partial.rename(folder)
-    return len(timestamps_s)
+    try:
+        timestamps_s: list[float] = []
+        frames = processor.open_video(root / video, fps=fps)
+        for number in itertools.count():
+            shard = list(itertools.islice(frames, FRAMES_PER_SHARD))
+            if not shard:
+                break
+            timestamps_s += [frame.timestamp_s for frame in shard]
+            pixels = np.stack([frame.pixels for frame in shard])
+            save_file(_encode(pixels, encoding), partial / f"{number:05d}.safetensors")
+        index = {"video": video, "encoding": encoding, **settings(processor, fps), "timestamps_s": timestamps_s}
+        (partial / "index.json").write_text(json.dumps(index), encoding="utf-8")
+        partial.rename(folder)
+        return len(timestamps_s)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def reading_stored(folder: Path) -> AbstractContextManager[None]:
+    """The cached frames of a video are read in here."""
+    return reading(folder, "stored frames (remove them and run `video-ma2mba data prepare --cache-frames` again)")
 
 
 def read_index(folder: Path, wanted: dict[str, object]) -> dict:

@@ -90,7 +90,7 @@ def _from_messages(item: Item) -> Record:
         raise Malformed("a record needs a list under 'messages'")
     result = []
     for message in record["messages"]:
-        if not isinstance(message, dict) or ROLES.get(message.get("role")) is None:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise Malformed(f"a message needs a role of {', '.join(ROLES)}: {message!r}")
         content = message.get("content")
         content = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -44,6 +44,7 @@ def load_manifest(folder: str | Path, streaming: bool = False) -> "datasets.Data
         ValueError: No such folder, or not one of ours; says what is missing.
     """
     from datasets import Features, Value, load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     folder = Path(folder).resolve()
     described = read_description(folder)
@@ -51,7 +52,10 @@ def load_manifest(folder: str | Path, streaming: bool = False) -> "datasets.Data
     if file is None:
         raise ValueError(f"{folder}: neither {' nor '.join(NAMES)} is there; run `video-ma2mba data prepare` again")
     kind = "json" if file.suffix == ".jsonl" else "parquet"
-    dataset = load_dataset(kind, data_files=str(file), features=features(), split="train", streaming=streaming)
+    try:
+        dataset = load_dataset(kind, data_files=str(file), features=features(), split="train", streaming=streaming)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{file}: damaged, {error.__cause__}; run `video-ma2mba data prepare` again") from error
     places = {"media_root": str((folder / described["media_root"]).resolve()), "folder": str(folder)}
     all_features = Features({**features(), "media_root": Value("string"), "folder": Value("string")})
     return dataset.map(lambda batch: _constant(batch, places), batched=True, features=all_features)
@@ -60,8 +64,10 @@ def load_manifest(folder: str | Path, streaming: bool = False) -> "datasets.Data
 def read_description(folder: Path) -> dict[str, Any]:
     """`dataset.json` of a prepared folder."""
     try:
-        return json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        Path(described["media_root"])
+        return described
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{folder}: no prepared data set; make one with `video-ma2mba data prepare`") from error
 
 

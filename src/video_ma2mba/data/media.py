@@ -54,8 +54,10 @@ class MediaIndex:
             for line in remembered.read_text(encoding="utf-8").splitlines():
                 try:
                     entry = json.loads(line)
+                    if "error" not in entry:
+                        entry["duration_s"] = float(entry["duration_s"])
                     self._known[entry["kind"], entry["path"], entry["num_bytes"], entry["modified_ns"]] = entry
-                except (json.JSONDecodeError, KeyError):
+                except (ValueError, TypeError, LookupError):
                     continue
         self._file = remembered.open("a", encoding="utf-8")
         self._file.write("\n")  # ends a line that a crash left open

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .frame_cache import cache_folder, read_frames_between, read_index, settings
+from .frame_cache import cache_folder, read_frames_between, read_index, reading_stored, settings
 
 if TYPE_CHECKING:
     from ..processing import VideoMa2mbaVideoProcessor
@@ -44,7 +44,8 @@ class MediaLoader:
         first, last = self._span(entry)
         cached = cache_folder(folder / "frames", entry["path"])
         if cached.is_dir():
-            return self._cached(cached, entry, first, last, max_frames, cut)
+            with reading_stored(cached):
+                return self._cached(cached, entry, first, last, max_frames, cut)
         if last <= first:
             start_s, end_s = self._middle_s(entry), None
         else:

@@ -37,7 +37,8 @@ class Sample:
         """The turns of all parts: captions first, the medium once, a question that was asked before left out."""
         if len(self.parts) == 1:
             return self.parts[0].messages
-        merged, asked = [], set()
+        merged: list[dict[str, Any]] = []
+        asked: set = set()
         for part in sorted(self.parts, key=lambda part: KIND_ORDER.index(part.kind)):
             messages = part.messages
             if merged:

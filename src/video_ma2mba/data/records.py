@@ -59,7 +59,7 @@ class Malformed(ValueError):
 def medium(kind: str, *candidates: str, start_s: float | None = None, end_s: float | None = None) -> dict[str, Any]:
     """A video or image entry of a message."""
     entry: dict[str, Any] = {"type": kind, "candidates": list(candidates)}
-    if start_s is not None:
+    if start_s is not None and end_s is not None:
         entry |= {"start_s": float(start_s), "end_s": float(end_s)}
     return entry
 
@@ -99,9 +99,10 @@ def convert_all(
             if not isinstance(item.value, dict):
                 raise Malformed(f"a record must be an object, got {str(item.value)[:60]!r}")
             yield from convert(item)
-        except Malformed as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # the last three: a list for a text, ...
             identity = item.value.get("id", "") if isinstance(item.value, dict) else ""
-            yield Problem(item.where, "malformed", str(error), str(identity))
+            said = "" if isinstance(error, ValueError) else "a value of another kind than the format's: "
+            yield Problem(item.where, "malformed", f"{said}{error}", str(identity))
 
 
 def read_items(source: Path) -> Iterator[Item | Problem]:

@@ -81,11 +81,6 @@ class Scene:
         """Colour and shape, for instance "red square"."""
         return f"{self.colour} {self.shape}"
 
-    @property
-    def caption(self) -> str:
-        """A sentence that describes the scene, for training on interleaved clips and captions."""
-        return f"A {self.name} is on the screen."
-
 
 @dataclass(frozen=True)
 class Story:
@@ -329,6 +324,5 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (np.abs(x) + np.abs(y) - 1.0) * 0.7071
     if shape == "triangle":  # point up, base at y = 0.8
         return np.maximum((np.abs(x) * 1.8 - y - 0.9) * 0.4856, y - 0.8)
-    if shape == "cross":
-        return np.minimum(np.maximum(np.abs(x) - 0.3, np.abs(y) - 1.0), np.maximum(np.abs(y) - 0.3, np.abs(x) - 1.0))
-    raise ValueError(f"unknown shape {shape!r}")
+    # a cross
+    return np.minimum(np.maximum(np.abs(x) - 0.3, np.abs(y) - 1.0), np.maximum(np.abs(y) - 0.3, np.abs(x) - 1.0))

@@ -169,13 +169,7 @@ class ChatJudge:
                         f"the judge at {self.url} refuses: {failure} {error.reason}; check the address, the model's "
                         f"name {self.model!r} and the key in {KEY_VARIABLE}"
                     ) from None
-            except (
-                OSError,
-                ValueError,
-                KeyError,
-                IndexError,
-                TypeError,
-            ) as error:
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
                 # no connection, a time-out, or no JSON
                 failure = type(error).__name__ if not isinstance(error, TimeoutError) else "time-out"
         if reply is None:

@@ -65,25 +65,21 @@ def read_needles(folder: Path, processor: Any) -> list[Needle]:
     """`needles.jsonl` in a folder: lines of {"image", "question", "answer"}, images beside it.
 
     Raises:
-        ValueError: A line that is not so, or an image outside the folder; says which.
+        ValueError: A line that is not so, an image outside the folder, or one that cannot be read; says which.
     """
-    from PIL import Image
-
     file, needles = folder / "needles.jsonl", []
     if not file.is_file():
         raise ValueError(f"{folder}: there is no needles.jsonl in it")
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             entry = json.loads(line)
-            image, question, answer = entry["image"], entry["question"], entry["answer"]
+            image, question, answer = (str(entry[name]) for name in ("image", "question", "answer"))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file.name}:{number}: must be an object with image, question and answer") from error
         path = (folder / image).resolve()
         if not path.is_relative_to(folder.resolve()) or not path.is_file():
             raise ValueError(f"{file.name}:{number}: {image!r} is no file in {folder}")
-        with Image.open(path) as opened:
-            pixels = np.asarray(opened.convert("RGB"))[None]
-        needles.append(Needle(processor.video_processor.load(pixels).frames, question, answer))
+        needles.append(Needle(processor.video_processor.load_image(path), question, answer))
     return needles
 
 
@@ -145,9 +141,10 @@ def _read(file: Path) -> dict[tuple[int, float, int], dict[str, Any]]:
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 cell = json.loads(line)
-                cells[cell["num_frames"], cell["depth"], cell["needle"]] = cell
-            except (json.JSONDecodeError, KeyError):
-                continue  # cut off by a crash
+                if isinstance(cell["found"], bool):
+                    cells[cell["num_frames"], cell["depth"], cell["needle"]] = cell
+            except (ValueError, TypeError, LookupError):
+                continue  # cut off by a crash, or damaged
     return cells
 
 

@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +166,10 @@ def _answered(file: Path, found: Found) -> dict[str, list[Answer]]:
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 answer = Answer(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
+            except (ValueError, TypeError):
                 continue
-            kept[answer.id] = answer
+            if all(isinstance(getattr(answer, one.name), one.type) for one in fields(Answer)):
+                kept[answer.id] = answer
     done = {
         video: [kept[question.id] for question in questions]
         for video, questions in found.by_video.items()

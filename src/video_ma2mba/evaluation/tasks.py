@@ -10,14 +10,7 @@ from typing import Any
 
 from ..data.question_sets import as_question
 from ..data.records import SUFFIXES, Item, Malformed, Problem, convert_all, read_items, text_of
-from .questions import (
-    LETTERS,
-    Question,
-    bracketed_letter,
-    first_capital,
-    leading_letter,
-    marked_letter,
-)
+from .questions import LETTERS, Question, bracketed_letter, first_capital, leading_letter, marked_letter
 
 ONLY_THE_LETTER = "Answer with the option's letter from the given choices directly."
 Convert = Callable[[Item], Iterable[Question]]
@@ -76,7 +69,7 @@ def read_questions(task: Task, data: str) -> Iterator[Question | Problem]:
 def video_mme(source: Path | None) -> Convert:
     """Options come lettered, "A. ..."; the answer is a letter."""
 
-    def convert(item: Item) -> list[Question]:
+    def convert(item: Item) -> Iterator[Question]:
         row = item.value
         options = [str(option) for option in _list(row, "options")]
         answer = text_of(row, "answer")
@@ -93,17 +86,15 @@ def video_mme(source: Path | None) -> Convert:
                 ONLY_THE_LETTER,
             ]
         )
-        return [
-            Question(
-                id=text_of(row, "question_id"),
-                where=item.where,
-                videos=tuple(f"{f}{video}.{s}" for f in ("data/", "", "videomme/data/") for s in ("mp4", "MP4", "mkv")),
-                prompt=prompt,
-                answer=answer,
-                options=tuple(re.sub(r"^[A-E]\.\s*", "", option) for option in options),
-                groups=_groups(row, "duration", "domain", "sub_category", "task_type"),
-            )
-        ]
+        yield Question(
+            id=text_of(row, "question_id"),
+            where=item.where,
+            videos=tuple(f"{f}{video}.{s}" for f in ("data/", "", "videomme/data/") for s in ("mp4", "MP4", "mkv")),
+            prompt=prompt,
+            answer=answer,
+            options=tuple(re.sub(r"^[A-E]\.\s*", "", option) for option in options),
+            groups=_groups(row, "duration", "domain", "sub_category", "task_type"),
+        )
 
     return convert
 
@@ -111,7 +102,7 @@ def video_mme(source: Path | None) -> Convert:
 def long_video_bench(source: Path | None) -> Convert:
     """`option0` to `option4` or `candidates`; `correct_choice` is a number, and absent from the test split."""
 
-    def convert(item: Item) -> list[Question]:
+    def convert(item: Item) -> Iterator[Question]:
         row = item.value
         if "candidates" in row:
             options = [str(option) for option in _list(row, "candidates")]
@@ -122,17 +113,15 @@ def long_video_bench(source: Path | None) -> Convert:
         choice = row.get("correct_choice")
         answer = "" if choice in (None, -1) else _letter(choice, options)
         video = text_of(row, "video_path")
-        return [
-            Question(
-                id=text_of(row, "id"),
-                where=item.where,
-                videos=(f"videos/{video}", video),
-                prompt=f"{text_of(row, 'question')}\n{_lettered(options, '{}. {}')}\n{ONLY_THE_LETTER}\n",
-                answer=answer,
-                options=tuple(options),
-                groups=_groups(row, "duration_group", "question_category"),
-            )
-        ]
+        yield Question(
+            id=text_of(row, "id"),
+            where=item.where,
+            videos=(f"videos/{video}", video),
+            prompt=f"{text_of(row, 'question')}\n{_lettered(options, '{}. {}')}\n{ONLY_THE_LETTER}\n",
+            answer=answer,
+            options=tuple(options),
+            groups=_groups(row, "duration_group", "question_category"),
+        )
 
     return convert
 
@@ -168,25 +157,23 @@ def mv_bench(source: Path | None) -> Convert:
 
     number = count(1)  # rows have no name of their own
 
-    def convert(item: Item) -> list[Question]:
+    def convert(item: Item) -> Iterator[Question]:
         row, identity = item.value, f"{subtask} {next(number)}"
         options, answer = [str(option) for option in _list(row, "candidates")], text_of(row, "answer")
         if answer not in options:
             raise Malformed(f"answer {answer!r} is not among the candidates")
         video = text_of(row, "video")
         folder = MVBENCH_FOLDERS[subtask]
-        return [
-            Question(
-                id=identity,
-                where=item.where,
-                videos=tuple(f"{place}{video}" for place in (f"{folder}/", f"video/{folder}/", f"{subtask}/", "")),
-                prompt=f"Question:{text_of(row, 'question')}\nOption:\n{_lettered(options, '({}) {}')}\n"
-                "Only give the best option.\n",
-                answer=LETTERS[options.index(answer)],
-                options=tuple(options),
-                groups={"subtask": subtask},
-            )
-        ]
+        yield Question(
+            id=identity,
+            where=item.where,
+            videos=tuple(f"{place}{video}" for place in (f"{folder}/", f"video/{folder}/", f"{subtask}/", "")),
+            prompt=f"Question:{text_of(row, 'question')}\nOption:\n{_lettered(options, '({}) {}')}\n"
+            "Only give the best option.\n",
+            answer=LETTERS[options.index(answer)],
+            options=tuple(options),
+            groups={"subtask": subtask},
+        )
 
     return convert
 
@@ -199,7 +186,7 @@ def next_qa(source: Path | None) -> Convert:
     mapping = source.with_name("map_vid_vidorID.json") if source else None
     folders = json.loads(mapping.read_text(encoding="utf-8")) if mapping and mapping.is_file() else {}
 
-    def convert(item: Item) -> list[Question]:
+    def convert(item: Item) -> Iterator[Question]:
         row = item.value
         if row.get("a0") is None:
             raise Malformed("no options: this task is the multiple choice, not the open-ended set")
@@ -208,17 +195,15 @@ def next_qa(source: Path | None) -> Convert:
             raise Malformed("'video' is missing")
         options = [text_of(row, f"a{i}") for i in range(5)]
         names = [name for name in (folders.get(video), video) if name]
-        return [
-            Question(
-                id=f"{video}_{row.get('qid')}",
-                where=item.where,
-                videos=tuple(f"{folder}{name}.mp4" for name in names for folder in ("", "NExTVideo/", "videos/")),
-                prompt=f"{as_question(text_of(row, 'question'))}\n{_lettered(options, '{}. {}')}",
-                answer=_letter(row.get("answer"), options),
-                options=tuple(options),
-                groups={"kind": KINDS_OF_NEXTQA.get(kind[0], kind), "type": "TN" if kind == "TP" else kind},
-            )
-        ]
+        yield Question(
+            id=f"{video}_{row.get('qid')}",
+            where=item.where,
+            videos=tuple(f"{folder}{name}.mp4" for name in names for folder in ("", "NExTVideo/", "videos/")),
+            prompt=f"{as_question(text_of(row, 'question'))}\n{_lettered(options, '{}. {}')}",
+            answer=_letter(row.get("answer"), options),
+            options=tuple(options),
+            groups={"kind": KINDS_OF_NEXTQA.get(kind[0], kind), "type": "TN" if kind == "TP" else kind},
+        )
 
     return convert
 
@@ -237,7 +222,7 @@ def activitynet_qa(source: Path | None) -> Convert:
             raise ValueError(f"{source}: its answers are not beside it: {beside.name}")
         answers = {one.get("question_id"): one for one in json.loads(beside.read_text(encoding="utf-8"))}
 
-    def convert(item: Item) -> list[Question]:
+    def convert(item: Item) -> Iterator[Question]:
         row, identity = item.value, text_of(item.value, "question_id")
         if beside and beside != source and identity not in answers:
             raise Malformed(f"no answer to {identity} in {beside.name}")
@@ -245,18 +230,16 @@ def activitynet_qa(source: Path | None) -> Convert:
         video, asked = text_of(row, "video_name"), text_of(row, "question").capitalize() + "?"
         names = [f"{prefix}{video}" for prefix in ("v_", "")]
         kind = str(answer.get("type", ""))
-        return [
-            Question(
-                id=identity,
-                where=item.where,
-                videos=tuple(f"{f}{n}.{s}" for n in names for f in ("", "videos/") for s in ("mp4", "mkv", "webm")),
-                prompt=f"{asked} Answer the question using a single word or phrase.",
-                answer=text_of(answer, "answer"),
-                groups={"type": KINDS_OF_ACTIVITYNET[int(kind)] if kind in list("012345678") else kind or "unknown"},
-                asked=asked,
-                dimension="match",
-            )
-        ]
+        yield Question(
+            id=identity,
+            where=item.where,
+            videos=tuple(f"{f}{n}.{s}" for n in names for f in ("", "videos/") for s in ("mp4", "mkv", "webm")),
+            prompt=f"{asked} Answer the question using a single word or phrase.",
+            answer=text_of(answer, "answer"),
+            groups={"type": KINDS_OF_ACTIVITYNET[int(kind)] if kind in list("012345678") else kind or "unknown"},
+            asked=asked,
+            dimension="match",
+        )
 
     return convert
 

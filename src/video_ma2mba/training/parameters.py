@@ -1,6 +1,6 @@
 """Which parameters move, and at which rate."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -46,7 +46,3 @@ def parameter_groups(
         )
         group["params"].append(parameter)
     return sorted(groups.values(), key=lambda group: group["name"])  # the log shows the rate of the first
-
-
-def num_elements(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)

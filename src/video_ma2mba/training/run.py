@@ -15,6 +15,7 @@ from transformers.integrations import TensorBoardCallback
 
 from ..data.collator import VideoChatCollator
 from ..data.manifest import load_manifest
+from ..files import write_json
 from ..modeling import VideoMa2mbaForConditionalGeneration
 from ..processing import VideoMa2mbaProcessor
 from .parameters import parameter_groups, set_trainable
@@ -99,7 +100,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         known = {field.name for field in fields(TrainingArguments)}
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         checkpointing = {name: True, f"{name}_kwargs": dict(recipe.gradient_checkpointing)}
-    config = model.config
+    config: Any = model.config
     distributed: dict[str, Any] = {}
     if recipe.deepspeed:
         distributed["deepspeed"] = find_distributed(recipe.deepspeed)
@@ -211,7 +212,7 @@ def _held_out_loss(trainer: VideoMa2mbaTrainer, output: Path, resumed: bool) -> 
         return json.loads(kept.read_text(encoding="utf-8"))["before"]
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
-        kept.write_text(json.dumps({"before": loss}) + "\n", encoding="utf-8")
+        write_json(kept, {"before": loss})
     return loss
 
 

@@ -42,6 +42,8 @@ class VideoMa2mbaTrainer(Trainer):
         The others: as of `transformers.Trainer`.
     """
 
+    model: Any  # of `Trainer`, which declares that it may be missing
+
     def __init__(self, *args: Any, vision_learning_rate: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.vision_learning_rate = vision_learning_rate
@@ -77,7 +79,7 @@ class VideoMa2mbaTrainer(Trainer):
         for info in infos:
             if "error" in info:
                 self._counts["skipped_samples"] += 1
-                with (Path(self.args.output_dir) / "skipped_samples.jsonl").open("a", encoding="utf-8") as file:
+                with (self._folder / "skipped_samples.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": self.state.global_step, **info}, ensure_ascii=False) + "\n")
                 self._warn(f"sample {info['id']} is left out: {info['error']}")
                 continue
@@ -115,16 +117,19 @@ class VideoMa2mbaTrainer(Trainer):
                 loss = loss + sum(0.0 * parameter.sum() for parameter in parameters)
         return (loss, *rest) if rest else loss
 
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
     def _save_batch(self, inputs: dict[str, Any], loss: torch.Tensor) -> str:
         """Writes the batch for study; returns what to say."""
-        folder = Path(self.args.output_dir)
         name = f"non_finite_step{self.state.global_step}_rank{self.args.process_index}"
         tensors = {key: value.contiguous().cpu() for key, value in inputs.items() if torch.is_tensor(value)}
-        save_file(tensors, folder / f"{name}.safetensors")
-        (folder / f"{name}.json").write_text(json.dumps(self._batch_info, indent=2), encoding="utf-8")
+        save_file(tensors, self._folder / f"{name}.safetensors")
+        (self._folder / f"{name}.json").write_text(json.dumps(self._batch_info, indent=2), encoding="utf-8")
         return (
-            f"the loss is {loss.item()} at step {self.state.global_step}; the batch is in {folder / name}.safetensors. "
-            "Lower the learning rate, raise the warm-up, or look for what is odd in these samples"
+            f"the loss is {loss.item()} at step {self.state.global_step}; the batch is in {self._folder / name}"
+            ".safetensors. Lower the learning rate, raise the warm-up, or look for what is odd in these samples"
         )
 
     # --- logs --------------------------------------------------------------------------------------------------------

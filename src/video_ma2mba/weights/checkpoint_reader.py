@@ -5,6 +5,7 @@ import math
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,6 +69,8 @@ class _Opened:
 
     def __init__(self, file: Path):
         self._is_safetensors = file.suffix == ".safetensors"
+        self._file: Any = None
+        self._tensors: Any = None
         try:
             if self._is_safetensors:
                 self._file = safe_open(file, framework="pt")

@@ -1,11 +1,11 @@
 """Carry out a conversion: check every tensor against the model, then stream them into a folder of safetensors."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -74,11 +74,11 @@ class Conversion:
             name: torch.float32 if any(part in name for part in model._keep_in_fp32_modules_strict) else dtype
             for name, _ in self._wanted(model)
         }
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        partial = folder.with_name(f".{folder.name}.partial")  # one name: what a killed process left is removed
         shutil.rmtree(partial, ignore_errors=True)
         try:
             # everything but the weights: config, generation config and code
-            model.to(dtype).save_pretrained(partial, state_dict={})
+            model.to(dtype).save_pretrained(partial, state_dict={})  # type: ignore[arg-type]  # a decorator hides `to`
             (partial / "model.safetensors").unlink(missing_ok=True)  # some versions write an empty one
             self.processor.save_pretrained(partial)
             sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in self._wanted(model)}
@@ -177,7 +177,8 @@ def check_answers(folder: Path) -> None:
         ValueError: weights that are not all there, or too many; logits that are not finite.
     """
     with reading(folder, "the model"):
-        model, loading = VideoMa2mbaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = VideoMa2mbaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    model, loading = loaded
     if wrong := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):
         raise ValueError(f"{folder}: weights that are missing, or that the model does not have: {list_names(wrong)}")
     processor = load(VideoMa2mbaProcessor, str(folder))

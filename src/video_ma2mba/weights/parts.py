@@ -1,14 +1,9 @@
 """The parts of a Video-Ma2mba, read from published folders: Mamba-2 language models, towers, tokenizers."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import (
-    CLIPVisionConfig,
-    Mamba2Config,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    SiglipVisionConfig,
-)
+from transformers import CLIPVisionConfig, Mamba2Config, PreTrainedConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
 from ..loading import reading
 from ..registration import VideoMa2mbaConfig, VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
@@ -146,7 +141,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def build_processor(
-    tokenizer: PreTrainedTokenizerFast, tower: PreTrainedConfig, statistics: dict[str, list[float]], pool_stride: int
+    tokenizer: PreTrainedTokenizerFast, tower: PreTrainedConfig, statistics: dict[str, Any], pool_stride: int
 ) -> VideoMa2mbaProcessor:
     """A processor that prepares frames as the tower was trained on them."""
     video_processor = VideoMa2mbaVideoProcessor(
@@ -161,8 +156,8 @@ def build_config(
     language: Mamba2Config,
     tower: PreTrainedConfig,
     processor: VideoMa2mbaProcessor,
-    statistics: dict[str, list[float]],
-    **fields,
+    statistics: dict[str, Any],
+    **fields: Any,
 ) -> VideoMa2mbaConfig:
     """One config of the parts; ids come from the tokenizer.
 

@@ -58,7 +58,7 @@ def _code(folder: Path) -> set[str]:
 
 
 def _with_imports(modules: Iterable[Path]) -> set[Path]:
-    return {Path(file) for module in modules for file in (module, *get_relative_import_files(module))}
+    return {Path(file) for module in modules for file in [str(module), *get_relative_import_files(module)]}
 
 
 def check_folder(folder: Path) -> None:

@@ -128,7 +128,7 @@ def _answering(models: dict[str, Any], num_tokens: int) -> dict[str, Any]:
     ids = torch.randint(4, 400, (1, num_tokens))
     for name, model in ((name, models[name].eval()) for name in NAMES):
         if name == "attention":
-            cache = DynamicCache(config=model.config)
+            cache: Any = DynamicCache(config=model.config)
             model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         else:
