@@ -10,7 +10,7 @@ there. Weights, and the gradients of parameters summed in float32, are not in it
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .segment_sizes import KERNEL_SEGMENT, SCAN_CHUNK, SEGMENT
 
@@ -53,48 +53,51 @@ class CheckpointPlan:
         )
 
 
-def check_options(
-    config,
-    axes=AXES,
-    layer_interval=None,
-    sequence_interval=None,
-    order=None,
-    offload=False,
-    memory_budget_bytes=None,
-    host_memory_budget_bytes=None,
-):
-    """Refuse nonsense. Any order goes with any axes, and `offload` with all of them.
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What is asked of a plan: see `gradient_checkpointing_enable`. Any order goes with any axes, offload with all."""
 
-    Raises:
-        ValueError: says which option, what it was, and what it may be.
-    """
-    num_layers = config.text_config.num_hidden_layers
-    if isinstance(axes, str) or not axes or not set(axes) <= set(AXES):
-        raise ValueError(f"axes={axes!r} must be a non-empty selection of {AXES}")
-    for name, value in (("layer_interval", layer_interval), ("sequence_interval", sequence_interval)):
-        if value is not None and (not _is_int(value) or value < 1):
-            raise ValueError(f"{name}={value!r} must be a positive integer, or None to let the planner decide")
-    if layer_interval is not None and layer_interval > num_layers:
-        raise ValueError(f"layer_interval={layer_interval} is more than the model's {num_layers} layers")
-    if "layer" not in axes and layer_interval not in (None, num_layers):
-        raise ValueError(
-            f"layer_interval={layer_interval} contradicts axes={tuple(axes)}, which keeps all {num_layers} layers in "
-            "one cell: leave it out, or add 'layer' to axes"
-        )
-    if "sequence" not in axes and sequence_interval is not None:
-        raise ValueError(
-            f"sequence_interval={sequence_interval} contradicts axes={tuple(axes)}, which keeps all tokens in one "
-            "cell: leave it out, or add 'sequence' to axes"
-        )
-    if order is not None and order not in ORDERS:
-        raise ValueError(f"order={order!r} must be one of {ORDERS}, or None to let the planner decide")
-    if not isinstance(offload, bool):
-        raise ValueError(f"offload={offload!r} must be True or False")
-    for name, value in (
-        ("memory_budget_bytes", memory_budget_bytes), ("host_memory_budget_bytes", host_memory_budget_bytes),
-    ):  # fmt: skip
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-            raise ValueError(f"{name}={value!r} must be a positive number of bytes, or None for no bound")
+    axes: tuple[str, ...] = AXES
+    layer_interval: int | None = None
+    sequence_interval: int | None = None
+    order: str | None = None
+    offload: bool = False
+    memory_budget_bytes: float | None = None
+    host_memory_budget_bytes: float | None = None
+
+    def check(self, num_layers):
+        """Refuse nonsense for a model of so many layers.
+
+        Raises:
+            ValueError: says which option, what it was, and what it may be.
+        """
+        axes = self.axes
+        if isinstance(axes, str) or not axes or not set(axes) <= set(AXES):
+            raise ValueError(f"axes={axes!r} must be a non-empty selection of {AXES}")
+        for name in ("layer_interval", "sequence_interval"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a positive integer, or None to let the planner decide")
+        if self.layer_interval is not None and self.layer_interval > num_layers:
+            raise ValueError(f"layer_interval={self.layer_interval} is more than the model's {num_layers} layers")
+        if "layer" not in axes and self.layer_interval not in (None, num_layers):
+            raise ValueError(
+                f"layer_interval={self.layer_interval} contradicts axes={tuple(axes)}, which keeps all {num_layers} "
+                "layers in one cell: leave it out, or add 'layer' to axes"
+            )
+        if "sequence" not in axes and self.sequence_interval is not None:
+            raise ValueError(
+                f"sequence_interval={self.sequence_interval} contradicts axes={tuple(axes)}, which keeps all tokens in "
+                "one cell: leave it out, or add 'sequence' to axes"
+            )
+        if self.order is not None and self.order not in ORDERS:
+            raise ValueError(f"order={self.order!r} must be one of {ORDERS}, or None to let the planner decide")
+        if not isinstance(self.offload, bool):
+            raise ValueError(f"offload={self.offload!r} must be True or False")
+        for name in ("memory_budget_bytes", "host_memory_budget_bytes"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+                raise ValueError(f"{name}={value!r} must be a positive number of bytes, or None for no bound")
 
 
 def plan_checkpoints(
@@ -124,24 +127,24 @@ def plan_checkpoints(
         num_supervised_tokens: tokens of the batch with a loss; None for one chunk of the loss.
         num_frames: frames of the batch, 0 where embeddings are given. trains_vision: their tower trains.
         scan_backend: "torch" or "mamba_ssm", which keeps the scan's output too and works on longer segments.
-        options: axes, layer_interval, sequence_interval, order, offload, memory_budget_bytes, host_memory_budget_bytes;
-            see `gradient_checkpointing_enable`. ("layer",) alone means one time block and, unless it is given, l = 1;
+        options: the fields of `CheckpointOptions`. axes=("layer",) means one time block and, unless it is given, l = 1;
             ("sequence",) means l = L. A given interval, order or offload is kept.
 
     Raises:
-        ValueError: nonsense, see `check_options`, or a sequence_interval above sequence_length.
+        ValueError: nonsense, or a sequence_interval above sequence_length.
         InfeasibleMemoryBudget: no plan fits.
     """
-    check_options(config, **options)
+    asked = CheckpointOptions(**options)
+    asked.check(config.text_config.num_hidden_layers)
     costs = Costs(
         config, batch_size, sequence_length, dtype_bytes, num_supervised_tokens, num_frames, trains_vision, scan_backend
     )
-    interval = options.get("sequence_interval")
-    if interval is not None and interval > sequence_length:
+    if asked.sequence_interval is not None and asked.sequence_interval > sequence_length:
+        interval = asked.sequence_interval
         raise ValueError(f"sequence_interval={interval} is more than the {sequence_length} tokens of the batch: s > S")
-    budget, host_budget = options.get("memory_budget_bytes"), options.get("host_memory_budget_bytes")
+    budget, host_budget = asked.memory_budget_bytes, asked.host_memory_budget_bytes
     best = None
-    for candidate in _candidates(config, costs, options):
+    for candidate in _candidates(config, costs, asked):
         order, layers, tokens, _ = candidate
         host = costs.host_bytes(*candidate)
         if host_budget is not None and host > host_budget:
@@ -162,38 +165,37 @@ def plan_checkpoints(
         if best is None or rank < best[0]:
             best = rank, candidate
     if best is None:
-        raise InfeasibleMemoryBudget(_why_not(config, costs, options))
+        raise InfeasibleMemoryBudget(_why_not(config, costs, asked))
     return costs.plan(*best[1])
 
 
-def _candidates(config, costs, options):
+def _candidates(config, costs, asked):
     """All (order, l, s, offload) that the options allow, less those which another one beats in every respect.
 
     For a given G, peak and host bytes and units never fall when l rises; for a given n, never when s rises. So of the l
     with the same G, and of the s with the same n, only the smallest is worth a look.
     """
     num_layers, S = config.text_config.num_hidden_layers, costs.num_tokens
-    axes, order = options.get("axes", AXES), options.get("order")
-    if "layer" not in axes:
+    if "layer" not in asked.axes:
         intervals = [num_layers]
-    elif (interval := options.get("layer_interval")) is not None:
-        intervals = [interval]
-    elif "sequence" not in axes:
+    elif asked.layer_interval is not None:
+        intervals = [asked.layer_interval]
+    elif "sequence" not in asked.axes:
         intervals = [1]
     else:
         intervals = smallest_intervals(num_layers, 1)
-    if "sequence" not in axes:
+    if "sequence" not in asked.axes:
         chunks = [S]
-    elif (interval := options.get("sequence_interval")) is not None:
-        chunks = [interval]
+    elif asked.sequence_interval is not None:
+        chunks = [asked.sequence_interval]
     else:
         chunks = smallest_intervals(S, config.text_config.chunk_size)
     for layers in intervals:
         # with all layers in one cell both orders are the same
         default = ORDERS[::-1] if layers < num_layers else ("sequence_major",)
-        for one in (order,) if order else default:
+        for order in (asked.order,) if asked.order else default:
             for tokens in chunks:
-                yield one, layers, tokens, options.get("offload", False)
+                yield order, layers, tokens, asked.offload
 
 
 def smallest_intervals(length, step):
@@ -206,17 +208,17 @@ def smallest_intervals(length, step):
     return [*intervals, length]
 
 
-def _why_not(config, costs, options):
+def _why_not(config, costs, asked):
     """What would fit instead."""
-    budget, host_budget = options.get("memory_budget_bytes"), options.get("host_memory_budget_bytes")
-    asked = f"no plan for {costs.batch_size} x {costs.num_tokens} tokens with the options given fits"
+    budget, host_budget = asked.memory_budget_bytes, asked.host_memory_budget_bytes
+    problem = f"no plan for {costs.batch_size} x {costs.num_tokens} tokens with the options given fits"
     if budget is not None:
-        asked += f" {format_bytes(budget)} of activations"
+        problem += f" {format_bytes(budget)} of activations"
     if host_budget is not None:
-        asked += f"{' and' if budget is not None else ''} {format_bytes(host_budget)} of host memory"
+        problem += f"{' and' if budget is not None else ''} {format_bytes(host_budget)} of host memory"
     advice = []
-    for offload in (options.get("offload", False), True):
-        wanted = {**options, "offload": offload}
+    for offload in (asked.offload, True):
+        wanted = replace(asked, offload=offload)
         found = [
             costs.plan(*candidate)
             for candidate in _candidates(config, costs, wanted)
@@ -228,29 +230,18 @@ def _why_not(config, costs, options):
         else:
             host = min(costs.host_bytes(*candidate) for candidate in _candidates(config, costs, wanted))
             advice.append(f"with offload at least {format_bytes(host)} of host memory are needed")
-    return f"{asked}; {'; '.join(dict.fromkeys(advice))}"
+    return f"{problem}; {'; '.join(dict.fromkeys(advice))}"
 
 
-def predict_plan(
-    config,
-    batch_size,
-    sequence_length,
-    order,
-    layer_interval,
-    sequence_interval,
-    offload=False,
-    *,
-    dtype_bytes=2,
-    **batch,
-):
+def predict_plan(config, batch_size, sequence_length, order, layer_interval, sequence_interval, offload=False, **batch):
     """The `CheckpointPlan` that is asked for, with its costs filled in. `batch`: the rest of what `Costs` takes."""
-    costs = Costs(config, batch_size, sequence_length, dtype_bytes, **batch)
+    costs = Costs(config, batch_size, sequence_length, **batch)
     return costs.plan(order, layer_interval, min(sequence_interval, sequence_length), offload)
 
 
-def peak_bytes_without(config, batch_size, sequence_length, *, dtype_bytes=2, **batch):
+def peak_bytes_without(config, batch_size, sequence_length, **batch):
     """Device memory over weights and gradients of a pass without checkpointing."""
-    return Costs(config, batch_size, sequence_length, dtype_bytes, **batch).peak_bytes_without()
+    return Costs(config, batch_size, sequence_length, **batch).peak_bytes_without()
 
 
 class Costs:

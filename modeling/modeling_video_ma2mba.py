@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .autocast import autocast_dtype
+from .checkpoint_plan import CheckpointOptions
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
@@ -104,7 +105,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         self.vision_tower = _build_tower(config)
         self.multi_modal_projector = VideoMa2mbaProjector(config)
         self.language_model = Mamba2Backbone(config.text_config, config.prefill_chunk_size, config.scan_backend)
-        self.gradient_checkpointing, self.checkpoint_options, self._plans = False, {}, {}
+        self.gradient_checkpointing, self.checkpoint_options, self._plans = False, CheckpointOptions(), {}
         self.post_init()
 
     def get_input_embeddings(self):

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .checkpoint_plan import check_options, plan_checkpoints
+from .checkpoint_plan import CheckpointOptions, plan_checkpoints
 
 logger = logging.get_logger(__name__)
 
@@ -63,9 +63,10 @@ class MultiAxisCheckpointing:
         if every_n_layers != 1 and options["layer_interval"] is None:
             options["layer_interval"] = every_n_layers
         options["axes"] = tuple(options["axes"])
-        check_options(self.config, **options)
+        asked = CheckpointOptions(**options)
+        asked.check(self.config.text_config.num_hidden_layers)
         base = self._base()
-        base.checkpoint_options, base.gradient_checkpointing, base._plans = options, True, {}
+        base.checkpoint_options, base.gradient_checkpointing, base._plans = asked, True, {}
 
     def gradient_checkpointing_disable(self):
         """Back to keeping everything."""
@@ -90,7 +91,7 @@ class MultiAxisCheckpointing:
         base = self._base()
         key = batch_size, sequence_length
         if key not in base._plans:
-            options = dict(base.checkpoint_options)
+            options = vars(base.checkpoint_options).copy()
             if options["sequence_interval"] is not None:  # a batch shorter than that is one time block
                 options["sequence_interval"] = min(options["sequence_interval"], sequence_length)
             weight = base.language_model.embeddings.weight

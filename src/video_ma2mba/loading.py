@@ -74,7 +74,9 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
                 return loaded
             loaded = cls.from_pretrained(name, **kwargs)
             if hasattr(loaded, "apply_chat_template"):
-                loaded.apply_chat_template([{"role": "user", "content": "?"}])  # a template is read at its first use
+                # the template, the tokenizer's settings and the sizes are looked at when they are first used
+                loaded.apply_chat_template([{"role": "user", "content": "?"}], tokenize=True)
+                loaded.tokens_per_frame  # noqa: B018
             return loaded
     except (HfHubHTTPError, OSError) as error:
         if Path(name).is_dir():

@@ -18,10 +18,7 @@ def turns(*entries):
     return [
         message
         for number, entry in enumerate(entries)
-        for message in (
-            {"role": "user", "content": [entry, ask]},
-            {"role": "assistant", "content": f"It is {number}."},
-        )
+        for message in ({"role": "user", "content": [entry, ask]}, {"role": "assistant", "content": f"It is {number}."})
     ]
 
 
@@ -77,6 +74,16 @@ def test_frames_that_find_room(prepared, processor, cached, too_long, picked, ch
     batch = VideoChatCollator(processor, max_frames=3, too_long=too_long, with_info=True)([row])
     assert torch.equal(frames_of(batch), whole[picked])
     assert batch[INFO][0]["changed"] == changed
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_clip_between_two_frames_shows_one(prepared, processor, cached):
+    cache = {"processor": processor.video_processor, "fps": 1.0, "encoding": "raw"}
+    row = prepared(clip(3.2, 3.4), **({"cache": cache} if cached else {}))
+    (frame,) = frames_of(VideoChatCollator(processor)([row]))
+    place = row["media_root"] + "/six.mp4"
+    shown = processor.video_processor.load(place, start_s=3.0 if cached else 3.3, max_frames=1).frames[0]
+    assert torch.equal(frame, shown)  # of those that are stored, the one that is shown in its middle
 
 
 def test_cut_leaves_out_turns_whose_frames_find_no_room(prepared, processor):

@@ -261,3 +261,11 @@ def test_open_questions_and_repeated_ones_are_left_out(tmp_path, media):
     assert report["records"] == {"read": 3, "kept": 2, "left_out": {"placeholder mismatch": 1}}
     (row,) = load_manifest(tmp_path / "out")
     assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+
+
+def test_the_command_notes_scenes_that_are_not_there(tmp_path, media, capsys):
+    clips = [{**VIDEO, "start_s": 0.0, "end_s": 2.0}, {**VIDEO, "start_s": 8.0, "end_s": 9.0}]
+    messages = [turn for clip in clips for turn in chat(clip)]
+    source, root = write(tmp_path / "a.jsonl", {"id": "x", "messages": messages}), media("good.mp4")
+    assert main(["data", "prepare", str(source), "--media-root", str(root), "-o", str(tmp_path / "out")]) == 0
+    assert "note, scenes beyond the end of their video: 1" in capsys.readouterr().err

@@ -41,6 +41,9 @@ def test_a_needle_lies_at_its_depth(model, processor, tmp_path, monkeypatch):
     for cell, frames in zip(cells, seen, strict=True):
         place = round(cell["depth"] * cell["num_frames"])
         assert frames == [*range(place), 255, 255, *range(place, cell["num_frames"])]
+    lines = (tmp_path / niah.CELLS).read_text().splitlines()
+    damaged = [lines[1].replace('"needle": 0', '"needle": []'), lines[1].replace('"found": ', '"found": 7')]
+    (tmp_path / niah.CELLS).write_text("\n".join([*lines, *damaged]))
     cells_again = niah.find_needles(model, processor, haystack, [needle], [10, 20], [0.0, 0.5, 1.0], tmp_path)
     assert cells_again == cells
     assert len(seen) == 6  # none was asked again

@@ -57,4 +57,5 @@ def test_leading_letter(text, letter):
 )
 def test_bracketed_letter(text, letter):
     assert bracketed_letter(text, question()) == letter
-    assert bracketed_letter("hm", question("y")) == drawn(question("y"))
+    for nothing in ("hm", "hm hm hm hm hm hm"):
+        assert bracketed_letter(nothing, question("y")) == drawn(question("y"))

@@ -80,6 +80,23 @@ def test_answers_are_those_of_generate(benchmark, tmp_path, model, processor):
         assert answer.raw
 
 
+def test_what_is_damaged_in_an_output_is_done_again(benchmark, tmp_path, model_folder, capsys):
+    out = tmp_path / "out"
+    command = ["eval", model_folder, "--task", "videomme", "--data", str(benchmark), "--resume", "-o", str(out)]
+    assert main(command) == 0
+    answers, media = (out / "answers.jsonl").read_text().splitlines(), (out / "media.jsonl").read_text().splitlines()
+    damaged = [json.dumps({**json.loads(answers[0]), key: value}) for key, value in (("id", []), ("num_frames", "x"))]
+    (out / "answers.jsonl").write_text("\n".join([*damaged, *answers[2:]]))
+    looks = [json.dumps({**json.loads(media[-1]), key: value}) for key, value in (("kind", []), ("duration_s", None))]
+    (out / "media.jsonl").write_text("\n".join(looks))
+    assert main(command) == 0
+    assert len((out / "answers.jsonl").read_text().splitlines()) == 30
+    capsys.readouterr()
+    (out / "settings.json").write_text("[1]")
+    assert main(command) == 2
+    assert "settings.json: damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_run_that_was_cut_off_gives_the_same_answers(benchmark, tmp_path, model, processor, torn):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -49,6 +49,9 @@ def test_video_mme(tmp_path, clips, says, model, processor):
     assert report["scores"]["all"]["mean"] == pytest.approx(2 / 3)
     assert {k: v["mean"] for k, v in report["scores"]["duration"].items()} == {"short": 0.5, "long": 1.0}
     assert report["scores"]["all"]["num_videos"] == 2
+    assert report["scores"]["all"]["low"] is not None
+    write_report(report, tmp_path)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert report["problems"] == {"malformed": 2, "missing medium": 1, "outside the media root": 1, "duplicate": 1}
     assert any("answer 'E' of 4 options" in line for line in report["first_problems"])
     assert any("more.jsonl:1" in line and "'options' must be a list" in line for line in report["first_problems"])
@@ -109,6 +112,13 @@ def test_mv_bench(tmp_path, clips, says, model, processor):
     assert report["num_left_out_of_score"] == 1  # an empty answer is not counted
     assert report["problems"] == {"malformed": 1}
     assert found.questions[0].prompt == "Question:What?\nOption:\n(A) Sit\n(B) Run\nOnly give the best option.\n"
+
+
+def test_activitynet_qa_of_the_hub_has_questions_and_answers_in_one_row(monkeypatch):
+    row = {"video_name": "a", "question": "is it", "question_id": "1", "answer": "yes", "type": "3"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [row])
+    (question,) = read_questions(TASKS["activitynetqa"], "lmms-lab/ActivityNetQA")
+    assert (question.id, question.answer) == ("1", "yes")
 
 
 def test_mv_bench_is_not_taken_from_the_hub(monkeypatch):

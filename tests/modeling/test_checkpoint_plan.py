@@ -14,7 +14,6 @@ from video_ma2mba.modeling.checkpoint_plan import (
     CheckpointPlan,
     Costs,
     InfeasibleMemoryBudget,
-    check_options,
     format_bytes,
     peak_bytes_without,
     plan_checkpoints,
@@ -277,8 +276,6 @@ def test_shapes_must_be_positive(batch_size, num_tokens):
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match="intervall"):
         plan_checkpoints(SMALL, 1, 5000, intervall=3)
-    with pytest.raises(TypeError, match="intervall"):
-        check_options(SMALL, intervall=3)
 
 
 # --- the plan itself ---

@@ -3,13 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Mamba2ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import CLIPVisionConfig, CLIPVisionModel, Mamba2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from video_ma2mba.modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 

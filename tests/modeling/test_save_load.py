@@ -214,3 +214,11 @@ def test_saved_folder_works_where_the_package_is_not_installed(folder, tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == expected.tolist()
     assert {p.name for p in folder.glob("*.py")} <= {p.name for p in (tmp_path / "again").glob("*.py")}
     assert (folder / "modeling_video_ma2mba.py").is_file()
+
+
+def test_code_is_left_out_where_the_class_is_not_for_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(VideoMa2mbaForConditionalGeneration, "_auto_class", None)
+    monkeypatch.setattr(VideoMa2mbaConfig, "_auto_class", None)
+    tiny_model().save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())

@@ -35,6 +35,14 @@ def test_counts_storages_and_not_views():
         del one, two
         assert counter.live["device"] == 4000  # the view holds it
         del view
+        norm = torch.empty(2, 5, device="meta"), [5], torch.empty(2, 1, device="meta"), torch.empty(5, device="meta")
+        x, shape, statistic, weight = norm
+        # of an operation with several results, those that there are
+        results = torch.ops.aten.native_layer_norm_backward(
+            x, x, shape, statistic, statistic, weight, weight, [True, False, False]
+        )
+        assert counter.live["device"] == 4 * (2 * 5 + 2 + 5 + 2 * 5)
+        del norm, x, statistic, weight, results
     assert counter.live["device"] == 0
     assert counter.peak["device"] == 8000
 

@@ -26,3 +26,14 @@ def test_bytes_are_those_of_the_formula(tmp_path, monkeypatch):
     assert result["question_ratio"] == second["question_s"] / first["question_s"]
     assert result["overlap"]["watch_s"] > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_picture_is_drawn_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(memory_of_video, "OVERLAP_MINUTES", 1)
+    monkeypatch.setattr(memory_of_video, "in_measured_process", lambda *arguments: 1)
+    monkeypatch.setattr(memory_of_video, "_overlap", lambda *arguments: {})
+    monkeypatch.setattr(memory_of_video, "_plot", None)
+    parser = argparse.ArgumentParser()
+    memory_of_video.add_arguments(parser)
+    (row,) = memory_of_video.run(parser.parse_args(["--minutes", "1", "--repeats", "1"]))["rows"]
+    assert row["num_tokens"] > 60

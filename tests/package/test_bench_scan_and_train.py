@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
 
+from video_ma2mba import VideoMa2mbaConfig
+from video_ma2mba.benchmark import train
 from video_ma2mba.benchmark.machine import allocated_peak_bytes
 from video_ma2mba.cli import main
 from video_ma2mba.memory import in_measured_process
@@ -16,8 +19,9 @@ def run(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def test_scan_gives_what_transformers_gives(capsys):
-    report = run(capsys, *SCAN, "--repeats", "1", "--threads", "1")
+@pytest.mark.parametrize("threads", [[], ["--threads", "1"]])
+def test_scan_gives_what_transformers_gives(capsys, threads):
+    report = run(capsys, *SCAN, "--repeats", "1", *threads)
     assert set(report["largest_difference"]) == {
         "y", "final_state", "grad_x", "grad_dt", "grad_A", "grad_B", "grad_C", "grad_D", "grad_state"
     }  # fmt: skip
@@ -37,8 +41,25 @@ def test_train_compares_methods_with_off(capsys):
     assert ours["ratio_to_off"] == pytest.approx(off["step_s"] / ours["step_s"])
     assert ours["plan"].startswith("sequence_major")
     assert "plan" not in off
+    assert train.backbone_config("0.7b").to_dict() == VideoMa2mbaConfig.from_preset("0.7b").to_dict()
     once = run(capsys, "train", "--lengths", "64", "--methods", "per layer", "--repeats", "1", "--once")
     assert "ratio_to_off" not in once["rows"][0]
+
+
+def test_a_method_that_runs_out_of_memory_is_left_out_and_the_others_go_on(capsys, monkeypatch):
+    step = train.training_step
+
+    def small(model, *batch):
+        if not model.is_checkpointing():
+            raise torch.cuda.OutOfMemoryError("tried to allocate too much")
+        return step(model, *batch)
+
+    monkeypatch.setattr(train, "training_step", small)
+    report = run(capsys, "train", "--lengths", "64", "--methods", "off", "per layer", "--repeats", "1")
+    off, ours = report["rows"]
+    assert off == {"tokens": 64, "method": "off", "out_of_memory": True}
+    assert ours["tokens_per_s"] > 0
+    assert "ratio_to_off" not in ours
 
 
 def test_memory_that_is_measured_comes_with_the_same_losses(capsys):

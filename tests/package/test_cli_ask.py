@@ -250,6 +250,15 @@ def test_a_weight_that_is_missing_is_not_made_up(run, model_folder, video, tmp_p
     assert_refused(run(video, QUESTION, "--model", folder), str(folder), f"lack {name}")
 
 
+@pytest.mark.parametrize(
+    ("file", "setting"), [("processor_config.json", "patch_size"), ("tokenizer_config.json", "model_max_length")]
+)
+def test_a_setting_of_another_kind(run, model_folder, video, tmp_path, file, setting):
+    path = shutil.copytree(model_folder, tmp_path / "model") / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), setting: ["x"]}))
+    assert_refused(run(video, QUESTION, "--model", path.parent), str(path.parent), "damaged")
+
+
 @pytest.mark.parametrize("damage", ["cut", "weights", "config", "size", "json"])
 def test_damaged_adapters(run, model_folder, video, tmp_path, damage):
     folder = tmp_path / "adapter"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,18 +11,22 @@ import torch
 from video_ma2mba.benchmark import study
 from video_ma2mba.benchmark.studies import fps
 from video_ma2mba.benchmark.studies.backbone import NAMES, _training, build
+from video_ma2mba.benchmark.studies.side_by_side import train_side_by_side
 from video_ma2mba.benchmark.studies.stories import Stories
 from video_ma2mba.cli import main
 from video_ma2mba.data.synthetic import make_story
 
 
-def run(name, folder):
-    """A study whose trained backbones are in `folder`."""
+def parse(*arguments):
     parser = argparse.ArgumentParser()
     study.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def run(name, folder):
+    """A study whose trained backbones are in `folder`."""
     plot = folder / f"{name}.png"
-    kept = str(folder / "kept")
-    result = study.run(parser.parse_args([name, "--scale", "0.01", "--keep", kept, "--plot", str(plot)]))
+    result = study.run(parse(name, "--scale", "0.01", "--keep", str(folder / "kept"), "--plot", str(plot)))
     assert plot.read_bytes().startswith(b"\x89PNG")
     json.dumps(result)
     return result
@@ -120,6 +125,8 @@ def test_max_length_is_what_the_plan_command_says(tmp_path, capsys):
     result = run("max-length", tmp_path)
     command = "plan --model 0.7b --hours 1 --gpu-memory 16GiB --host-memory 256GiB --optimizer lora --compare --json"
     assert main(command.split()) == 0
+    unplotted = study.run(parse("max-length", "--scale", "0.01"))
+    assert unplotted["rows"] == result["rows"]
     planned = {row["method"]: row["longest_frames"] for row in json.loads(capsys.readouterr().out)["rows"]}
     found = {row["method"]: row["hours"] * 3600 for row in result["rows"] if row["optimizer"] == "lora"}
     assert found == pytest.approx(planned)
@@ -140,3 +147,14 @@ def test_long_sequences_are_also_trained_with_checkpointing():
     stories = Stories()
     row = _training({name: build(name, stories) for name in NAMES}, 600)
     assert 0 < row["mamba2 with MA-GC"]["bytes"] < row["mamba2"]["bytes"]
+
+
+def test_long_runs_say_how_far_they_are(capsys):
+    class Loss:
+        def loss(self, model):
+            return model(torch.ones(1, 2)).square().sum()
+
+    models = {"one": torch.nn.Linear(2, 1), "other": torch.nn.Linear(2, 1)}
+    losses = [found["one"][0] for found in train_side_by_side(models, 100, iter([Loss()] * 100))]
+    assert losses[-1] < losses[0]
+    assert re.fullmatch(r"step 100: one \d\.\d{4}, other \d\.\d{4}\n", capsys.readouterr().out)

@@ -5,7 +5,10 @@ import math
 import struct
 import subprocess
 import sys
+import threading
 from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import av
 import numpy as np
@@ -397,3 +400,34 @@ def test_frames_in_memory_need_no_pyav():
     done = subprocess.run([sys.executable, "-c", WITHOUT_PYAV], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pip install av" in done.stdout
+
+
+def test_pictures_that_are_noise(tmp_path):
+    path = write_video(tmp_path / "noise.mp4", 60, gop=10)
+    data = bytearray(path.read_bytes())
+    first, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    data[first:end] = np.random.default_rng(0).bytes(end - first)
+    path.write_bytes(data)
+    with pytest.raises(VideoReadError, match="not one frame could be decoded"):
+        probe_video(path)
+
+
+def test_a_url_is_read_from_the_web(tmp_path, monkeypatch):
+    """From a server that cannot begin in the middle of a file, so that seeking does not work either."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    path = write_video(tmp_path / "clip.mkv", 60, gop=10)
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/clip.mkv"
+        for options in ({}, {"start_s": 2.5}, {"fps": 7}):
+            found, wanted = ([frame_number(f.pixels) for f in read_frames(one, **options)] for one in (url, path))
+            assert found == wanted
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -158,13 +158,16 @@ def test_a_checkpoint_that_is_not_whole_is_removed(tmp_path):
     assert not (tmp_path / "checkpoint-15").exists()
 
 
-def test_two_processes_equal_one(changes, tmp_path):
+def test_two_processes_equal_one(changes, stories, tmp_path):
     for name, launch in (("one", ()), ("two", LAUNCHER)):
-        run_alone(command(changes(output=str(tmp_path / name))), launch)
+        # with nothing to go on from, --resume begins
+        more = {"output": str(tmp_path / name), "evaluation_data": str(stories)}
+        run_alone(command(changes(**more), "--resume"), launch)
     one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
     assert (one["devices"], two["devices"]) == (1, 2)
     assert one["samples"] == two["samples"] == 16
     assert one["tokens"] == two["tokens"]
+    assert two["held_out_loss"] == pytest.approx(one["held_out_loss"], rel=1e-4)
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
 
 
@@ -236,6 +239,12 @@ def test_without_matplotlib_there_is_no_picture(changes, tmp_path, monkeypatch, 
     assert not (tmp_path / "run" / "loss.png").exists()
 
 
+def test_a_run_that_logs_no_loss_draws_none(changes, tmp_path):
+    assert main(command(changes(max_steps=1, logging_steps=5))) == 0
+    assert losses_of(tmp_path / "run") == []
+    assert not (tmp_path / "run" / "loss.png").exists()
+
+
 @pytest.mark.parametrize("name", ["deepspeed", "fsdp_config"])
 def test_an_unknown_configuration_for_many_devices_is_refused(changes, name):
     with pytest.raises(ValueError, match="zero9: no such configuration"):
@@ -249,18 +258,20 @@ def test_a_data_set_without_a_sample_is_refused(changes, tmp_path):
         prepare_run(read_recipe("finetune", changes(data=str(tmp_path / "nothing"))))
 
 
-def test_the_trainer_alone_takes_a_list_and_an_optimizer(changes, tmp_path):
+def test_the_trainer_alone_takes_a_list_and_an_optimizer(changes, tmp_path, capsys):
     trainer = make_trainer(prepare_run(read_recipe("finetune", changes())))
     rows = [trainer.train_dataset[i] for i in range(4)]
+    rows[0]["media_root"] = str(tmp_path / "gone")
     optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     (tmp_path / "checkpoints").mkdir()
     alone = VideoMa2mbaTrainer(
         trainer.model, TrainingArguments(
             str(tmp_path / "checkpoints"), max_steps=1, use_cpu=True, remove_unused_columns=False, report_to="none",
-            save_strategy="no", disable_tqdm=True,
+            save_strategy="no", disable_tqdm=True, per_device_train_batch_size=4,
         ), trainer.data_collator, rows, optimizers=(optimizer, schedule),
     )  # fmt: skip
     assert alone.create_optimizer() is optimizer
     alone.train()
-    assert sum(entry.get("samples", 0) for entry in alone.state.log_history) == 4
+    assert sum(entry.get("samples", 0) for entry in alone.state.log_history) == 3
+    assert f"warning: sample {rows[0]['id']} is left out" in capsys.readouterr().out

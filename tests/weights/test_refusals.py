@@ -284,3 +284,11 @@ def test_what_a_killed_conversion_left_is_removed(command, tmp_path):
     assert cli.main(command) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
     assert not list((tmp_path / "out" / "model").glob("model-*"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("d_model", "x"), ("n_layer", {}), ("ssm_cfg", 3), ("mm_spatial_pool_stride", "x")]
+)
+def test_config_with_a_value_of_another_kind(command, field, value, tmp_path, capsys):
+    change_config(tmp_path, **{field: value})
+    assert_refused(command, capsys, tmp_path, str(tmp_path / "source"), "damaged")

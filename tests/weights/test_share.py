@@ -185,6 +185,13 @@ def test_unreachable_hub_is_an_error_not_a_traceback(folder, capsys):
     refused(["share", str(folder), "--repo", "me/tiny"], capsys, "me/tiny", "Hub")
 
 
+def test_a_damaged_config_is_refused(folder, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "spatial_pool_mode": []}))
+    (folder / "README.md").unlink()  # which is then made of the config
+    refused(["share", str(folder), "--repo", "me/tiny", "--dry-run"], capsys, str(folder), "damaged")
+
+
 def test_a_damaged_template_is_refused(folder, capsys):
     (folder / "chat_template.jinja").write_text("{% if messages %}")
     refused(["share", str(folder), "--repo", "me/tiny", "--dry-run"], capsys, str(folder), "damaged")

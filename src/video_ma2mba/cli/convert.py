@@ -46,13 +46,16 @@ _EPILOG = "One shard of the result is in memory at a time. The folder appears wh
 def run(args: argparse.Namespace) -> None:
     import torch
 
+    from ..loading import reading
     from ..weights.from_llava_mamba import read_llava_mamba
     from ..weights.from_parts import read_parts
 
     if args.source_format == "init":
-        conversion = read_parts(args.language_model, args.vision_model, args.tokenizer, args.seed)
+        with reading(f"{args.language_model} and {args.vision_model}", "a model of them"):
+            conversion = read_parts(args.language_model, args.vision_model, args.tokenizer, args.seed)
     else:
-        conversion = read_llava_mamba(args.source, args.tokenizer, args.vision_model)
+        with reading(args.source, "the model"):
+            conversion = read_llava_mamba(args.source, args.tokenizer, args.vision_model)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     conversion.write(args.output, dtype, args.verify)
     for reason, names in conversion.dropped().items():

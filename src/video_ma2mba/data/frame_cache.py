@@ -57,10 +57,8 @@ def write_frames(
     try:
         timestamps_s: list[float] = []
         frames = processor.open_video(root / video, fps=fps)
-        for number in itertools.count():
-            shard = list(itertools.islice(frames, FRAMES_PER_SHARD))
-            if not shard:
-                break
+        shards = iter(lambda: list(itertools.islice(frames, FRAMES_PER_SHARD)), [])
+        for number, shard in enumerate(shards):
             timestamps_s += [frame.timestamp_s for frame in shard]
             pixels = np.stack([frame.pixels for frame in shard])
             save_file(_encode(pixels, encoding), partial / f"{number:05d}.safetensors")

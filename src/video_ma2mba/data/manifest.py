@@ -51,6 +51,8 @@ def load_manifest(folder: str | Path, streaming: bool = False) -> "datasets.Data
     file = next((folder / name for name in NAMES if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{folder}: neither {' nor '.join(NAMES)} is there; run `video-ma2mba data prepare` again")
+    if described.get("num_samples") == 0:  # `datasets` cannot read a file of nothing
+        raise ValueError(f"{folder}: there is not one sample; report.json there says why")
     kind = "json" if file.suffix == ".jsonl" else "parquet"
     try:
         dataset = load_dataset(kind, data_files=str(file), features=features(), split="train", streaming=streaming)

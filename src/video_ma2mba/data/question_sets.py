@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from .llava import question_and_answer
@@ -97,11 +98,20 @@ def as_question(text: str) -> str:
 
 def multiple_choice(question: str, options: list[str], answer: Any) -> tuple[str, str]:
     """Question and answer in the words of LLaVA-Video: options "A. ...", answered by "B."."""
+    return f"{question}\n{lettered(options)}\n{ONLY_THE_LETTER}", f"{letter_of(answer, options)}."
+
+
+def lettered(options: list[str], form: str = "{}. {}") -> str:
+    """A line for each option, with its letter before it."""
+    return "\n".join(form.format(letter, option) for letter, option in zip(ascii_uppercase, options, strict=False))
+
+
+def letter_of(number: Any, options: list[str]) -> str:
+    """The letter of the option that a data set gives by its number, counted from 0."""
     try:
-        number = int(answer)
+        number = int(number)
     except (TypeError, ValueError):
-        raise Malformed(f"the answer must be the number of an option, got {answer!r}") from None
+        raise Malformed(f"the answer must be the number of an option, got {number!r}") from None
     if not 0 <= number < len(options):
         raise Malformed(f"answer {number} of {len(options)} options")
-    lines = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
-    return "\n".join([question, *lines, ONLY_THE_LETTER]), f"{chr(ord('A') + number)}."
+    return ascii_uppercase[number]

@@ -4,9 +4,9 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..data.media import MediaIndex, UnusableMedium
 from ..data.records import Problem
@@ -168,7 +168,7 @@ def _answered(file: Path, found: Found) -> dict[str, list[Answer]]:
                 answer = Answer(**json.loads(line))
             except (ValueError, TypeError):
                 continue
-            if all(isinstance(getattr(answer, one.name), one.type) for one in fields(Answer)):
+            if all(isinstance(getattr(answer, name), kind) for name, kind in get_type_hints(Answer).items()):
                 kept[answer.id] = answer
     done = {
         video: [kept[question.id] for question in questions]

@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..data.question_sets import as_question
+from ..data.question_sets import as_question, letter_of, lettered
 from ..data.records import SUFFIXES, Item, Malformed, Problem, convert_all, read_items, text_of
 from .questions import LETTERS, Question, bracketed_letter, first_capital, leading_letter, marked_letter
 
@@ -111,13 +111,13 @@ def long_video_bench(source: Path | None) -> Convert:
         if not options:
             raise Malformed("it has no options")
         choice = row.get("correct_choice")
-        answer = "" if choice in (None, -1) else _letter(choice, options)
+        answer = "" if choice in (None, -1) else letter_of(choice, options)
         video = text_of(row, "video_path")
         yield Question(
             id=text_of(row, "id"),
             where=item.where,
             videos=(f"videos/{video}", video),
-            prompt=f"{text_of(row, 'question')}\n{_lettered(options, '{}. {}')}\n{ONLY_THE_LETTER}\n",
+            prompt=f"{text_of(row, 'question')}\n{lettered(options)}\n{ONLY_THE_LETTER}\n",
             answer=answer,
             options=tuple(options),
             groups=_groups(row, "duration_group", "question_category"),
@@ -168,7 +168,7 @@ def mv_bench(source: Path | None) -> Convert:
             id=identity,
             where=item.where,
             videos=tuple(f"{place}{video}" for place in (f"{folder}/", f"video/{folder}/", f"{subtask}/", "")),
-            prompt=f"Question:{text_of(row, 'question')}\nOption:\n{_lettered(options, '({}) {}')}\n"
+            prompt=f"Question:{text_of(row, 'question')}\nOption:\n{lettered(options, '({}) {}')}\n"
             "Only give the best option.\n",
             answer=LETTERS[options.index(answer)],
             options=tuple(options),
@@ -199,8 +199,8 @@ def next_qa(source: Path | None) -> Convert:
             id=f"{video}_{row.get('qid')}",
             where=item.where,
             videos=tuple(f"{folder}{name}.mp4" for name in names for folder in ("", "NExTVideo/", "videos/")),
-            prompt=f"{as_question(text_of(row, 'question'))}\n{_lettered(options, '{}. {}')}",
-            answer=_letter(row.get("answer"), options),
+            prompt=f"{as_question(text_of(row, 'question'))}\n{lettered(options)}",
+            answer=letter_of(row.get("answer"), options),
             options=tuple(options),
             groups={"kind": KINDS_OF_NEXTQA.get(kind[0], kind), "type": "TN" if kind == "TP" else kind},
         )
@@ -306,20 +306,6 @@ def _list(row: dict[str, Any], key: str) -> list[Any]:
     if not isinstance(value, list) or not 2 <= len(value) <= len(LETTERS):
         raise Malformed(f"{key!r} must be a list of two to five options, got {str(value)[:60]!r}")
     return value
-
-
-def _letter(number: Any, options: list[str]) -> str:
-    try:
-        number = int(number)
-    except (TypeError, ValueError):
-        raise Malformed(f"the answer must be the number of an option, got {number!r}") from None
-    if not 0 <= number < len(options):
-        raise Malformed(f"answer {number} of {len(options)} options")
-    return LETTERS[number]
-
-
-def _lettered(options: list[str], form: str) -> str:
-    return "\n".join(form.format(letter, option) for letter, option in zip(LETTERS, options, strict=False))
 
 
 def _groups(row: dict[str, Any], *keys: str) -> dict[str, str]:

@@ -84,10 +84,7 @@ def read_data(folders: tuple[str, ...], recipe: Recipe, processor: VideoMa2mbaPr
 
     if recipe.streaming:
         return datasets.interleave_datasets(parts).shuffle(seed=recipe.seed, buffer_size=1000)
-    whole = datasets.concatenate_datasets(parts)
-    if len(whole) == 0:
-        raise ValueError(f"{', '.join(folders)}: there is not one sample; report.json there says why")
-    return whole.map(estimate, batched=True)
+    return datasets.concatenate_datasets(parts).map(estimate, batched=True)
 
 
 def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
@@ -211,6 +208,10 @@ def _held_out_loss(trainer: VideoMa2mbaTrainer, output: Path, resumed: bool) -> 
     if resumed and kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))["before"]
     loss = trainer.evaluate()["eval_loss"]
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        # prepared for evaluation, without a wrapper that sums gradients over processes; as it is marked as prepared,
+        # accelerate would leave it so for training too
+        trainer.model._is_accelerate_prepared = False
     if trainer.is_world_process_zero():
         write_json(kept, {"before": loss})
     return loss

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..loading import load
 from ..modeling.checkpoint_plan import format_bytes, plan_checkpoints
 from ..registration import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from .checkpoint_reader import read_json
@@ -99,7 +100,7 @@ def render_card(
     Raises:
         ValueError: an evaluation of another form.
     """
-    config = VideoMa2mbaConfig.from_pretrained(folder)
+    config = load(VideoMa2mbaConfig, str(folder))
     results = [_checked(row) for row in (evaluation or {}).get("results", [])]
     name = repo.rpartition("/")[2]
     has_weights = any(folder.glob("*.safetensors"))

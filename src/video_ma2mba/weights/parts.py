@@ -137,7 +137,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{name}: there is no tokenizer.json; name a tokenizer with --tokenizer")
     with reading(name, "the tokenizer"):
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer("?")  # its settings are looked at when they are first used
+        return tokenizer
 
 
 def build_processor(
