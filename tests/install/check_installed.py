@@ -1,6 +1,6 @@
 """What an installed package must do with the repository out of sight. `make test-install` runs it, in an empty folder.
 
-    python tests/install/check_installed.py MODEL    # MODEL: a copy of model_cards/video-ma2mba-tiny
+python tests/install/check_installed.py MODEL    # MODEL: a copy of model_cards/video-ma2mba-tiny
 """
 
 import subprocess

@@ -148,11 +148,7 @@ def test_videos_and_images_of_a_row_come_in_order(processor):
         {"type": "text", "text": "which"},
         {"type": "text", "text": " one?"},
     ]
-    rows = [
-        [{"role": "user", "content": content}],
-        [_user("Q?", _frames(1, 3))],
-        [_user("No video?")],
-    ]
+    rows = [[{"role": "user", "content": content}], [_user("Q?", _frames(1, 3))], [_user("No video?")]]
     body = "<video>\nThen<image><video>\nwhich one?"
     assert processor.apply_chat_template(rows[0]).endswith(f"<|user|>{body}<|endoftext|>")
     batch = _encode(processor, rows, return_timestamps=True)

@@ -171,9 +171,7 @@ def test_plain_pickle_is_read(command, zipped, tmp_path):
     for file in (tmp_path / "source").glob("model*"):
         file.unlink()
     torch.save(
-        made.llava_tensors("clip"),
-        tmp_path / "source" / "pytorch_model.bin",
-        _use_new_zipfile_serialization=zipped,
+        made.llava_tensors("clip"), tmp_path / "source" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
     )
     assert cli.main(command) == 0
 
