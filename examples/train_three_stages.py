@@ -327,7 +327,8 @@ def questions(media: Path, count: int, offset: int) -> Iterator[dict]:
     """LLaVA-Video, open-ended: one record a question, several about each video."""
     rng = np.random.default_rng([5, offset])
     for i in range(count):
-        story = make_story(SEEDS["questions"] + offset + i, duration_s(rng))
+        # of all lengths alike: what a short video taught by now, a long one asks for
+        story = make_story(SEEDS["questions"] + offset + i, int(rng.integers(SHORTEST_S, LONGEST_S + 1)))
         rendered(media, f"open/{offset + i}.mp4", story)
         for number, question in enumerate(drawn_questions(story, rng)):
             turns = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": question.answer}]
