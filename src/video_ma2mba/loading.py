@@ -57,6 +57,7 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
     Raises:
         ValueError: There is nothing of that name, it is another kind of model, or a file of it is damaged.
     """
+    import numpy as np
     from huggingface_hub.errors import HfHubHTTPError
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -71,12 +72,18 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
                 loaded, report = cls.from_pretrained(name, output_loading_info=True, **kwargs)
                 if missing := sorted(report["missing_keys"]):  # transformers would make them up
                     raise ValueError(f"{name}: a file is damaged, the weights lack {', '.join(missing)}")
+                known = range(loaded.config.text_config.vocab_size)
+                for field in ("bos_token_id", "eos_token_id", "pad_token_id"):  # which only `generate` looks at
+                    ids = getattr(loaded.generation_config, field)
+                    if ids is not None and not all(one in known for one in (ids if isinstance(ids, list) else [ids])):
+                        raise ValueError(f"{name}: generation_config.json is damaged, its {field} is {ids!r}")
                 return loaded
             loaded = cls.from_pretrained(name, **kwargs)
             if hasattr(loaded, "apply_chat_template"):
-                # the template, the tokenizer's settings and the sizes are looked at when they are first used
-                loaded.apply_chat_template([{"role": "user", "content": "?"}], tokenize=True)
-                loaded.tokens_per_frame  # noqa: B018
+                # its template, tokens and sizes are looked at when they are first used
+                black = np.zeros((1, 8, 8, 3), np.uint8)
+                content = [{"type": "video", "video": black}, {"type": "text", "text": "?"}]
+                loaded.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
             return loaded
     except (HfHubHTTPError, OSError) as error:
         if Path(name).is_dir():

@@ -56,6 +56,12 @@ def test_package_of_an_extra_that_is_not_there(monkeypatch, capsys):
     assert "datasets: pip install 'video-ma2mba[train]'" in capsys.readouterr().err
 
 
+def test_any_other_package_that_is_not_there_is_our_fault(monkeypatch):
+    monkeypatch.setattr(cli.train, "run", fail_with(ModuleNotFoundError(name="torch")))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["train", "finetune"])
+
+
 def test_our_own_faults_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(cli.ask, "run", fail_with(TypeError("a bug")))
     with pytest.raises(TypeError, match="a bug"):

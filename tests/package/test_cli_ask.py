@@ -251,7 +251,13 @@ def test_a_weight_that_is_missing_is_not_made_up(run, model_folder, video, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("file", "setting"), [("processor_config.json", "patch_size"), ("tokenizer_config.json", "model_max_length")]
+    ("file", "setting"),
+    [
+        ("processor_config.json", "patch_size"),
+        ("processor_config.json", "media_separator"),
+        ("tokenizer_config.json", "model_max_length"),
+        ("generation_config.json", "eos_token_id"),
+    ],
 )
 def test_a_setting_of_another_kind(run, model_folder, video, tmp_path, file, setting):
     path = shutil.copytree(model_folder, tmp_path / "model") / file

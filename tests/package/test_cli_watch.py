@@ -170,11 +170,12 @@ def test_an_interrupt_outside_a_terminal_ends_the_command(video, model_folder, t
 
 
 def test_forget_begins_the_talk_anew_and_a_wrong_command_is_explained(video, model_folder, typed, capsys):
-    typed("Who?", "/stats", "/forget", "/stats", "/seek soon", "/save", "/quit")
+    typed("Who?", "/stats", "/forget", "/stats", "/help", "/seek soon", "/save", "/quit")
     assert main(["chat", video, "--model", model_folder, "--max-new-tokens", "2"]) == 0
     out, err = capsys.readouterr()
     assert "1 question(s) so far" in out
     assert out.count("0 question(s) so far") == 2
+    assert out.count("/forget") == 2  # at the beginning, and by /help
     assert "error: /seek: say a time in seconds, or end" in err
     assert "error: /save: the commands are /seek SECONDS" in err
 

@@ -118,13 +118,20 @@ def refused(command, capsys, *says):
 
 
 @pytest.mark.parametrize(
-    "missing", ["tokenizer.json", "chat_template.jinja", "model.safetensors", "ssd.py", "mamba2.py"]
+    "missing", ["tokenizer.json", "chat_template.jinja", "model.safetensors", "ssd.py", "modeling_video_ma2mba.py"]
 )
 def test_incomplete_folder(folder, missing, capsys):
     assert cli.main(["share", str(folder), "--repo", "me/tiny", "--dry-run"]) == 0  # brings its code
     (folder / missing).unlink()
     says = "no weights" if missing == "model.safetensors" else missing
     refused(["share", str(folder), "--repo", "me/tiny", "--dry-run"], capsys, says)
+
+
+def test_a_config_that_names_no_code(folder, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(["share", str(folder), "--repo", "me/tiny", "--dry-run"], capsys, "auto_map")
 
 
 def test_weights_that_are_a_pickle(folder, capsys):
@@ -158,9 +165,10 @@ def test_card_that_the_hub_cannot_read(folder, card, capsys):
 def test_wrong_arguments(folder, tmp_path, capsys):
     refused(["share", str(tmp_path), "--repo", "me/tiny"], capsys, "config.json")
     refused(["share", str(folder), "--repo", "tiny"], capsys, "owner/name")
-    (tmp_path / "e.json").write_text('{"results": [{"dataset": "x", "value": 3}]}')
     command = ["share", str(folder), "--repo", "me/tiny", "--card-only"]
-    refused([*command, "--evaluation", str(tmp_path / "e.json")], capsys, "metric")
+    for results in ('[{"dataset": "x", "value": 3}]', '[{"dataset": "x", "metric": 1, "value": 3}]', "3"):
+        (tmp_path / "e.json").write_text(f'{{"results": {results}}}')
+        refused([*command, "--evaluation", str(tmp_path / "e.json")], capsys, "of the evaluation")
     refused([*command, "--training", str(tmp_path / "none.json")], capsys, "none.json")
 
 

@@ -101,7 +101,10 @@ def render_card(
         ValueError: an evaluation of another form.
     """
     config = load(VideoMa2mbaConfig, str(folder))
-    results = [_checked(row) for row in (evaluation or {}).get("results", [])]
+    stated = (evaluation or {}).get("results", [])
+    if not isinstance(stated, list):
+        raise ValueError(f"the results of the evaluation must be a list, got {stated!r}")
+    results = [_checked(row) for row in stated]
     name = repo.rpartition("/")[2]
     has_weights = any(folder.glob("*.safetensors"))
     data = ModelCardData(
@@ -163,7 +166,8 @@ def _facts(config: VideoMa2mbaConfig) -> dict[str, str]:
 
 
 def _checked(row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict) or not {"dataset", "metric", "value"} <= row.keys():
+    is_named = isinstance(row, dict) and isinstance(row.get("dataset"), str) and isinstance(row.get("metric"), str)
+    if not is_named or "value" not in row:
         raise ValueError(f"a result of the evaluation needs dataset, metric and value; got {row!r}")
     if isinstance(row["value"], bool) or not isinstance(row["value"], int | float):
         raise ValueError(f"the value of {row['dataset']} must be a number, got {row['value']!r}")
