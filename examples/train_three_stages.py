@@ -36,7 +36,7 @@ from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcess
 from video_ma2mba.data.synthetic import QUESTION_KINDS, Story, make_story
 
 SHORTEST_S, LONGEST_S = 4, 90  # of the videos in training; a model is asked about 8 s and more
-DESCRIBE = "<image>\nDescribe the scene."
+DESCRIBE, SUM_UP = "Describe the scene.", "Describe the video."
 EVALUATION_SEED, NUM_QUESTIONS = 5, 500
 # Seeds of stories: each set has its own, and none meets those of the evaluation.
 SEEDS = {"tower": 10**6, "text": 2 * 10**6, "pictures": 3 * 10**6, "clips": 4 * 10**6, "scenes": 5 * 10**6,
@@ -57,10 +57,10 @@ def main() -> None:
     first = run.stage("stage1", run.output / "parts", "stage1", ["pictures", "clips"], steps=300, batch=16, rate=3e-3)
     name, model = "stage2", first
     if not args.without:
-        model = run.stage("stage1.5", first, "stage1.5", ["scenes"], steps=1000, batch=8, rate=1e-3)
+        model = run.stage("stage1.5", first, "stage1.5", ["scenes"], steps=600, batch=8, rate=1e-3)
     else:
         name = "stage2-without-stage1.5"
-    model = run.stage(name, model, "stage2", ["captions", "questions"], steps=5000, batch=8, rate=1e-3)
+    model = run.stage(name, model, "stage2", ["captions", "questions"], steps=9000, batch=8, rate=1e-3)
     run.report(name, model)
 
 
@@ -101,9 +101,9 @@ class Run:
         folder = self.output / "untrained"
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        self.prepare("text", text_stories(self.scaled(16000)))
+        self.prepare("text", text_stories(self.scaled(20000)))
         self.train(
-            "parts-text", folder, "stage2", ["text"], [], steps=2000, batch=8,
+            "parts-text", folder, "stage2", ["text"], [], steps=2500, batch=8,
             rate=2e-3, more=["trains=[language_model]"],
         )  # fmt: skip
         (self.output / "parts-text" / "model").rename(self.output / "parts")
@@ -229,12 +229,7 @@ def teach_tower(model, processor, steps: int) -> None:
 
 # --- the sets, as they are published ------------------------------------------------------------------------------
 
-COUNTS = {"pictures": 1500, "clips": 300, "scenes": 600, "captions": 400, "questions": 8000}
-
-
-def duration_s(rng: np.random.Generator) -> int:
-    """As many short videos as long ones, on a logarithmic scale."""
-    return round(float(np.exp(rng.uniform(np.log(SHORTEST_S), np.log(LONGEST_S)))))
+COUNTS = {"pictures": 1500, "clips": 300, "scenes": 600, "captions": 8000, "questions": 8000}
 
 
 def rendered(media: Path, name: str, story: Story) -> str:
@@ -248,22 +243,29 @@ def rendered(media: Path, name: str, story: Story) -> str:
     return name
 
 
+def cast(story: Story) -> str:
+    """Who came in, in order: what no question but `which_first` asks about all but the first."""
+    debuts = [*story.debuts.items(), (story.circle.name, story.circle.start_s)]
+    return ", ".join(name for name, _ in sorted(debuts, key=lambda debut: debut[1]))
+
+
 def drawn_questions(story: Story, rng: np.random.Generator):
-    """Questions for one conversation; a longer video bears more about its cast, most about its order, learnt last."""
-    appears, order = min(5, 2 + story.duration_s // 8), min(10, 2 + story.duration_s // 4)
+    """Questions for one conversation; a longer video bears more about its cast and about its order, learnt last."""
+    appears, order = min(4, 2 + story.duration_s // 8), min(6, 2 + story.duration_s // 4)
     return story.questions(rng, dict.fromkeys(QUESTION_KINDS, 1) | {"ever_appears": appears, "which_first": order})
 
 
 def text_stories(count: int) -> Iterator[dict]:
-    """Stories told in words, a name for every second, and questions about them: what a language model has read."""
+    """Stories told in words, a name for every second, then summed up or asked about: what a language model has read."""
     rng = np.random.default_rng(1)
     for i in range(count):
         story = make_story(SEEDS["text"] + i, int(rng.integers(3, 8 + 40 * i // count)))
         told = ", ".join(scene.name for scene in story.scenes for _ in range(scene.duration_s))
+        turns = [(SUM_UP, cast(story))] if i % 2 else [(one.text, one.answer) for one in drawn_questions(story, rng)]
         messages = []
-        for question in drawn_questions(story, rng):
-            text = question.text if messages else f"{told}\n{question.text}"
-            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": question.answer}]
+        for question, answer in turns:
+            text = question if messages else f"{told}\n{question}"
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         yield {"id": f"text-{i}", "messages": messages}
 
 
@@ -298,7 +300,9 @@ def scenes(media: Path, count: int, offset: int) -> Iterator[dict]:
     """SceneWalk: long videos whose scenes have captions of their own."""
     rng = np.random.default_rng([3, offset])
     for i in range(count):
-        story = make_story(SEEDS["scenes"] + offset + i, duration_s(rng))
+        # as many short videos as long ones, on a logarithmic scale
+        duration_s = round(float(np.exp(rng.uniform(np.log(SHORTEST_S), np.log(LONGEST_S)))))
+        story = make_story(SEEDS["scenes"] + offset + i, duration_s)
         video = rendered(media, f"yt_01/{offset + i}.mp4", story)
         rate = story.source_fps
         yield {
@@ -306,34 +310,34 @@ def scenes(media: Path, count: int, offset: int) -> Iterator[dict]:
             "scenes": [{"start_frame": rate * scene.start_s, "end_frame": rate * scene.end_s, "start_fps": rate,
                         "end_fps": rate} for scene in story.scenes],
             "conversations": [turn for scene in story.scenes for turn in (
-                {"from": "human", "value": DESCRIBE}, {"from": "gpt", "value": scene.name})],
+                {"from": "human", "value": f"<image>\n{DESCRIBE}"}, {"from": "gpt", "value": scene.name})],
         }  # fmt: skip
+
+
+def instruction_video(media: Path, number: int) -> tuple[Story, str]:
+    """A video of LLaVA-Video, which has a caption and questions; of all lengths alike."""
+    duration_s = int(np.random.default_rng([4, number]).integers(SHORTEST_S, LONGEST_S + 1))
+    story = make_story(SEEDS["questions"] + number, duration_s)
+    rendered(media, f"stories/{number}.mp4", story)
+    return story, f"{number}.mp4"
 
 
 def captions(media: Path, count: int, offset: int) -> Iterator[dict]:
     """LLaVA-Video, captions: who came in, in order."""
-    rng = np.random.default_rng([4, offset])
-    for i in range(count):
-        story = make_story(SEEDS["questions"] + offset + 500_000 + i, duration_s(rng))
-        rendered(media, f"caption/{offset + i}.mp4", story)
-        cast = sorted([*story.debuts.items(), (story.circle.name, story.circle.start_s)], key=lambda one: one[1])
-        caption = ", ".join(name for name, _ in cast)
-        turns = [{"from": "human", "value": "<image>\nDescribe the video."}, {"from": "gpt", "value": caption}]
-        yield {"id": f"caption-{offset + i}", "data_source": "caption", "video": f"{offset + i}.mp4",
-               "conversations": turns}  # fmt: skip
+    for number in range(offset, offset + count):
+        story, video = instruction_video(media, number)
+        turns = [{"from": "human", "value": f"<image>\n{SUM_UP}"}, {"from": "gpt", "value": cast(story)}]
+        yield {"id": f"caption-{number}", "data_source": "stories", "video": video, "conversations": turns}
 
 
 def questions(media: Path, count: int, offset: int) -> Iterator[dict]:
     """LLaVA-Video, open-ended: one record a question, several about each video."""
     rng = np.random.default_rng([5, offset])
-    for i in range(count):
-        # of all lengths alike: what a short video taught by now, a long one asks for
-        story = make_story(SEEDS["questions"] + offset + i, int(rng.integers(SHORTEST_S, LONGEST_S + 1)))
-        rendered(media, f"open/{offset + i}.mp4", story)
-        for number, question in enumerate(drawn_questions(story, rng)):
+    for number in range(offset, offset + count):
+        story, video = instruction_video(media, number)
+        for i, question in enumerate(drawn_questions(story, rng)):
             turns = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": question.answer}]
-            yield {"id": f"open-{offset + i}-{number}", "data_source": "open", "video": f"{offset + i}.mp4",
-                   "conversations": turns}  # fmt: skip
+            yield {"id": f"open-{number}-{i}", "data_source": "stories", "video": video, "conversations": turns}
 
 
 if __name__ == "__main__":

@@ -136,7 +136,9 @@ def test_a_video_that_does_not_decode_leaves_no_frames(tmp_path, media, processo
     assert list((tmp_path / "out" / "frames").iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "content"), [("manifest.jsonl", '{"id": "x'), ("dataset.json", "{}")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("manifest.jsonl", '{"id": "x'), ("manifest.jsonl", '{"id": "x"}'), ("dataset.json", "{}")]
+)
 def test_a_damaged_manifest_is_refused(tmp_path, media, name, content):
     source = write(tmp_path / "a.jsonl", {"id": "x", "messages": chat(VIDEO, text("?"))})
     prepare(source, media("good.mp4"), tmp_path / "out")

@@ -192,7 +192,7 @@ def read_back(entry: str, folder: Path) -> list[str] | None:
         return ["ask", str(out), *ASKED]
     if entry in ("parts", "checkpoint") and out.exists():
         return ["ask", str(folder.parent / "whole.mp4"), *ASKED, "--model", str(out)]
-    if entry == "records" and (out / "dataset.json").exists():
+    if entry == "records" and (out / "manifest.jsonl").exists() and (out / "manifest.jsonl").stat().st_size:
         options = {"model": TINY_MODEL, "data": out, "output": "run"}
         return ["train", "finetune", "--dry-run", *(word for k, v in options.items() for word in ("--set", f"{k}={v}"))]
     return None

@@ -87,4 +87,10 @@ def clean_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _constant(batch: dict[str, list], values: dict[str, str]) -> dict[str, list]:
+    for name in features():
+        if None in batch[name]:
+            raise ValueError(
+                f"{values['folder']}: a line of the manifest is damaged, it has no {name}; run `video-ma2mba data "
+                "prepare` again"
+            )
     return {name: [value] * len(batch["id"]) for name, value in values.items()}
