@@ -3,20 +3,20 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from transformers import AddedToken, BatchFeature, ProcessorMixin
 
 from .chat_video_ma2mba import TAGS, ChatSchema, Segment, media_source
-from .video_processing_video_ma2mba import VideoMa2mbaVideoProcessor, flatten_videos, stack_rows
+from .video_processing_video_ma2mba import FrameSampling, VideoMa2mbaVideoProcessor, flatten_videos, stack_rows
 
 IGNORED_LABEL = -100
 _PAD_TOKEN = "<|padding|>"
 _SAMPLING_KEYS = ("fps", "max_frames", "start_s", "end_s")
 
 
-class VideoMa2mbaProcessorOptions(TypedDict, total=False):
+class VideoMa2mbaProcessorOptions(FrameSampling, total=False):
     """What `VideoMa2mbaProcessor` takes in every call.
 
     Attributes:
@@ -31,11 +31,6 @@ class VideoMa2mbaProcessorOptions(TypedDict, total=False):
         return_timestamps: Also return `video_timestamps`: per row, per video, the seconds of its frames (or None).
     """
 
-    fps: float | None
-    max_frames: int | None
-    start_s: float
-    end_s: float | None
-    strict: bool
     padding: bool | str
     padding_side: str
     pad_to_multiple_of: int

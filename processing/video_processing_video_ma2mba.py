@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -28,6 +28,16 @@ class VideoMa2mbaVideoKwargs(VideosKwargs, total=False):
     """The settings transformers does not know by name."""
 
     resize_mode: str
+
+
+class FrameSampling(TypedDict, total=False):
+    """Which frames of a file to take, as `read_frames` has it; `fps` of None is the processor's."""
+
+    fps: float | None
+    max_frames: int | None
+    start_s: float
+    end_s: float | None
+    strict: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,21 +121,17 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         self,
         videos: Any,
         *,
-        fps: float | None = None,
-        max_frames: int | None = None,
-        start_s: float = 0.0,
-        end_s: float | None = None,
-        strict: bool = False,
         do_rescale: bool | None = None,
         do_normalize: bool | None = None,
         return_tensors: str | None = "pt",
         return_timestamps: bool = False,
+        **sampling: Unpack[FrameSampling],
     ) -> BatchFeature:
         """Loads one video, or a list of videos, one per row.
 
         Args:
             videos: What `load` takes, or a list of that.
-            fps, max_frames, start_s, end_s, strict: See `load`.
+            sampling: See `load`.
             do_rescale, do_normalize: Override the settings for this call.
             return_tensors: "pt" or "np".
             return_timestamps: Also return `video_timestamps`, a list with one list of seconds (or None) per video.
@@ -134,10 +140,7 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             `pixel_values_videos`: (videos, frames, 3, side, side), uint8, or float32 after rescaling. Shorter videos
             end in zero frames.
         """
-        options: dict[str, Any] = {
-            "fps": fps, "max_frames": max_frames, "start_s": start_s, "end_s": end_s, "strict": strict,
-        }  # fmt: skip
-        loaded = [self.load(video, **options) for video in flatten_videos(videos)]
+        loaded = [self.load(video, **sampling) for video in flatten_videos(videos)]
         pixels = stack_rows([video.frames for video in loaded])
         pixels = self.rescale_and_normalize_frames(pixels, do_rescale, do_normalize)
         batch = BatchFeature({"pixel_values_videos": pixels}, tensor_type=return_tensors)
@@ -145,24 +148,10 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             batch["video_timestamps"] = [video.timestamps_s for video in loaded]
         return batch
 
-    def open_video(
-        self,
-        path: str | os.PathLike,
-        *,
-        fps: float | None = None,
-        max_frames: int | None = None,
-        start_s: float = 0.0,
-        end_s: float | None = None,
-        strict: bool = False,
-    ) -> VideoFrames:
-        """Like `read_frames`, with frames of the size the model wants: pixels are (side, side, 3) uint8.
-
-        Args:
-            path, fps, max_frames, start_s, end_s, strict: See `load` and `read_frames`.
-        """
-        fps = self.fps if fps is None else fps
-        size = self._size_before_squaring
-        frames = read_frames(path, fps, max_frames=max_frames, start_s=start_s, end_s=end_s, resize=size, strict=strict)
+    def open_video(self, path: str | os.PathLike, **sampling: Unpack[FrameSampling]) -> VideoFrames:
+        """Like `read_frames`, with frames of the size the model wants: pixels are (side, side, 3) uint8."""
+        fps = sampling.pop("fps", None)
+        frames = read_frames(path, self.fps if fps is None else fps, resize=self._size_before_squaring, **sampling)
         squared = (VideoFrame(frame.timestamp_s, self._square(frame.pixels)) for frame in frames)
         return VideoFrames(frames.info, frames.num_frames, squared)
 
@@ -197,10 +186,9 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
                 raise ValueError(
                     f"timestamps go with frames in memory; the file '{video}' brings its own. Leave them out."
                 )
-            with_times = self.open_video(
-                video, fps=fps, max_frames=max_frames, start_s=start_s, end_s=end_s, strict=strict
+            return self._collect(
+                self.open_video(video, fps=fps, max_frames=max_frames, start_s=start_s, end_s=end_s, strict=strict)
             )
-            return self._collect(with_times)
         if start_s or end_s is not None:
             raise ValueError("start_s and end_s choose a part of a file. Slice frames in memory before passing them.")
         chunks = _frame_chunks(video)

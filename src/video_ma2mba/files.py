@@ -1,8 +1,8 @@
-"""Files that are written whole or not at all: an interrupted write leaves the one that was there."""
+"""Files that are written whole or not at all, or grow line by line: an interruption leaves what was there."""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that grows by JSON lines; one that a crash cut off, or that is damaged, is passed over."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
 
 
 def write_png(path: Path, figure: "Figure") -> None:

@@ -35,13 +35,44 @@ class Fixed:
 
 
 def load_config(model: str) -> "VideoMa2mbaConfig":
+    """The configuration in a folder, or that of the size which a name holds, as `3.1b` or `my/video-ma2mba-3.1b` do."""
     from .modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
 
-    if model in PRESETS:
-        return VideoMa2mbaConfig.from_preset(model)
-    if not Path(model, "config.json").is_file():
-        raise ValueError(f"--model {model}: neither one of {', '.join(PRESETS)} nor a folder with a config.json")
-    return load(VideoMa2mbaConfig, model)
+    if Path(model, "config.json").is_file():
+        return load(VideoMa2mbaConfig, model)
+    size = next((size for size in PRESETS if size in model), None)
+    if size is None or Path(model).is_dir():
+        raise ValueError(f"{model}: no folder with a config.json, and no name that holds one of {', '.join(PRESETS)}")
+    return VideoMa2mbaConfig.from_preset(size)
+
+
+def on_meta(config: "VideoMa2mbaConfig", dtype: str) -> Any:
+    """The model without its weights."""
+    import torch
+
+    from .modeling import VideoMa2mbaForConditionalGeneration
+
+    with torch.device("meta"):
+        return VideoMa2mbaForConditionalGeneration._from_config(config, dtype=getattr(torch, dtype))
+
+
+def planned(
+    config: "VideoMa2mbaConfig", batch_size: int, num_tokens: int, options: dict | None, **batch: Any
+) -> "tuple[CheckpointPlan | None, int]":
+    """The plan of these options, none for None, and its bytes of activations.
+
+    Args:
+        batch: the rest of what `plan_checkpoints` takes of the batch.
+
+    Raises:
+        InfeasibleMemoryBudget: no plan fits the budget among the options.
+    """
+    from .modeling.checkpoint_plan import peak_bytes_without, plan_checkpoints
+
+    if options is None:
+        return None, peak_bytes_without(config, batch_size, num_tokens, **batch)
+    plan = plan_checkpoints(config, batch_size, num_tokens, **options, **batch)
+    return plan, plan.predicted_peak_bytes
 
 
 class Case:
@@ -51,6 +82,7 @@ class Case:
         gpu_bytes: What the GPU has. host_bytes: What offload may hold; None for as much as it likes.
         optimizer: One of OPTIMIZER_BYTES.
         batch_size: Videos on the GPU.
+        scan_backend: As of `plan_checkpoints`.
     """
 
     def __init__(
@@ -61,15 +93,11 @@ class Case:
         host_bytes: int | None = None,
         optimizer: str = "adamw",
         batch_size: int = 1,
+        scan_backend: str = "torch",
     ):
-        import torch
-
-        from .modeling import VideoMa2mbaForConditionalGeneration
-
         self.config, self.optimizer, self.batch_size = config, optimizer, batch_size
-        self.gpu_bytes, self.host_bytes = gpu_bytes, host_bytes
-        with torch.device("meta"):
-            model = VideoMa2mbaForConditionalGeneration(config)
+        self.gpu_bytes, self.host_bytes, self.scan_backend = gpu_bytes, host_bytes, scan_backend
+        model = on_meta(config, "bfloat16")
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.num_in_layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
         projections = [
@@ -93,25 +121,22 @@ class Case:
 
     def plan(self, options: dict | None, num_frames: int, num_tokens: int) -> "tuple[CheckpointPlan | None, int]":
         """The plan and its bytes of activations: within the budget where it can be, else the least there is."""
-        from .modeling.checkpoint_plan import InfeasibleMemoryBudget, peak_bytes_without, plan_checkpoints
+        from .modeling.checkpoint_plan import InfeasibleMemoryBudget
 
-        trains_vision = self.optimizer != "lora"
-        batch: dict[str, Any] = {"num_frames": self.batch_size * num_frames, "trains_vision": trains_vision}
-        if options is None:
-            return None, peak_bytes_without(self.config, self.batch_size, num_tokens, **batch)
+        batch: dict[str, Any] = {
+            "num_frames": self.batch_size * num_frames, "trains_vision": self.optimizer != "lora",
+            "scan_backend": self.scan_backend,
+        }  # fmt: skip
         budget = self.gpu_bytes - RESERVED_BYTES - self.fixed(options, num_frames).total
-        batch |= options
-        bounds: dict[str, Any] = {"memory_budget_bytes": budget}
-        if options.get("offload"):
-            bounds["host_memory_budget_bytes"] = self.host_bytes
-        if budget > 0:
+        if options is not None and budget > 0:
+            bounds = {"memory_budget_bytes": budget}
+            if options.get("offload"):
+                bounds["host_memory_budget_bytes"] = self.host_bytes
             try:
-                found = plan_checkpoints(self.config, self.batch_size, num_tokens, **bounds, **batch)
-                return found, found.predicted_peak_bytes
+                return planned(self.config, self.batch_size, num_tokens, options | bounds, **batch)
             except InfeasibleMemoryBudget:
                 pass
-        found = plan_checkpoints(self.config, self.batch_size, num_tokens, **batch)
-        return found, found.predicted_peak_bytes
+        return planned(self.config, self.batch_size, num_tokens, options, **batch)
 
     def fits(self, options: dict | None, num_frames: int, num_tokens: int) -> bool:
         plan, activations_bytes = self.plan(options, num_frames, num_tokens)

@@ -91,17 +91,15 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
         raise ValueError(f"{name}: there is no such folder, and the Hub does not give it; check the name") from error
 
 
-def load_model(name: str, dtype: str, adapter: str | None) -> Any:
+def load_model(name: str, dtype: "torch.dtype", adapter: str | None) -> Any:
     """The model in eval mode; LoRA adapters are merged into its weights.
 
     Raises:
         ValueError: There are no such adapters, or they belong to another model.
     """
-    import torch
-
     from . import VideoMa2mbaForConditionalGeneration
 
-    model = load(VideoMa2mbaForConditionalGeneration, name, dtype=getattr(torch, dtype)).eval()
+    model = load(VideoMa2mbaForConditionalGeneration, name, dtype=dtype).eval()
     if adapter is None:
         return model
     if not (Path(adapter) / "adapter_config.json").is_file():
@@ -122,6 +120,15 @@ def load_model(name: str, dtype: str, adapter: str | None) -> Any:
                 f"do not fit {name}"
             )
         return adapted.merge_and_unload()
+
+
+def choose_dtype(name: str | None, device: "torch.device") -> "torch.dtype":
+    """The dtype of that name; of "auto" or None bfloat16 on a GPU, else float32."""
+    import torch
+
+    if name in ("auto", None):
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
 
 
 def choose_device(name: str) -> "torch.device":

@@ -81,6 +81,12 @@ def test_says_no_where_it_does_not_fit_and_how_long_would(capsys):
     assert again["rows"][0]["fits"]
 
 
+def test_kernels_keep_more(capsys):
+    (torch,), (kernels,) = (answer(capsys, *ASK, "--scan-backend", name)["rows"] for name in ("torch", "mamba_ssm"))
+    assert torch["total_bytes"] - torch["activations_bytes"] == kernels["total_bytes"] - kernels["activations_bytes"]
+    assert kernels["longest_frames"] < torch["longest_frames"]
+
+
 def test_lora_trains_little(capsys):
     (row,) = answer(capsys, *ASK, "--optimizer", "lora")["rows"]
     assert row["gradients_bytes"] + row["optimizer_bytes"] < 0.1 * row["weights_bytes"]

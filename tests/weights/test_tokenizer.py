@@ -38,7 +38,7 @@ def neox_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processor(neox_folder):
-    return VideoMa2mbaProcessor(parts.load_tokenizer(str(neox_folder)), VideoMa2mbaVideoProcessor())
+    return VideoMa2mbaProcessor(parts.load_tokenizer(None, neox_folder), VideoMa2mbaVideoProcessor())
 
 
 def test_placeholders_lie_inside_the_padded_vocabulary(neox_folder, processor):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..loading import choose_device
+from ..loading import choose_device, choose_dtype
 from ..modeling import VideoMa2mbaForConditionalGeneration
 from ..modeling.configuration_video_ma2mba import PRESETS
 from .machine import describe
@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if min(*args.contexts, args.new_tokens, args.frames) < 1:
         raise ValueError("--contexts, --new-tokens and --frames must be at least 1")
-    choose_device(args.device)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    dtype = choose_dtype(args.dtype, choose_device(args.device))
     torch.manual_seed(0)
     config = backbone_config(args.model)
     model = VideoMa2mbaForConditionalGeneration._from_config(config, dtype=dtype).to(args.device).eval()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, Mamba2Config
 
-from ..loading import choose_device
+from ..loading import choose_device, choose_dtype
 from ..methods import METHODS
 from ..modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from ..modeling.configuration_video_ma2mba import PRESETS
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.repeats < 1 or min(args.lengths) < 1:
         raise ValueError("--repeats and --lengths must be at least 1")
     device = choose_device(args.device)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = choose_dtype(args.dtype, device)
     torch.manual_seed(0)
     config = backbone_config(args.model)
     model = VideoMa2mbaForConditionalGeneration._from_config(config, dtype=dtype).to(device).train()

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZER_BYTES, default="adamw", help="default: adamw")
     parser.add_argument("--batch", type=int, default=1, help="videos per device (default: 1)")
     parser.add_argument("--offload", action="store_true", help="let states and embeddings wait in host memory")
+    parser.add_argument("--scan-backend", choices=("torch", "mamba_ssm"), default="torch", help="default: torch")
     parser.add_argument("--compare", action="store_true", help="all checkpointing methods, and what each can reach")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     case = Case(
         config,
         gpu_bytes=args.gpu_memory, host_bytes=args.host_memory, optimizer=args.optimizer, batch_size=args.batch,
+        scan_backend=args.scan_backend,
     )  # fmt: skip
     from ..methods import METHODS
 

@@ -7,9 +7,11 @@ Several devices, also on several machines: start the same command by `torchrun`,
 import argparse
 import os
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..fitting import RESERVED_BYTES
+from ..fitting import RESERVED_BYTES, Fixed, load_config, on_meta, planned
 from .plan import parse_bytes
 
 if TYPE_CHECKING:
@@ -76,13 +78,11 @@ def dry_run(recipe: "Recipe", gpu_bytes: int | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..modeling.checkpoint_plan import format_bytes
     from ..training.run import describe_groups, make_trainable
 
     if gpu_bytes is None and torch.cuda.is_available():
         gpu_bytes = torch.cuda.get_device_properties(0).total_memory
-    config, processor = _config_and_processor(recipe)
-    model = make_trainable(_on_meta(config, recipe), recipe)
+    model = make_trainable(on_meta(load_config(recipe.model), recipe.dtype), recipe)
     groups = describe_groups(model, recipe)
     console = Console(highlight=False, width=100)
     table = Table(title="what trains")
@@ -103,50 +103,24 @@ def dry_run(recipe: "Recipe", gpu_bytes: int | None) -> None:
     )
     console.print(_batch_line(recipe))
 
-    num_tokens = recipe.max_tokens
-    if processor is not None:
-        num_tokens = _data_lines(recipe, processor, console) or num_tokens
+    num_tokens = _data_lines(recipe, console) or recipe.max_tokens
     if num_tokens is None:
         console.print(
             "the data are not there yet, so neither steps nor memory can be told; max_tokens would do for memory"
         )
         return
-    _memory_lines(model, recipe, num_tokens, gpu_bytes, groups, console, format_bytes)
+    _memory_lines(model, recipe, num_tokens, gpu_bytes, groups, console)
 
 
-def _config_and_processor(recipe: "Recipe") -> tuple[Any, Any]:
-    """Of the model where it is there; else the configuration of its size, by its name."""
-    from pathlib import Path
-
+def _data_lines(recipe: "Recipe", console: Any) -> int | None:
+    """Print samples and steps; returns the tokens of the longest sample, if the data and the model are there."""
     from ..loading import load
-    from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
     from ..processing import VideoMa2mbaProcessor
-
-    if Path(recipe.model).is_dir():
-        return load(VideoMa2mbaConfig, recipe.model), load(VideoMa2mbaProcessor, recipe.model)
-    size = next((size for size in PRESETS if size in recipe.model), None)
-    if size is None:
-        raise ValueError(f"{recipe.model}: there is no such folder, and its name holds none of {', '.join(PRESETS)}")
-    return VideoMa2mbaConfig.from_preset(size), None
-
-
-def _on_meta(config: Any, recipe: "Recipe") -> "torch.nn.Module":
-    import torch
-
-    from ..modeling import VideoMa2mbaForConditionalGeneration
-
-    with torch.device("meta"):
-        return VideoMa2mbaForConditionalGeneration._from_config(config, dtype=getattr(torch, recipe.dtype))
-
-
-def _data_lines(recipe: "Recipe", processor: Any, console: Any) -> int | None:
-    """Print samples and steps; returns the tokens of the longest sample, if the data are there."""
-    from pathlib import Path
-
     from ..training.run import read_data
 
-    if not all(Path(folder).is_dir() for folder in recipe.data):
+    if not all(Path(folder).is_dir() for folder in (recipe.model, *recipe.data)):
         return None
+    processor = load(VideoMa2mbaProcessor, recipe.model)
     data = read_data(recipe.data, recipe, processor)
     if recipe.streaming:
         console.print(f"streamed; {recipe.max_steps} steps")
@@ -158,40 +132,32 @@ def _data_lines(recipe: "Recipe", processor: Any, console: Any) -> int | None:
 
 
 def _memory_lines(
-    model: Any, recipe: "Recipe", num_tokens: int, gpu_bytes: int | None, groups: list[dict], console: Any, show: Any
+    model: "torch.nn.Module", recipe: "Recipe", num_tokens: int, gpu_bytes: int | None, groups: list[dict], console: Any
 ) -> None:
-    from ..modeling.checkpoint_plan import InfeasibleMemoryBudget, peak_bytes_without, plan_checkpoints
+    from ..modeling.checkpoint_plan import format_bytes
 
-    config, batch = model.config, recipe.device_batch_size
+    config: Any = model.config
+    batch, options = recipe.device_batch_size, recipe.gradient_checkpointing
     num_frames = batch * (num_tokens // config.tokens_per_frame)
-    side = config.vision_config.image_size
     trained_bytes = sum(group["bytes"] for group in groups)
-    fixed = {
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "gradients": trained_bytes,
-        "optimizer": 2 * trained_bytes,
-        "frames": num_frames * 3 * side**2,
-    }
-    options = recipe.gradient_checkpointing
-    shape = {
-        "dtype_bytes": 2 if recipe.bf16 else 4, "num_frames": num_frames,
-        "trains_vision": any(group["name"].startswith("vision") for group in groups),
-    }  # fmt: skip
-    if options is None:
-        fixed["activations"] = peak_bytes_without(config, batch, num_tokens, **shape)
-        console.print("no gradient checkpointing")
-    else:
-        try:
-            plan = plan_checkpoints(config, batch, num_tokens, **{"axes": ("layer", "sequence"), **options}, **shape)
-        except InfeasibleMemoryBudget as error:
-            raise ValueError(f"the recipe's memory_budget_bytes: {error}") from error
-        fixed["activations"] = plan.predicted_peak_bytes
-        console.print(f"{batch} x {num_tokens:,} tokens: {plan}", soft_wrap=True)
-    total = sum(fixed.values()) + RESERVED_BYTES
+    fixed = Fixed(
+        weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        gradients_bytes=trained_bytes,
+        optimizer_bytes=2 * trained_bytes,
+        pixels_bytes=num_frames * 3 * config.vision_config.image_size**2,
+    )
+    plan, activations_bytes = planned(
+        config, batch, num_tokens, options, dtype_bytes=2 if recipe.bf16 else 4, num_frames=num_frames,
+        trains_vision=any(group["name"].startswith("vision") for group in groups),
+    )  # fmt: skip
+    console.print(f"{batch} x {num_tokens:,} tokens: {plan or 'no gradient checkpointing'}", soft_wrap=True)
+    parts = {**asdict(fixed), "activations_bytes": activations_bytes}
+    total_bytes = fixed.total + activations_bytes + RESERVED_BYTES
     console.print(
-        ", ".join(f"{name} {show(size)}" for name, size in fixed.items()) + f"; with 2 GiB kept back {show(total)}"
+        ", ".join(f"{name.removesuffix('_bytes')} {format_bytes(size)}" for name, size in parts.items())
+        + f"; with 2 GiB kept back {format_bytes(total_bytes)}"
     )
     if gpu_bytes is None:
         console.print("no GPU here: say with --gpu-memory what it must fit into")
     else:
-        console.print(f"fits into {show(gpu_bytes)}: {'yes' if total <= gpu_bytes else 'no'}")
+        console.print(f"fits into {format_bytes(gpu_bytes)}: {'yes' if total_bytes <= gpu_bytes else 'no'}")

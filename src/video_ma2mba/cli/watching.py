@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..loading import choose_device, find_model, load, load_model
+from ..loading import choose_device, choose_dtype, find_model, load, load_model
 from ..progress import progress_bars
 
 if TYPE_CHECKING:
@@ -44,13 +44,12 @@ def load_model_and_processor(args: argparse.Namespace, video: str | None = None)
 
     name = find_model(args.model)
     device = choose_device(args.device)
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype == "auto" else args.dtype
     processor = load(VideoMa2mbaProcessor, name)
     if video is not None:
         processor.video_processor.open_video(
             video, fps=args.fps, max_frames=args.max_frames, start_s=args.start, end_s=args.end
         ).close()
-    return load_model(name, dtype, args.adapter).to(device), processor
+    return load_model(name, choose_dtype(args.dtype, device), args.adapter).to(device), processor
 
 
 def is_memory(path: str | Path) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..files import read_lines
 from ..processing.video_reader import probe_video
 
 
@@ -50,15 +51,13 @@ class MediaIndex:
         self.root, self.max_duration_s = root.resolve(), max_duration_s
         self._found: dict[tuple[str, str], Medium | UnusableMedium] = {}
         self._known: dict[tuple[str, str, int, int], dict] = {}
-        if remembered.is_file():
-            for line in remembered.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    if "error" not in entry:
-                        entry["duration_s"] = float(entry["duration_s"])
-                    self._known[entry["kind"], entry["path"], entry["num_bytes"], entry["modified_ns"]] = entry
-                except (ValueError, TypeError, LookupError):
-                    continue
+        for entry in read_lines(remembered):
+            try:
+                if "error" not in entry:
+                    entry["duration_s"] = float(entry["duration_s"])
+                self._known[entry["kind"], entry["path"], entry["num_bytes"], entry["modified_ns"]] = entry
+            except (ValueError, TypeError, LookupError):
+                continue  # damaged
         self._file = remembered.open("a", encoding="utf-8")
         self._file.write("\n")  # ends a line that a crash left open
 

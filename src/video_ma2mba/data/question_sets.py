@@ -1,7 +1,7 @@
 """Adapters of question sets that come apart from their videos: NExT-QA, ActivityNet-QA, PerceptionTest."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -18,14 +18,12 @@ def nextqa(source: Path) -> Iterator[Record | Problem]:
 
     `map_vid_vidorID.json` beside it says where the videos lie; without it they are looked for by their numbers.
     """
-    mapping = source.with_name("map_vid_vidorID.json")
-    folders = json.loads(mapping.read_text(encoding="utf-8")) if mapping.is_file() else {}
+    videos_of = nextqa_videos(source)
 
     def convert(item: Item) -> list[Record]:
         row = item.value
         video, question = text_of(row, "video"), as_question(text_of(row, "question"))
-        names = [name for name in (folders.get(video), video) if name]
-        paths = tuple(f"{folder}{name}.mp4" for name in names for folder in ("", "NExTVideo/"))
+        paths = videos_of(video)
         identity = f"{video}_{text_of(row, 'qid')}"
         if "a0" not in row:
             answer = text_of(row, "answer")
@@ -45,7 +43,7 @@ def activitynet_qa(source: Path) -> Iterator[Record | Problem]:
     if beside == source or not beside.is_file():
         yield Problem(source.name, "malformed", f"its answers are not beside it: {beside.name}")
         return
-    answers = {entry.get("question_id"): entry for entry in json.loads(beside.read_text(encoding="utf-8"))}
+    answers = activitynet_answers(beside)
 
     def convert(item: Item) -> list[Record]:
         video, identity = text_of(item.value, "video_name"), text_of(item.value, "question_id")
@@ -88,6 +86,19 @@ def perception_test(source: Path) -> Iterator[Record | Problem]:
             yield record
 
     yield from each(source, convert)
+
+
+def nextqa_videos(source: Path | None) -> Callable[[str], tuple[str, ...]]:
+    """Where a video of NExT-QA may lie, given its number; `source`, if any, has the map of numbers beside it."""
+    mapping = source.with_name("map_vid_vidorID.json") if source else None
+    names = json.loads(mapping.read_text(encoding="utf-8")) if mapping and mapping.is_file() else {}
+    folders = ("", "NExTVideo/", "videos/")
+    return lambda video: tuple(f"{f}{name}.mp4" for name in (names.get(video), video) if name for f in folders)
+
+
+def activitynet_answers(beside: Path) -> dict[Any, dict[str, Any]]:
+    """The entries of a file of ActivityNet-QA's answers by `question_id`."""
+    return {entry.get("question_id"): entry for entry in json.loads(beside.read_text(encoding="utf-8"))}
 
 
 def as_question(text: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..files import read_lines
 from .questions import Question
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -128,14 +129,8 @@ class ChatJudge:
         self.timeout_s, self.tries, self.wait_s = timeout_s, tries, wait_s
         self.name = model
         self._key = os.environ.get(KEY_VARIABLE, "")
-        self._replies: dict[str, str] = {}
-        if cache.is_file():
-            for line in cache.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._replies[entry["request"]] = entry["reply"]
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # a line that a crash cut off
+        lines = ((entry.get("request"), entry.get("reply")) for entry in read_lines(cache))
+        self._replies = {asked: said for asked, said in lines if isinstance(asked, str) and isinstance(said, str)}
 
     def __call__(self, question: Question, answers: list[str]) -> Verdict:
         """The verdict; one that says `understood=False` after `tries` replies that could not be read.

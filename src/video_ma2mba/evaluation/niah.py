@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..data.synthetic import COLOURS, make_story
-from ..files import write_png
+from ..files import read_lines, write_png
 from ..modeling.video_memory import VideoMemory
 
 CELLS = "cells.jsonl"
@@ -137,14 +137,12 @@ def find_needles(
 
 def _read(file: Path) -> dict[tuple[int, float, int], dict[str, Any]]:
     cells = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                cell = json.loads(line)
-                if isinstance(cell["found"], bool):
-                    cells[cell["num_frames"], cell["depth"], cell["needle"]] = cell
-            except (ValueError, TypeError, LookupError):
-                continue  # cut off by a crash, or damaged
+    for cell in read_lines(file):
+        try:
+            if isinstance(cell["found"], bool):
+                cells[cell["num_frames"], cell["depth"], cell["needle"]] = cell
+        except (TypeError, LookupError):
+            continue  # damaged
     return cells
 
 

@@ -1,7 +1,7 @@
 """From answers to a report: scores by group with their intervals, as JSON, Markdown and a picture."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,11 @@ def make_report(
         assert judge is not None
         judged = _judged(pairs, judge)
         report["judge"] = describe(judge)
-        report["num_not_understood"] = sum(not verdict.understood for _, _, verdict in judged)
+        report["num_not_understood"] = sum(not verdict.understood for _, (_, verdict) in judged)
         report["metric"] = "score"
-        report["scores"] = _by_group([(q, (a, v)) for q, a, v in judged], _mean_score) if judged else {}
-        if any(verdict.correct is not None for _, _, verdict in judged):
-            report["accuracy"] = _by_group([(q, (a, v)) for q, a, v in judged], _mean_correct)
+        report["scores"] = _by_group(judged, _mean(lambda verdict: verdict.score)) if judged else {}
+        if any(verdict.correct is not None for _, (_, verdict) in judged):
+            report["accuracy"] = _by_group(judged, _mean(lambda verdict: float(bool(verdict.correct))))
     videos = {answer.video: answer for answer in answers}
     report["num_videos"] = len(videos)
     report["num_problems"] = len(found.problems)
@@ -53,14 +53,14 @@ def make_report(
     return report
 
 
-def _judged(pairs: Sequence[tuple[Question, Answer]], judge: Judge) -> list[tuple[Question, Answer, Verdict]]:
+def _judged(pairs: Sequence[tuple[Question, Answer]], judge: Judge) -> list[tuple[Question, tuple[Answer, Verdict]]]:
     """A verdict on every answer; of two wordings of one question, one verdict on both answers."""
     together: dict[Any, list[tuple[Question, Answer]]] = defaultdict(list)
     for question, answer in pairs:
         key = (answer.video, question.answer) if question.dimension == "consistency" else question.id
         together[key].append((question, answer))
     return [
-        (group[0][0], group[0][1], judge(group[0][0], [answer.raw for _, answer in group]))
+        (group[0][0], (group[0][1], judge(group[0][0], [answer.raw for _, answer in group])))
         for group in together.values()
     ]
 
@@ -85,16 +85,9 @@ def _accuracy(pairs: Sequence[tuple[Question, Answer]]) -> dict[str, Any]:
     )
 
 
-def _mean_score(pairs: Sequence[tuple[Question, tuple[Answer, Verdict]]]) -> dict[str, Any]:
-    return JudgedScore().compute(
-        predictions=[verdict.score for _, (_, verdict) in pairs], clusters=[answer.video for _, (answer, _) in pairs]
-    )
-
-
-def _mean_correct(pairs: Sequence[tuple[Question, tuple[Answer, Verdict]]]) -> dict[str, Any]:
-    return JudgedScore().compute(
-        predictions=[float(bool(verdict.correct)) for _, (_, verdict) in pairs],
-        clusters=[answer.video for _, (answer, _) in pairs],
+def _mean(of: Callable[[Verdict], float]) -> Callable[[Sequence[tuple[Question, tuple[Answer, Verdict]]]], Any]:
+    return lambda pairs: JudgedScore().compute(
+        predictions=[of(verdict) for _, (_, verdict) in pairs], clusters=[answer.video for _, (answer, _) in pairs]
     )
 
 

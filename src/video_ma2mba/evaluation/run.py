@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from ..data.media import MediaIndex, UnusableMedium
 from ..data.records import Problem
-from ..files import write_text
+from ..files import read_lines, write_text
 from ..modeling.stopping import RepetitionStop
 from ..modeling.video_memory import VideoMemory
 from .questions import LETTERS, Question
@@ -162,14 +162,10 @@ def _line(answer: Answer) -> str:
 def _answered(file: Path, found: Found) -> dict[str, list[Answer]]:
     """The videos that are done; what a crash left of others is removed from the file."""
     kept: dict[str, Answer] = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                answer = Answer(**json.loads(line))
-            except (ValueError, TypeError):
-                continue
-            if all(isinstance(getattr(answer, name), kind) for name, kind in get_type_hints(Answer).items()):
-                kept[answer.id] = answer
+    fields = get_type_hints(Answer)
+    for entry in read_lines(file):
+        if entry.keys() == fields.keys() and all(isinstance(entry[name], kind) for name, kind in fields.items()):
+            kept[entry["id"]] = Answer(**entry)
     done = {
         video: [kept[question.id] for question in questions]
         for video, questions in found.by_video.items()

@@ -1,6 +1,5 @@
 """The benchmarks: how their published files are read, what the model is asked, how its answers are read."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..data.question_sets import as_question, letter_of, lettered
+from ..data.question_sets import activitynet_answers, as_question, letter_of, lettered, nextqa_videos
 from ..data.records import SUFFIXES, Item, Malformed, Problem, convert_all, read_items, text_of
 from .questions import LETTERS, Question, bracketed_letter, first_capital, leading_letter, marked_letter
 
@@ -183,8 +182,7 @@ KINDS_OF_NEXTQA = {"C": "causal", "T": "temporal", "D": "descriptive"}
 
 def next_qa(source: Path | None) -> Convert:
     """The CSV of the multiple choice; `map_vid_vidorID.json` beside it says where videos lie."""
-    mapping = source.with_name("map_vid_vidorID.json") if source else None
-    folders = json.loads(mapping.read_text(encoding="utf-8")) if mapping and mapping.is_file() else {}
+    videos_of = nextqa_videos(source)
 
     def convert(item: Item) -> Iterator[Question]:
         row = item.value
@@ -194,11 +192,10 @@ def next_qa(source: Path | None) -> Convert:
         if not video:
             raise Malformed("'video' is missing")
         options = [text_of(row, f"a{i}") for i in range(5)]
-        names = [name for name in (folders.get(video), video) if name]
         yield Question(
             id=f"{video}_{row.get('qid')}",
             where=item.where,
-            videos=tuple(f"{folder}{name}.mp4" for name in names for folder in ("", "NExTVideo/", "videos/")),
+            videos=videos_of(video),
             prompt=f"{as_question(text_of(row, 'question'))}\n{lettered(options)}",
             answer=letter_of(row.get("answer"), options),
             options=tuple(options),
@@ -220,7 +217,7 @@ def activitynet_qa(source: Path | None) -> Convert:
     if beside and beside != source:
         if not beside.is_file():
             raise ValueError(f"{source}: its answers are not beside it: {beside.name}")
-        answers = {one.get("question_id"): one for one in json.loads(beside.read_text(encoding="utf-8"))}
+        answers = activitynet_answers(beside)
 
     def convert(item: Item) -> Iterator[Question]:
         row, identity = item.value, text_of(item.value, "question_id")

@@ -69,11 +69,8 @@ def read_llava_mamba(source: str, tokenizer: str | None = None, vision_model: st
             f"{folder / 'config.json'}: mm_hidden_size={stated_width}, but its tower is {tower.hidden_size} wide"
         )
     statistics = parts.image_statistics(tower, tower_folder)
-    if tokenizer is None:
-        tokenizer = source if (folder / "tokenizer.json").is_file() else parts.DEFAULT_TOKENIZER
-    processor = parts.build_processor(
-        parts.load_tokenizer(tokenizer), tower, statistics, pool_stride=config.get("mm_spatial_pool_stride", 2)
-    )
+    tokens = parts.load_tokenizer(tokenizer, folder)
+    processor = parts.build_processor(tokens, tower, statistics, config.get("mm_spatial_pool_stride", 2))
     reader = CheckpointReader(folder)
     prefix = _wrapper(list(reader.shapes))
     table = f"{prefix}backbone.embedding.weight"

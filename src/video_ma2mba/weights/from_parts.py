@@ -33,10 +33,8 @@ def read_parts(language_model: str, vision_model: str, tokenizer: str | None = N
 
     tower = parts.vision_config(vision_folder)
     statistics = parts.image_statistics(tower, vision_folder)
-    if tokenizer is None:
-        has_one = (language_folder / "tokenizer.json").is_file()
-        tokenizer = str(language_folder) if has_one else parts.DEFAULT_TOKENIZER
-    processor = parts.build_processor(parts.load_tokenizer(tokenizer), tower, statistics, pool_stride=2)
+    tokens = parts.load_tokenizer(tokenizer, language_folder)
+    processor = parts.build_processor(tokens, tower, statistics, pool_stride=2)
     config = parts.build_config(text_config, tower, processor, statistics)
 
     drops = (*tower_drops(config.num_vision_layers), *TEXT_SIDE_DROPS)

@@ -131,8 +131,10 @@ def image_statistics(tower: PreTrainedConfig, folder: Path | None) -> dict[str, 
     return {"image_mean": mean, "image_std": std}
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or a Hub repository that has a tokenizer.json."""
+def load_tokenizer(name: str | None, language_model: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or a Hub repository; None: that beside the language model, or else GPT-NeoX's."""
+    if name is None:
+        name = str(language_model) if (language_model / "tokenizer.json").is_file() else DEFAULT_TOKENIZER
     folder = fetch(name, ("tokenizer*.json", "special_tokens_map.json"))
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{name}: there is no tokenizer.json; name a tokenizer with --tokenizer")
