@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from train_tiny import build_model, build_processor, evaluate
+from train_tiny import build_model, build_processor, evaluate_lengths
 from transformers import set_seed
 
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
@@ -182,13 +182,7 @@ class Run:
             file = self.output / stage / "train_report.json"
             if file.exists():
                 result["held_out_loss"][stage] = json.loads(file.read_text())["held_out_loss"]
-        for label, shortest_s, longest_s in (
-            ("training lengths", 8, LONGEST_S),
-            ("four times the longest", 4 * LONGEST_S, 4 * LONGEST_S),
-        ):
-            accuracy = evaluate(model, processor, EVALUATION_SEED, shortest_s, longest_s, NUM_QUESTIONS)
-            result[label] = {"video_s": [shortest_s, longest_s], "accuracy": accuracy}
-            print(label, " ".join(f"{kind} {accuracy[kind]:.1%}" for kind in (*QUESTION_KINDS, "all")))
+        result |= evaluate_lengths(model, processor, EVALUATION_SEED, LONGEST_S, NUM_QUESTIONS)
         (self.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(result, indent=2))
 

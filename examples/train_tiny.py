@@ -43,6 +43,7 @@ from video_ma2mba import (
     VideoMa2mbaVideoProcessor,
 )
 from video_ma2mba.data.synthetic import QUESTION_KINDS, Question, Story, make_story
+from video_ma2mba.files import whole_folder
 
 CARD = Path(__file__).parents[1] / "model_cards" / "video-ma2mba-tiny"
 FRAME_SIZE, PATCH_SIZE = 32, 16  # pixels: 2 x 2 patches, pooled to one token a frame
@@ -301,25 +302,16 @@ def evaluate(
     return accuracy | {"all": float(np.mean([value for values in right.values() for value in values]))}
 
 
-def evaluate_lengths(model, processor, seed: int) -> dict:
-    """Accuracy at the lengths of the training and at four times its longest; prints a table."""
-    results: dict = {"seed": seed, "questions_per_length": 200}
-    for name, shortest_s, longest_s in (
-        ("training_lengths", 8, LONGEST_S),
-        ("4x_longest", 4 * LONGEST_S, 4 * LONGEST_S),
+def evaluate_lengths(model, processor, seed: int, longest_s: int = LONGEST_S, num_questions: int = 200) -> dict:
+    """Accuracy at the lengths of the training, from 8 s, and at four times its longest; prints a line for each."""
+    results: dict = {"seed": seed, "questions_per_length": num_questions}
+    for name, span_s in (
+        ("training lengths", (8, longest_s)),
+        ("four times the longest", (4 * longest_s, 4 * longest_s)),
     ):
-        start = time.perf_counter()
-        accuracy = evaluate(model, processor, seed, shortest_s, longest_s)
-        results[name] = {
-            "video_s": [shortest_s, longest_s],
-            "accuracy": accuracy,
-            "seconds": round(time.perf_counter() - start, 1),
-        }
-    print(f"{'kind':15} {'8-180 s':>8} {'720 s':>8}")
-    for kind in (*QUESTION_KINDS, "all"):
-        print(
-            f"{kind:15} " + " ".join(f"{results[n]['accuracy'][kind]:8.1%}" for n in ("training_lengths", "4x_longest"))
-        )
+        accuracy = evaluate(model, processor, seed, *span_s, num_questions)
+        results[name] = {"video_s": span_s, "accuracy": accuracy}
+        print(f"{name}:", ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in (*QUESTION_KINDS, "all")))
     return results
 
 
@@ -375,17 +367,12 @@ def train(model, processor, args: argparse.Namespace) -> dict:
 
 
 def save(model, processor, folder: Path) -> None:
-    """Write the Hub folder beside its place, then move it there: it is never half written. Its README.md is kept."""
-    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    if folder.exists():
+    """Write the Hub folder, whole or not at all; its README.md is kept."""
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
         if (folder / "README.md").exists():
             shutil.copy(folder / "README.md", partial)
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def main() -> None:

@@ -70,8 +70,11 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
                 )
             if issubclass(cls, PreTrainedModel):
                 loaded, report = cls.from_pretrained(name, output_loading_info=True, **kwargs)
-                if missing := sorted(report["missing_keys"]):  # transformers would make them up
-                    raise ValueError(f"{name}: a file is damaged, the weights lack {', '.join(missing)}")
+                if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+                    # transformers would make up the ones and leave out the others
+                    raise ValueError(
+                        f"{name}: a file is damaged, for the weights and the config disagree about {', '.join(wrong)}"
+                    )
                 known = range(loaded.config.text_config.vocab_size)
                 for field in ("bos_token_id", "eos_token_id", "pad_token_id"):  # which only `generate` looks at
                     ids = getattr(loaded.generation_config, field)

@@ -31,22 +31,6 @@ def measure(device: str, lengths: list[int]) -> dict[str, Any]:
     return {"benchmark": "memory", "device": device, "machine": processor, "dtype": "float32", "rows": rows}
 
 
-def small_config() -> Any:
-    """Some million parameters, of which the tower is next to nothing: activations are what takes memory."""
-    from transformers import CLIPVisionConfig, Mamba2Config
-
-    from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
-
-    text = Mamba2Config(
-        hidden_size=128, num_hidden_layers=8, num_heads=4, head_dim=64, state_size=64, n_groups=1, expand=2,
-        vocab_size=512, bos_token_id=0, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    return VideoMa2mbaConfig(text_config=text, vision_config=vision, image_token_id=510, video_token_id=511)
-
-
 def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
     """Train a few steps in this process, whose memory is measured."""
     import torch
@@ -54,9 +38,10 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
 
     from ..modeling.checkpoint_plan import peak_bytes_without
     from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+    from .train import small_config
 
     torch.manual_seed(0)
-    config = small_config()
+    config = small_config(128, hidden_size=16, intermediate_size=32, image_size=28, patch_size=14)
     with torch.device(device):
         model = VideoMa2mbaForConditionalGeneration(config).train()
     model.model.vision_tower.requires_grad_(False)

@@ -59,11 +59,16 @@ def backbone_config(name: str) -> VideoMa2mbaConfig:
     """The preset of that name, or for "small" a backbone that a CPU can train."""
     if name != "small":
         return VideoMa2mbaConfig.from_preset(name)
+    return small_config(256, hidden_size=64, intermediate_size=128)
+
+
+def small_config(width: int, **tower: int) -> VideoMa2mbaConfig:
+    """Eight layers of that width, and a tower that is next to nothing: activations are what takes memory."""
     text = Mamba2Config(
-        hidden_size=256, num_hidden_layers=8, num_heads=8, head_dim=64, state_size=64, n_groups=1, vocab_size=512,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1,
+        hidden_size=width, num_hidden_layers=8, num_heads=width // 32, head_dim=64, state_size=64, n_groups=1,
+        vocab_size=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1,
     )  # fmt: skip
-    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    vision = CLIPVisionConfig(num_hidden_layers=2, num_attention_heads=2, **tower)
     return VideoMa2mbaConfig(vision_config=vision, text_config=text, image_token_id=510, video_token_id=511)
 
 

@@ -8,7 +8,6 @@ import hashlib
 import io
 import itertools
 import json
-import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..files import whole_folder
 from ..loading import reading
 
 if TYPE_CHECKING:
@@ -51,10 +51,7 @@ def write_frames(
     if folder.is_dir():
         with reading_stored(folder):
             return len(read_index(folder, settings(processor, fps))["timestamps_s"])
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as partial:
         timestamps_s: list[float] = []
         frames = processor.open_video(root / video, fps=fps)
         shards = iter(lambda: list(itertools.islice(frames, FRAMES_PER_SHARD)), [])
@@ -64,10 +61,7 @@ def write_frames(
             save_file(_encode(pixels, encoding), partial / f"{number:05d}.safetensors")
         index = {"video": video, "encoding": encoding, **settings(processor, fps), "timestamps_s": timestamps_s}
         (partial / "index.json").write_text(json.dumps(index), encoding="utf-8")
-        partial.rename(folder)
-        return len(timestamps_s)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return len(timestamps_s)
 
 
 def reading_stored(folder: Path) -> AbstractContextManager[None]:

@@ -1,16 +1,15 @@
 """Carry out a conversion: check every tensor against the model, then stream them into a folder of safetensors."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from ..loading import load, reading
+from ..files import whole_folder
+from ..loading import load
 from ..progress import progress_bars
 
 # from there, because transformers must know the classes before a folder that holds code is written or read
@@ -74,9 +73,7 @@ class Conversion:
             name: torch.float32 if any(part in name for part in model._keep_in_fp32_modules_strict) else dtype
             for name, _ in self._wanted(model)
         }
-        partial = folder.with_name(f".{folder.name}.partial")  # one name: what a killed process left is removed
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with whole_folder(folder) as partial:
             # everything but the weights: config, generation config and code
             model.to(dtype).save_pretrained(partial, state_dict={})  # type: ignore[arg-type]  # a decorator hides `to`
             (partial / "model.safetensors").unlink(missing_ok=True)  # some versions write an empty one
@@ -86,11 +83,6 @@ class Conversion:
             self._write_weights(partial, shards, dtypes)
             if verify:
                 self._verify(partial, dtypes)
-            if folder.exists():
-                folder.rmdir()
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _wanted(self, model: VideoMa2mbaForConditionalGeneration) -> Iterator[tuple[str, torch.Tensor]]:
         tied = self.config.tie_word_embeddings
@@ -176,11 +168,7 @@ def check_answers(folder: Path) -> None:
     Raises:
         ValueError: weights that are not all there, or too many; logits that are not finite.
     """
-    with reading(folder, "the model"):
-        loaded: Any = VideoMa2mbaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    model, loading = loaded
-    if wrong := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):
-        raise ValueError(f"{folder}: weights that are missing, or that the model does not have: {list_names(wrong)}")
+    model = load(VideoMa2mbaForConditionalGeneration, str(folder))
     processor = load(VideoMa2mbaProcessor, str(folder))
     side = processor.video_processor.side
     frames = torch.zeros(1, side, side, 3, dtype=torch.uint8).numpy()
