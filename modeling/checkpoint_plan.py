@@ -233,12 +233,6 @@ def _why_not(config, costs, asked):
     return f"{problem}; {'; '.join(dict.fromkeys(advice))}"
 
 
-def predict_plan(config, batch_size, sequence_length, order, layer_interval, sequence_interval, offload=False, **batch):
-    """The `CheckpointPlan` that is asked for, with its costs filled in. `batch`: the rest of what `Costs` takes."""
-    costs = Costs(config, batch_size, sequence_length, **batch)
-    return costs.plan(order, layer_interval, min(sequence_interval, sequence_length), offload)
-
-
 def peak_bytes_without(config, batch_size, sequence_length, **batch):
     """Device memory over weights and gradients of a pass without checkpointing."""
     return Costs(config, batch_size, sequence_length, **batch).peak_bytes_without()

@@ -17,6 +17,7 @@ from itertools import islice, pairwise
 
 import torch
 
+from .checkpoint_plan import format_bytes
 from .mamba2 import Mamba2Cache
 from .read_ahead import read_ahead
 from .video_memory_answers import VideoMemoryAnswers
@@ -46,6 +47,13 @@ class VideoMemory(VideoMemoryAnswers):
             self._cache = model(self._head().to(model.device), use_cache=True, logits_to_keep=1).cache_params
 
     # --- what there is -----------------------------------------------------------------------------------------------
+
+    def __str__(self):
+        minutes, seconds = divmod(round(self.duration_s), 60)
+        return (
+            f"{self.num_frames} frames up to {minutes}:{seconds:02d}, {self.num_tokens} tokens, "
+            f"{format_bytes(self.num_bytes)} of states"
+        )
 
     @property
     def num_frames(self):

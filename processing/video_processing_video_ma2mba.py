@@ -149,7 +149,10 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         return batch
 
     def open_video(self, path: str | os.PathLike, **sampling: Unpack[FrameSampling]) -> VideoFrames:
-        """Like `read_frames`, with frames of the size the model wants: pixels are (side, side, 3) uint8."""
+        """As `read_frames` does, given a path and `FrameSampling`; pixels are (side, side, 3) uint8, as the model wants.
+
+        The sampling's `fps` is the processor's where it is None.
+        """
         fps = sampling.pop("fps", None)
         frames = read_frames(path, self.fps if fps is None else fps, resize=self._size_before_squaring, **sampling)
         squared = (VideoFrame(frame.timestamp_s, self._square(frame.pixels)) for frame in frames)

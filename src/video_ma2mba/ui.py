@@ -17,7 +17,6 @@ import gradio as gr
 import pandas as pd
 
 from .data.synthetic import make_story
-from .modeling.checkpoint_plan import format_bytes
 from .modeling.video_memory import VideoMemory
 
 NUM_THUMBNAILS = 12
@@ -107,7 +106,7 @@ class Page:
                 yield None, [], text, _chart(points), [], []
         pictures = self.thumbnails(video, memory)
         seconds = time.perf_counter() - begin
-        text = f"Watched {memory.num_frames} frames in {seconds:.1f} s. {self.describe(memory)}"
+        text = f"Watched in {seconds:.1f} s: {memory}."
         yield memory, pictures, text, _chart(points), _captioned(pictures), []
 
     def thumbnails(self, video: str, memory: VideoMemory) -> list[tuple[float, Any]]:
@@ -137,7 +136,7 @@ class Page:
             memory.save_pretrained(self.folder(name))
         except (ValueError, OSError) as error:
             raise gr.Error(str(error)) from error
-        return f"Saved as {name}. {self.describe(memory)}"
+        return f"Saved as {name}: {memory}."
 
     def load(self, name: str) -> tuple:
         try:
@@ -146,7 +145,7 @@ class Page:
             raise gr.Error(str(error)) from error
         talk = [{"role": turn["role"], "content": turn["content"]} for turn in memory.dialogue]
         points = [(0, memory.num_bytes), (memory.num_frames, memory.num_bytes)]
-        return memory, [], f"Loaded {name}. {self.describe(memory)}", _chart(points), [], talk
+        return memory, [], f"Loaded {name}: {memory}.", _chart(points), [], talk
 
     def folder(self, name: str) -> Path:
         """Where a memory of that name lies: in the folder of memories, and nowhere else."""
@@ -154,13 +153,6 @@ class Page:
             raise ValueError("Give the memory a name of letters, digits, blanks and dashes.")
         self.memories.mkdir(parents=True, exist_ok=True)
         return self.memories / name.strip()
-
-    def describe(self, memory: VideoMemory) -> str:
-        minutes, seconds = divmod(round(memory.duration_s), 60)
-        return (
-            f"The memory holds {minutes}:{seconds:02d} of video, {memory.num_tokens} tokens, in "
-            f"{format_bytes(memory.num_bytes)}."
-        )
 
 
 def nearest(pictures: list[tuple[float, Any]], text: str) -> list[tuple[float, Any]]:

@@ -17,7 +17,6 @@ from video_ma2mba.modeling.checkpoint_plan import (
     format_bytes,
     peak_bytes_without,
     plan_checkpoints,
-    predict_plan,
     smallest_intervals,
 )
 from video_ma2mba.modeling.configuration_video_ma2mba import VideoMa2mbaConfig
@@ -34,6 +33,12 @@ def config_of(layers=6, hidden=256, chunk_size=64, **text):
 
 
 SMALL, LARGE = config_of(), VideoMa2mbaConfig.from_preset("3.1b")
+
+
+def predict_plan(config, batch_size, num_tokens, order, layer_interval, sequence_interval, offload=False, **batch):
+    """The plan that is asked for, with its costs."""
+    costs = Costs(config, batch_size, num_tokens, **batch)
+    return costs.plan(order, layer_interval, min(sequence_interval, num_tokens), offload)
 
 
 # --- against brute force ---

@@ -52,8 +52,8 @@ def test_buttons_watch_ask_save_and_load(buttons, video):
     assert moves
     assert all("frames per second" in move[2] for move in moves)
     assert memory.num_frames == 10
-    assert status.startswith("Watched 10 frames")
-    assert "The memory holds 0:09 of video" in status
+    assert status.startswith("Watched in")
+    assert "10 frames up to 0:09" in status
     assert set(chart["MiB"]) == {memory.num_bytes / 2**20}
     assert [caption for _, caption in line] == [f"0:{time_s:02.0f}" for time_s, _ in pictures]
     *pieces, (talk, question, line) = buttons.ask(memory, pictures, "What was at 0:05?", talk)
@@ -62,9 +62,9 @@ def test_buttons_watch_ask_save_and_load(buttons, video):
     assert pieces
     assert question == ""
     assert line[0][1] == "0:05"
-    assert buttons.save(memory, "my video").startswith("Saved as my video.")
+    assert buttons.save(memory, "my video").startswith("Saved as my video:")
     loaded, _, status, _, _, said = buttons.load("my video")
-    assert status.startswith("Loaded my video.")
+    assert status.startswith("Loaded my video:")
     assert loaded.num_frames == 10
     assert said == memory.dialogue
 
@@ -141,8 +141,7 @@ def test_upload_watch_ask_save_and_load(page, tmp_path):
     page.locator("#video input[type=file]").set_input_files(str(video))
     expect(page.locator("#video video")).to_be_visible(timeout=60_000)
     click(page, "watch")
-    expect(page.locator("#status")).to_contain_text("Watched 60 frames", timeout=60_000)
-    expect(page.locator("#status")).to_contain_text("0:59 of video")
+    expect(page.locator("#status")).to_contain_text("60 frames up to 0:59", timeout=60_000)
     expect(page.locator("#timeline img").first).to_be_visible()
     page.locator("#question textarea").fill("What colour was the circle?")
     click(page, "ask")

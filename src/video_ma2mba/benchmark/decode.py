@@ -7,8 +7,6 @@ medians. Peak memory is that of a fresh process each, which keeps all frames, as
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from ..processing import video_reader
+from .machine import describe
 
 _WIDTH, _HEIGHT, _FPS = 320, 240, 25
 _LONGER = 6  # 10 minutes become 60
@@ -72,8 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "sequential": {**sequential, "ratio": sequential["ours_s"] / sequential["bare_loop_s"]},
         "dense_keyframes": {**dense_keyframes, "speedup": dense_keyframes["bare_loop_s"] / dense_keyframes["ours_s"]},
         "memory": memory,
-        "versions": {"python": platform.python_version(), "av": av.__version__, "numpy": np.__version__},
-        "machine": {"system": platform.system(), "architecture": platform.machine(), "cores": os.cpu_count()},
+        "machine": {**describe("cpu"), "av": av.__version__},
     }
 
 

@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from .. import methods
 from ..files import write_json
-from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints, predict_plan
+from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
 from ..modeling.checkpointing import run_checkpointed
 from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
@@ -118,23 +119,21 @@ def choose_plan(config: VideoMa2mbaConfig, method: str, num_tokens: int, budget_
     The methods without offload take the least memory. With offload, memory is what one allows: the fastest plan within
     `budget_bytes`, and `HOST_BUDGET_BYTES` of host memory.
     """
-    batch = {"num_supervised_tokens": min(num_tokens, NUM_SUPERVISED)}
+    plan = partial(
+        plan_checkpoints, config, 1, num_tokens, num_supervised_tokens=min(num_tokens, NUM_SUPERVISED)
+    )  # fmt: skip
     num_layers = config.text_config.num_hidden_layers
     if method == "off":
         return None
-    if method in ("per layer", "sqrt"):
-        return predict_plan(config, 1, num_tokens, "layer_major", 8 if method == "sqrt" else 1, num_tokens, **batch)
-    if method == "sequence_major + offload":
-        budgets = {"memory_budget_bytes": budget_bytes, "host_memory_budget_bytes": HOST_BUDGET_BYTES}
-        return plan_checkpoints(config, 1, num_tokens, order="sequence_major", offload=True, **budgets, **batch)
     if method == "sequence_major, two recomputes":
-        plans = [
-            plan_checkpoints(config, 1, num_tokens, order="sequence_major", layer_interval=interval, **batch)
-            for interval in possible_intervals(num_layers, 1)
-        ]
+        plans = [plan(order="sequence_major", layer_interval=n) for n in possible_intervals(num_layers, 1)]
         return min(plans, key=lambda plan: plan.predicted_peak_bytes)
-    interval = num_layers if method == "sequence_major" else None
-    return plan_checkpoints(config, 1, num_tokens, order=method, layer_interval=interval, **batch)
+    options = dict(methods.METHODS[method])
+    if method == "sequence_major":
+        options["layer_interval"] = num_layers
+    if options.get("offload"):
+        options |= {"memory_budget_bytes": budget_bytes, "host_memory_budget_bytes": HOST_BUDGET_BYTES}
+    return plan(**options)
 
 
 def count_row(model: str, method: str, num_tokens: int) -> dict[str, Any]:
@@ -144,6 +143,7 @@ def count_row(model: str, method: str, num_tokens: int) -> dict[str, Any]:
     budget_bytes = PAPER_GB[model]["MA-GC"][6] * 1e9
     plan = choose_plan(config, method, num_tokens, budget_bytes)
     batch = {"num_supervised_tokens": min(num_tokens, NUM_SUPERVISED)}
+    predicted_bytes = plan.predicted_peak_bytes if plan else peak_bytes_without(config, 1, num_tokens, **batch)
     counter = count(config, plan, num_tokens)
     return {
         "model": model,
@@ -155,9 +155,7 @@ def count_row(model: str, method: str, num_tokens: int) -> dict[str, Any]:
         "compute_units": 3 * plan.recompute_factor if plan else 3.0,
         "device_bytes": counter.peak["device"],
         "host_bytes": counter.peak["host"],
-        "predicted_device_bytes": plan.predicted_peak_bytes
-        if plan
-        else peak_bytes_without(config, 1, num_tokens, **batch),
+        "predicted_device_bytes": predicted_bytes,
         "predicted_host_bytes": plan.predicted_host_bytes if plan else 0,
         "weights_bytes": counter.peak["weights"],
         "gradients_bytes": counter.peak["gradients"],

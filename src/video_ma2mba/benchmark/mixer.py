@@ -6,7 +6,6 @@ timed both without and with its projections. All in one process, in turns, bfloa
 """
 
 import argparse
-import gc
 import statistics
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TheirMixer
 
+from ..memory import peak_bytes, restart_peak
 from ..modeling.mamba2 import Mamba2Mixer, init_mamba2_weights
 from ..modeling.ssd_kernels import scan_kernels
 from .machine import describe
@@ -59,13 +59,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if name in failures:
                 continue
             try:
-                seconds, peak_bytes = _forward_backward(function, inputs)
+                seconds, peak = _forward_backward(function, inputs)
             except Exception as error:  # a peer may need a package that is not here: the others are still measured
                 failures[name] = f"{type(error).__name__}: {error}"[:500]
                 continue
             if turn > 0:
                 times[name].append(seconds)
-                peaks[name] = peak_bytes
+                peaks[name] = peak
     rows = {
         name: {"median_s": statistics.median(times[name]), "peak_bytes": peaks[name]}
         for name in subjects
@@ -97,14 +97,12 @@ def _in_bfloat16(mixer: Any) -> Any:
 
 def _forward_backward(function: Any, inputs: torch.Tensor) -> tuple[float, int]:
     inputs = inputs.detach().requires_grad_()
-    gc.collect()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = restart_peak(inputs.device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     y = function(inputs)
     y.backward(torch.ones_like(y))
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000, torch.cuda.max_memory_allocated() - before
+    return start.elapsed_time(end) / 1000, peak_bytes(inputs.device) - before

@@ -6,12 +6,12 @@ the optimizer's states, three times the trained parameters, are in it, so they a
 """
 
 import json
-import platform
 import sys
 import tempfile
 from typing import Any
 
 from ..memory import in_measured_process, peak_bytes, restart_peak
+from .machine import describe
 
 NUM_SUPERVISED = 512
 NUM_STEPS = 3
@@ -27,8 +27,7 @@ def measure(device: str, lengths: list[int]) -> dict[str, Any]:
         row["part_of_off"] = row["measured_bytes"] / off["measured_bytes"]
         pairs = zip(row["losses"], off["losses"], strict=True)
         row["largest_loss_difference"] = max(abs(mine - theirs) for mine, theirs in pairs)
-    processor = platform.processor() or platform.machine()
-    return {"benchmark": "memory", "device": device, "machine": processor, "dtype": "float32", "rows": rows}
+    return {"benchmark": "memory", "device": device, "dtype": "float32", "rows": rows, "machine": describe(device)}
 
 
 def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from ..modeling.checkpoint_plan import peak_bytes_without
+    from ..fitting import planned
     from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
     from .train import small_config
 
@@ -75,9 +74,8 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
     model.zero_grad()
     trainer, watch = run(0, 1e-3)
     peak = peak_bytes(model.device) - watch.before
-    plan = model.checkpoint_plan(1, num_tokens) if METHODS[method] is not None else None
     batch = {"dtype_bytes": 4, "num_supervised_tokens": NUM_SUPERVISED}
-    activations = plan.predicted_peak_bytes if plan else peak_bytes_without(config, 1, num_tokens, **batch)
+    plan, activations = planned(config, 1, num_tokens, METHODS[method], **batch)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "tokens": num_tokens,

@@ -15,6 +15,7 @@ import torch
 from transformers import CLIPVisionConfig, Mamba2Config
 
 from ..loading import choose_device, choose_dtype
+from ..memory import peak_bytes, restart_peak
 from ..methods import METHODS
 from ..modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from ..modeling.configuration_video_ma2mba import PRESETS
@@ -84,13 +85,13 @@ def _measure(model: VideoMa2mbaForConditionalGeneration, length: int, args: argp
         for name in [name for name in methods if name in times]:
             _enable(model, METHODS[name])
             try:
-                step_s, peak_bytes = training_step(model, input_ids, labels)
+                step_s, peak = training_step(model, input_ids, labels)
             except torch.cuda.OutOfMemoryError:
                 del times[name]
                 continue
             if turn >= untimed:  # the first turn warms up
                 times[name].append(step_s)
-                peaks[name] = peak_bytes
+                peaks[name] = peak
     rows = []
     for name in methods:
         row: dict[str, Any] = {"tokens": length, "method": name}
@@ -126,13 +127,11 @@ def training_step(
     model.zero_grad(set_to_none=True)
     gc.collect()
     on_gpu = model.device.type == "cuda"
-    before = 0
     if on_gpu:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = restart_peak(model.device)
     start = time.perf_counter()
     model(input_ids=input_ids, labels=labels).loss.backward()
     if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    return time.perf_counter() - start, peak_bytes(model.device) - before if on_gpu else 0

@@ -108,13 +108,6 @@ class Talk:
         print(self.stats())
 
     def stats(self) -> str:
-        from ..modeling.checkpoint_plan import format_bytes
-
-        memory = self.memory
-        minutes, seconds = divmod(round(memory.duration_s), 60)
         snapshots = ", ".join(f"{time_s:g} s" for time_s in self.whole.snapshot_times_s)
-        return (
-            f"{memory.num_frames} frames up to {minutes}:{seconds:02d}, {memory.num_tokens} tokens, "
-            f"{format_bytes(memory.num_bytes)} of states, {len(memory.dialogue) // 2} question(s) so far"
-            + (f"; snapshots at {snapshots}" if snapshots else "")
-        )
+        asked = f"{self.memory}, {len(self.memory.dialogue) // 2} question(s) so far"
+        return f"{asked}; snapshots at {snapshots}" if snapshots else asked

@@ -43,11 +43,11 @@ def run(args: argparse.Namespace) -> None:
         dry_run(recipe, args.gpu_memory)
         return
 
-    from ..loading import find_model, load
+    from ..loading import find_model
     from ..training.run import prepare_run, train
 
     find_model(recipe.model)
-    prepared = prepare_run(recipe, load)
+    prepared = prepare_run(recipe)
     first = os.environ.get("RANK", "0") == "0"
     if first:
         print(_batch_line(recipe), file=sys.stderr)

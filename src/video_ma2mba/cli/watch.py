@@ -31,7 +31,6 @@ def run(args: argparse.Namespace) -> None:
     model, processor = watching.load_model_and_processor(args, args.video)
 
     from .. import VideoMemory
-    from ..modeling.checkpoint_plan import format_bytes
 
     memory, start_s = VideoMemory(model, processor), args.start
     if args.resume:
@@ -55,8 +54,4 @@ def run(args: argparse.Namespace) -> None:
     watching.watch(memory, args, start_s, pause=save)
     memory.save_pretrained(args.output)
     shutil.rmtree(unfinished, ignore_errors=True)
-    print(
-        f"{args.output}: {memory.num_frames} frames, {memory.num_tokens} tokens, "
-        f"{format_bytes(memory.num_bytes)} of states",
-        file=sys.stderr,
-    )
+    print(f"{args.output}: {memory}", file=sys.stderr)

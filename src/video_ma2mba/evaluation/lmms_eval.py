@@ -15,8 +15,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from ..loading import choose_dtype
-from ..modeling import VideoMa2mbaForConditionalGeneration
+from ..loading import choose_dtype, load, load_model
 from ..modeling.video_memory import VideoMemory
 from ..processing import VideoMa2mbaProcessor
 
@@ -56,9 +55,8 @@ class _Model(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device if device in (None, "auto") else torch.device(device)
-        dtype = choose_dtype(dtype, self.device)
-        model = VideoMa2mbaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype)
-        self.model, self.processor = model.eval().to(self.device), VideoMa2mbaProcessor.from_pretrained(pretrained)
+        self.model = load_model(pretrained, choose_dtype(dtype, self.device), None).to(self.device)
+        self.processor = load(VideoMa2mbaProcessor, pretrained)
         self.fps, self.max_num_frames = float(fps), int(max_num_frames) or None
         self._watched: tuple[str, VideoMemory] | None = None
 

@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from ..data.collator import VideoChatCollator
 from ..data.manifest import load_manifest
 from ..files import write_json
+from ..loading import load
 from ..modeling import VideoMa2mbaForConditionalGeneration
 from ..processing import VideoMa2mbaProcessor
 from .parameters import parameter_groups, set_trainable
@@ -38,13 +39,8 @@ class Prepared:
     evaluation_data: Any | None
 
 
-def prepare_run(recipe: Recipe, load: Any = None) -> Prepared:
-    """Read model, processor and data of a recipe, and freeze what does not train.
-
-    Args:
-        load: `from_pretrained`, or something like it; for messages that fit a command line.
-    """
-    load = load or (lambda cls, name, **kwargs: cls.from_pretrained(name, **kwargs))
+def prepare_run(recipe: Recipe) -> Prepared:
+    """Read model, processor and data of a recipe, and freeze what does not train."""
     set_seed(recipe.seed)
     processor = load(VideoMa2mbaProcessor, recipe.model)
     train_data = read_data(recipe.data, recipe, processor)
