@@ -149,9 +149,9 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         return batch
 
     def open_video(self, path: str | os.PathLike, **sampling: Unpack[FrameSampling]) -> VideoFrames:
-        """As `read_frames` does, given a path and `FrameSampling`; pixels are (side, side, 3) uint8, as the model wants.
+        """Like `read_frames` of a path, with frames of the size the model wants: pixels are (side, side, 3) uint8.
 
-        The sampling's `fps` is the processor's where it is None.
+        What `sampling` takes says `FrameSampling`.
         """
         fps = sampling.pop("fps", None)
         frames = read_frames(path, self.fps if fps is None else fps, resize=self._size_before_squaring, **sampling)

@@ -17,8 +17,9 @@ from .tiny import byte_tokenizer, tiny_config
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Random tensors are the same in any order of the tests."""
+    """Random tensors are the same in any order of the tests; memory that nobody has written yet is NaN."""
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty fills with NaN, or the largest integer
 
 
 @pytest.fixture(scope="session")

