@@ -153,8 +153,10 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
 
         What `sampling` takes says `FrameSampling`.
         """
-        fps = sampling.pop("fps", None)
-        frames = read_frames(path, self.fps if fps is None else fps, resize=self._size_before_squaring, **sampling)
+        options: dict[str, Any] = dict(sampling)
+        if options.get("fps") is None:
+            options["fps"] = self.fps
+        frames = read_frames(path, resize=self._size_before_squaring, **options)
         squared = (VideoFrame(frame.timestamp_s, self._square(frame.pixels)) for frame in frames)
         return VideoFrames(frames.info, frames.num_frames, squared)
 

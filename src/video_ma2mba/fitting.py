@@ -129,7 +129,7 @@ class Case:
         }  # fmt: skip
         budget = self.gpu_bytes - RESERVED_BYTES - self.fixed(options, num_frames).total
         if options is not None and budget > 0:
-            bounds = {"memory_budget_bytes": budget}
+            bounds: dict[str, Any] = {"memory_budget_bytes": budget}
             if options.get("offload"):
                 bounds["host_memory_budget_bytes"] = self.host_bytes
             try:

@@ -1,6 +1,8 @@
 """The checkpointing methods that benchmarks and plans compare, as options of `gradient_checkpointing_enable`."""
 
-METHODS = {
+from typing import Any
+
+METHODS: dict[str, dict[str, Any] | None] = {
     "off": None,
     "per layer": {"axes": ("layer",)},
     "sqrt": {"axes": ("layer",), "layer_interval": 8},

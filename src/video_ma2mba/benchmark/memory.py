@@ -119,20 +119,17 @@ def choose_plan(config: VideoMa2mbaConfig, method: str, num_tokens: int, budget_
     The methods without offload take the least memory. With offload, memory is what one allows: the fastest plan within
     `budget_bytes`, and `HOST_BUDGET_BYTES` of host memory.
     """
-    plan = partial(
-        plan_checkpoints, config, 1, num_tokens, num_supervised_tokens=min(num_tokens, NUM_SUPERVISED)
-    )  # fmt: skip
-    num_layers = config.text_config.num_hidden_layers
-    if method == "off":
+    options, num_layers = methods.METHODS.get(method, {}), config.text_config.num_hidden_layers
+    if options is None:
         return None
+    plan = partial(plan_checkpoints, config, 1, num_tokens, num_supervised_tokens=min(num_tokens, NUM_SUPERVISED))
     if method == "sequence_major, two recomputes":
         plans = [plan(order="sequence_major", layer_interval=n) for n in possible_intervals(num_layers, 1)]
         return min(plans, key=lambda plan: plan.predicted_peak_bytes)
-    options = dict(methods.METHODS[method])
     if method == "sequence_major":
-        options["layer_interval"] = num_layers
+        options = {**options, "layer_interval": num_layers}
     if options.get("offload"):
-        options |= {"memory_budget_bytes": budget_bytes, "host_memory_budget_bytes": HOST_BUDGET_BYTES}
+        options = {**options, "memory_budget_bytes": budget_bytes, "host_memory_budget_bytes": HOST_BUDGET_BYTES}
     return plan(**options)
 
 

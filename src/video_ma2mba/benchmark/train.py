@@ -63,7 +63,7 @@ def backbone_config(name: str) -> VideoMa2mbaConfig:
     return small_config(256, hidden_size=64, intermediate_size=128)
 
 
-def small_config(width: int, **tower: int) -> VideoMa2mbaConfig:
+def small_config(width: int, **tower: Any) -> VideoMa2mbaConfig:
     """Eight layers of that width, and a tower that is next to nothing: activations are what takes memory."""
     text = Mamba2Config(
         hidden_size=width, num_hidden_layers=8, num_heads=width // 32, head_dim=64, state_size=64, n_groups=1,
