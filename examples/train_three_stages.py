@@ -71,6 +71,7 @@ class Run:
         self.output, self.scale, self.threads = output, scale, threads
         self.media = output / "media"
         self.media.mkdir(parents=True, exist_ok=True)
+        self.steps: list[str] = []  # of this run: the one without stage 1.5 may share a folder with the whole one
         self.times_file = output / "seconds.json"
         self.times = json.loads(self.times_file.read_text()) if self.times_file.exists() else {}
 
@@ -79,6 +80,7 @@ class Run:
 
     def once(self, name: str, do, *args) -> None:
         """Does a step unless it is done, and keeps its seconds."""
+        self.steps.append(name)
         if name in self.times:
             return
         print(f"--- {name}", flush=True)
@@ -172,8 +174,9 @@ class Run:
         """Ask fresh questions at the lengths of the training, and at four times its longest."""
         model = VideoMa2mbaForConditionalGeneration.from_pretrained(folder)
         processor = VideoMa2mbaProcessor.from_pretrained(folder)
-        result = {"seconds": self.times, "total_s": round(sum(self.times.values()), 1), "held_out_loss": {}}
-        for stage in self.times:
+        seconds = {step: self.times[step] for step in self.steps}
+        result = {"seconds": seconds, "total_s": round(sum(seconds.values()), 1), "held_out_loss": {}}
+        for stage in self.steps:
             file = self.output / stage / "train_report.json"
             if file.exists():
                 result["held_out_loss"][stage] = json.loads(file.read_text())["held_out_loss"]

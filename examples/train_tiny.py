@@ -43,7 +43,6 @@ from video_ma2mba import (
     VideoMa2mbaVideoProcessor,
 )
 from video_ma2mba.data.synthetic import QUESTION_KINDS, Question, Story, make_story
-from video_ma2mba.files import whole_folder
 
 CARD = Path(__file__).parents[1] / "model_cards" / "video-ma2mba-tiny"
 FRAME_SIZE, PATCH_SIZE = 32, 16  # pixels: 2 x 2 patches, pooled to one token a frame
@@ -367,12 +366,17 @@ def train(model, processor, args: argparse.Namespace) -> dict:
 
 
 def save(model, processor, folder: Path) -> None:
-    """Write the Hub folder, whole or not at all; its README.md is kept."""
-    with whole_folder(folder) as partial:
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
+    """Write the Hub folder beside its place, then move it there: it is never half written. Its README.md is kept."""
+    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    if folder.exists():
         if (folder / "README.md").exists():
             shutil.copy(folder / "README.md", partial)
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def main() -> None:

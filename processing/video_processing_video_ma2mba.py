@@ -151,7 +151,8 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
     def open_video(self, path: str | os.PathLike, **sampling: Unpack[FrameSampling]) -> VideoFrames:
         """Like `read_frames` of a path, with frames of the size the model wants: pixels are (side, side, 3) uint8.
 
-        What `sampling` takes says `FrameSampling`.
+        Args:
+            path, sampling: See `read_frames` and `FrameSampling`.
         """
         options: dict[str, Any] = dict(sampling)
         if options.get("fps") is None:

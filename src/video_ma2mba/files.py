@@ -24,13 +24,18 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place when all that is to be written there is written."""
+    """A new folder beside `folder`, which gets its name when all that is to be written there is written.
+
+    Raises:
+        OSError: By then there is something in `folder`; it stays as it is.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rmdir()
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

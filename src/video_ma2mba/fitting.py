@@ -35,15 +35,13 @@ class Fixed:
 
 
 def load_config(model: str) -> "VideoMa2mbaConfig":
-    """The configuration in a folder, or that of the size which a name holds, as `3.1b` or `my/video-ma2mba-3.1b` do."""
     from .modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
 
-    if Path(model, "config.json").is_file():
-        return load(VideoMa2mbaConfig, model)
-    size = next((size for size in PRESETS if size in model), None)
-    if size is None or Path(model).is_dir():
-        raise ValueError(f"{model}: no folder with a config.json, and no name that holds one of {', '.join(PRESETS)}")
-    return VideoMa2mbaConfig.from_preset(size)
+    if model in PRESETS:
+        return VideoMa2mbaConfig.from_preset(model)
+    if not Path(model, "config.json").is_file():
+        raise ValueError(f"--model {model}: neither one of {', '.join(PRESETS)} nor a folder with a config.json")
+    return load(VideoMa2mbaConfig, model)
 
 
 def on_meta(config: "VideoMa2mbaConfig", dtype: str) -> Any:

@@ -69,12 +69,13 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
                     f"{name}: this is a model of type {model_type!r}; this needs one of type 'video_ma2mba'"
                 )
             if issubclass(cls, PreTrainedModel):
-                loaded, report = cls.from_pretrained(name, output_loading_info=True, **kwargs)
-                if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
-                    # transformers would make up the ones and leave out the others
-                    raise ValueError(
-                        f"{name}: a file is damaged, for the weights and the config disagree about {', '.join(wrong)}"
-                    )
+                (loaded, report), wrong = cls.from_pretrained(name, output_loading_info=True, **kwargs), []
+                # transformers would make up what is missing, and leave out what it does not expect
+                for kind, said in (("missing_keys", "the weights lack"), ("unexpected_keys", "it has no place for")):
+                    if report[kind]:
+                        wrong.append(f"{said} {', '.join(sorted(report[kind]))}")
+                if wrong:
+                    raise ValueError(f"{name}: a file is damaged, {'; '.join(wrong)}")
                 known = range(loaded.config.text_config.vocab_size)
                 for field in ("bos_token_id", "eos_token_id", "pad_token_id"):  # which only `generate` looks at
                     ids = getattr(loaded.generation_config, field)

@@ -181,8 +181,8 @@ def test_dry_run_of_other_recipes(changes, capsys, change, says):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model": "nothing"}, "nothing: no folder with a config.json, and no name that holds one of 0.7b, 1.8b, 3.1b"),
-        ({"gradient_checkpointing": {"memory_budget_bytes": 1}}, "no plan for 1 x"),
+        ({"model": "nothing"}, "its name holds none of 0.7b, 1.8b, 3.1b"),
+        ({"gradient_checkpointing": {"memory_budget_bytes": 1}}, "the recipe's memory_budget_bytes: no plan"),
     ],
 )
 def test_dry_run_refuses_what_cannot_be(changes, capsys, change, says):

@@ -35,7 +35,7 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from ..fitting import planned
+    from ..modeling.checkpoint_plan import peak_bytes_without
     from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
     from .train import small_config
 
@@ -74,8 +74,9 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
     model.zero_grad()
     trainer, watch = run(0, 1e-3)
     peak = peak_bytes(model.device) - watch.before
+    plan = model.checkpoint_plan(1, num_tokens) if METHODS[method] is not None else None
     batch = {"dtype_bytes": 4, "num_supervised_tokens": NUM_SUPERVISED}
-    plan, activations = planned(config, 1, num_tokens, METHODS[method], **batch)
+    activations = plan.predicted_peak_bytes if plan else peak_bytes_without(config, 1, num_tokens, **batch)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "tokens": num_tokens,

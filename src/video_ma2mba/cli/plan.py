@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZER_BYTES, default="adamw", help="default: adamw")
     parser.add_argument("--batch", type=int, default=1, help="videos per device (default: 1)")
     parser.add_argument("--offload", action="store_true", help="let states and embeddings wait in host memory")
-    parser.add_argument("--scan-backend", choices=("torch", "mamba_ssm"), default="torch", help="default: torch")
+    parser.add_argument(
+        "--scan-backend", choices=("torch", "mamba_ssm"), default="torch", help="the kernels of mamba_ssm keep more"
+    )
     parser.add_argument("--compare", action="store_true", help="all checkpointing methods, and what each can reach")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..fitting import RESERVED_BYTES, Fixed, load_config, on_meta, planned
+from ..fitting import RESERVED_BYTES, Fixed, on_meta, planned
 from .plan import parse_bytes
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def dry_run(recipe: "Recipe", gpu_bytes: int | None) -> None:
 
     if gpu_bytes is None and torch.cuda.is_available():
         gpu_bytes = torch.cuda.get_device_properties(0).total_memory
-    model = make_trainable(on_meta(load_config(recipe.model), recipe.dtype), recipe)
+    model = make_trainable(on_meta(_config(recipe.model), recipe.dtype), recipe)
     groups = describe_groups(model, recipe)
     console = Console(highlight=False, width=100)
     table = Table(title="what trains")
@@ -112,6 +112,19 @@ def dry_run(recipe: "Recipe", gpu_bytes: int | None) -> None:
     _memory_lines(model, recipe, num_tokens, gpu_bytes, groups, console)
 
 
+def _config(model: str) -> Any:
+    """Of the model where it is there; else that of its size, by its name."""
+    from ..loading import load
+    from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
+
+    if Path(model).is_dir():
+        return load(VideoMa2mbaConfig, model)
+    size = next((size for size in PRESETS if size in model), None)
+    if size is None:
+        raise ValueError(f"{model}: there is no such folder, and its name holds none of {', '.join(PRESETS)}")
+    return VideoMa2mbaConfig.from_preset(size)
+
+
 def _data_lines(recipe: "Recipe", console: Any) -> int | None:
     """Print samples and steps; returns the tokens of the longest sample, if the data and the model are there."""
     from ..loading import load
@@ -134,7 +147,7 @@ def _data_lines(recipe: "Recipe", console: Any) -> int | None:
 def _memory_lines(
     model: "torch.nn.Module", recipe: "Recipe", num_tokens: int, gpu_bytes: int | None, groups: list[dict], console: Any
 ) -> None:
-    from ..modeling.checkpoint_plan import format_bytes
+    from ..modeling.checkpoint_plan import InfeasibleMemoryBudget, format_bytes
 
     config: Any = model.config
     batch, options = recipe.device_batch_size, recipe.gradient_checkpointing
@@ -146,10 +159,13 @@ def _memory_lines(
         optimizer_bytes=2 * trained_bytes,
         pixels_bytes=num_frames * 3 * config.vision_config.image_size**2,
     )
-    plan, activations_bytes = planned(
-        config, batch, num_tokens, options, dtype_bytes=2 if recipe.bf16 else 4, num_frames=num_frames,
-        trains_vision=any(group["name"].startswith("vision") for group in groups),
-    )  # fmt: skip
+    try:
+        plan, activations_bytes = planned(
+            config, batch, num_tokens, options, dtype_bytes=2 if recipe.bf16 else 4, num_frames=num_frames,
+            trains_vision=any(group["name"].startswith("vision") for group in groups),
+        )  # fmt: skip
+    except InfeasibleMemoryBudget as error:
+        raise ValueError(f"the recipe's memory_budget_bytes: {error}") from error
     console.print(f"{batch} x {num_tokens:,} tokens: {plan or 'no gradient checkpointing'}", soft_wrap=True)
     parts = {**asdict(fixed), "activations_bytes": activations_bytes}
     total_bytes = fixed.total + activations_bytes + RESERVED_BYTES

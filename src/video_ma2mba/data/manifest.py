@@ -60,7 +60,7 @@ def load_manifest(folder: str | Path, streaming: bool = False) -> "datasets.Data
         raise ValueError(f"{file}: damaged, {error.__cause__}; run `video-ma2mba data prepare` again") from error
     places = {"media_root": str((folder / described["media_root"]).resolve()), "folder": str(folder)}
     all_features = Features({**features(), "media_root": Value("string"), "folder": Value("string")})
-    return dataset.map(lambda batch: _constant(batch, places), batched=True, features=all_features)
+    return dataset.map(lambda batch: _placed(batch, places), batched=True, features=all_features)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -86,7 +86,8 @@ def clean_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _constant(batch: dict[str, list], values: dict[str, str]) -> dict[str, list]:
+def _placed(batch: dict[str, list], values: dict[str, str]) -> dict[str, list]:
+    """The values for every row of a batch, of which every row is whole."""
     for name in features():
         if None in batch[name]:
             raise ValueError(
