@@ -41,7 +41,7 @@ class VideoMa2mbaConfig(PreTrainedConfig):
 
     model_type = "video_ma2mba"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}  # noqa: RUF012 - the name and form transformers reads
-    keys_to_ignore_at_inference = ["cache_params", "hidden_states"]  # noqa: RUF012 - as above
+    keys_to_ignore_at_inference = ["cache", "hidden_states"]  # noqa: RUF012 - as above
 
     vision_config: Any = None  # checked by `_as_config`, which turns dicts into configurations
     text_config: Any = None

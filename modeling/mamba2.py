@@ -31,7 +31,7 @@ class LayerState(NamedTuple):
 
 
 class Mamba2Cache:
-    """The states of all layers after the tokens seen so far: what `cache_params` holds, always of one size.
+    """The states of all layers after the tokens seen so far: what `cache` holds, always of one size.
 
     Args:
         layers: one `LayerState` per layer.
@@ -44,6 +44,11 @@ class Mamba2Cache:
     def __init__(self, layers, num_tokens=0):
         self.layers = list(layers)
         self.num_tokens = num_tokens
+
+    @property
+    def is_linear(self):
+        """One True per layer: none keeps keys and values."""
+        return [True] * len(self.layers)
 
     def get_seq_length(self, layer_idx=0):
         """Tokens seen so far."""

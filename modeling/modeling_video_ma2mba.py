@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
@@ -21,6 +22,10 @@ from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, Mamba2RMSNorm, Mam
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .recompute import recompute_segments
 
+# `generate` finds the cache in a model's output, and reorders it for beams, by these names; before 5.24 `cache` is none.
+if "cache" not in ALL_CACHE_NAMES:
+    ALL_CACHE_NAMES.append("cache")
+
 
 @dataclass
 class VideoMa2mbaOutput(ModelOutput):
@@ -29,13 +34,13 @@ class VideoMa2mbaOutput(ModelOutput):
         loss: scalar float32, where labels were given.
         logits: (batch, kept tokens, vocabulary), float32; absent where a loss was asked for.
         last_hidden_state: (batch, tokens, hidden) after the final norm; of the base model only.
-        cache_params: `Mamba2Cache`, the states after the last token.
+        cache: `Mamba2Cache`, the states after the last token.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
-    cache_params: Mamba2Cache | None = None
+    cache: Mamba2Cache | None = None
 
 
 class VideoMa2mbaProjector(nn.Module):
@@ -61,7 +66,7 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
     input_modalities = ("image", "video", "text")  # type: ignore[assignment]  # so in transformers' own models
     supports_gradient_checkpointing = True
     _no_split_modules = ["Mamba2Block", "CLIPEncoderLayer", "SiglipEncoderLayer"]  # noqa: RUF012 - read by transformers
-    _skip_keys_device_placement = ["cache_params"]  # noqa: RUF012 - read by transformers
+    _skip_keys_device_placement = ["cache"]  # noqa: RUF012 - read by transformers
     _keep_in_fp32_modules_strict = ["mixer.A_log", "mixer.D", "mixer.dt_bias"]  # noqa: RUF012 - read by transformers
     _supports_sdpa = True
     _supports_flash_attn = True  # in the tower, the only place with attention
@@ -233,7 +238,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         pixel_values_videos=None,
         pixel_values=None,
         inputs_embeds=None,
-        cache_params=None,
+        cache=None,
         use_cache=None,
         prefill_chunk_size=None,
         keep=None,
@@ -246,8 +251,8 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
                 real tokens' results nor the states.
             pixel_values_videos, pixel_values: (batch, frames, 3, height, width), uint8 or normalised float: all the
                 videos (images) of a row, one after another; shorter rows are padded with frames at the end.
-            cache_params: `Mamba2Cache` of the tokens before; it is moved on in place.
-            use_cache: return the states in `cache_params`. Default: yes, but not while training.
+            cache: `Mamba2Cache` of the tokens before; it is moved on in place.
+            use_cache: return the states in `cache`. Default: yes, but not while training.
             prefill_chunk_size: tokens per step without gradient; None means the config's.
             keep: (batch, tokens) bool, the tokens whose hidden states are wanted; None for all.
 
@@ -268,8 +273,8 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         elif pixel_values_videos is not None or pixel_values is not None:
             raise ValueError("frames need input_ids, whose placeholders say where they go; got inputs_embeds")
 
-        if cache_params is None:
-            cache_params = self.language_model.new_cache(batch)
+        if cache is None:
+            cache = self.language_model.new_cache(batch)
         rows = None
         if keep is not None:
             keep = keep.cpu()
@@ -285,11 +290,11 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             inputs_embeds = inputs_embeds.gather(1, order.to(inputs_embeds.device)[..., None].expand_as(inputs_embeds))
             mask = mask.gather(1, order)
             rows = None if rows is None else rows.gather(1, order.cpu())
-        hidden_states = self.language_model(inputs_embeds, cache_params, mask, rows, prefill_chunk_size, plan)
+        hidden_states = self.language_model(inputs_embeds, cache, mask, rows, prefill_chunk_size, plan)
         if order is not None and keep is None:
             hidden_states = hidden_states.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden_states))
         use_cache = not self.training if use_cache is None else use_cache
-        return VideoMa2mbaOutput(last_hidden_state=hidden_states, cache_params=cache_params if use_cache else None)
+        return VideoMa2mbaOutput(last_hidden_state=hidden_states, cache=cache if use_cache else None)
 
 
 class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, GenerationMixin):  # type: ignore[misc]  # as above
@@ -339,7 +344,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         pixel_values=None,
         inputs_embeds=None,
         labels=None,
-        cache_params=None,
+        cache=None,
         use_cache=None,
         logits_to_keep=0,
         prefill_chunk_size=None,
@@ -363,7 +368,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         """
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "pixel_values_videos": pixel_values_videos,
-            "pixel_values": pixel_values, "inputs_embeds": inputs_embeds, "cache_params": cache_params,
+            "pixel_values": pixel_values, "inputs_embeds": inputs_embeds, "cache": cache,
             "use_cache": use_cache, "prefill_chunk_size": prefill_chunk_size,
         }  # fmt: skip
         batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
@@ -374,7 +379,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             keep = targets != -100
             outputs = self.model(**inputs, keep=keep)
             loss = self._loss(outputs.last_hidden_state, targets[keep], num_items_in_batch)
-            return VideoMa2mbaOutput(loss=loss, cache_params=outputs.cache_params)
+            return VideoMa2mbaOutput(loss=loss, cache=outputs.cache)
 
         if isinstance(logits_to_keep, int):
             first = max(0, num_tokens - logits_to_keep) if logits_to_keep else 0
@@ -383,7 +388,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         keep[:, logits_to_keep.cpu()] = True
         outputs = self.model(**inputs, keep=keep)
         hidden_states = outputs.last_hidden_state.view(batch, -1, self.config.text_config.hidden_size)
-        return VideoMa2mbaOutput(logits=self.lm_head(hidden_states).float(), cache_params=outputs.cache_params)
+        return VideoMa2mbaOutput(logits=self.lm_head(hidden_states).float(), cache=outputs.cache)
 
     def _loss(self, hidden_states, targets, num_items_in_batch):
         """Cross-entropy in float32 of (supervised, hidden) against (supervised,), a chunk of logits at a time."""
@@ -412,13 +417,13 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         if generation_config.prefill_chunk_size is not None:
             model_kwargs["prefill_chunk_size"] = generation_config.prefill_chunk_size
             generation_config.prefill_chunk_size = None
-        if model_kwargs.get("cache_params") is not None:
-            cache = model_kwargs["cache_params"].copy()  # the caller's stays as it was
+        if model_kwargs.get("cache") is not None:
+            cache = model_kwargs["cache"].copy()  # the caller's stays as it was
             cache.batch_repeat_interleave(max(generation_config.num_beams, generation_config.num_return_sequences))
-            model_kwargs["cache_params"] = cache
+            model_kwargs["cache"] = cache
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # the cache is called cache_params
-        self, input_ids, inputs_embeds=None, attention_mask=None, cache_params=None, use_cache=None,
+    def prepare_inputs_for_generation(  # type: ignore[override]  # before 5.24 the cache is called otherwise
+        self, input_ids, inputs_embeds=None, attention_mask=None, cache=None, use_cache=None,
         is_first_iteration=False, **kwargs,
     ):  # fmt: skip
         first_or_uncached = is_first_iteration or not use_cache
@@ -433,7 +438,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         else:
             model_inputs["input_ids"] = input_ids if first_or_uncached else input_ids[:, -1:]
         model_inputs["attention_mask"] = attention_mask if first_or_uncached else None  # a new token is never padding
-        return {**model_inputs, "cache_params": cache_params if use_cache else None, "use_cache": use_cache}
+        return {**model_inputs, "cache": cache if use_cache else None, "use_cache": use_cache}
 
 
 class _Interleave(torch.autograd.Function):

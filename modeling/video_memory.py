@@ -44,7 +44,7 @@ class VideoMemory(VideoMemoryAnswers):
         self.sources, self.timestamps_s, self.dialogue = [], [], []
         self._snapshots = {}  # duration_s -> (cache, number of frames)
         with torch.no_grad():
-            self._cache = model(self._head().to(model.device), use_cache=True, logits_to_keep=1).cache_params
+            self._cache = model(self._head().to(model.device), use_cache=True, logits_to_keep=1).cache
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -231,8 +231,8 @@ class VideoMemory(VideoMemoryAnswers):
         together = Mamba2Cache.joined(caches)
         together = model(
             ids.to(model.device), attention_mask=mask.to(model.device), pixel_values_videos=pixels.to(model.device),
-            cache_params=together, use_cache=True, logits_to_keep=1,
-        ).cache_params  # fmt: skip
+            cache=together, use_cache=True, logits_to_keep=1,
+        ).cache  # fmt: skip
         for row, (memory, part) in enumerate(rows):
             before, cache = memory._cache.num_tokens, together.copy()
             cache.reorder_cache(torch.tensor([row]))
@@ -327,8 +327,8 @@ class VideoMemory(VideoMemoryAnswers):
         config, device = self.model.config, self.model.device
         ids = torch.full((1, len(pixels) * config.tokens_per_frame), config.video_token_id, device=device)
         self._cache = self.model(
-            ids, pixel_values_videos=pixels[None].to(device), cache_params=self._cache, use_cache=True, logits_to_keep=1
-        ).cache_params
+            ids, pixel_values_videos=pixels[None].to(device), cache=self._cache, use_cache=True, logits_to_keep=1
+        ).cache
         self.timestamps_s.extend(timestamps_s)
 
     @property

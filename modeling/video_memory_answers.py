@@ -102,7 +102,7 @@ class VideoMemoryAnswers:
         cache.batch_repeat_interleave(len(said))
         keep = max(len(one) for one in said) + 1
         logits = self.model(
-            ids, attention_mask=mask, cache_params=cache, use_cache=True, logits_to_keep=keep
+            ids, attention_mask=mask, cache=cache, use_cache=True, logits_to_keep=keep
         ).logits  # (answers, keep, vocabulary)
         log_probs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1 - keep :, None])[..., 0]
         return torch.stack([row[-len(one) :].sum() for row, one in zip(log_probs, said, strict=True)])
@@ -129,7 +129,7 @@ class VideoMemoryAnswers:
         ids, mask = self._left_padded(tails)
         cache = self._cache.copy()
         cache.batch_repeat_interleave(len(tails))
-        sequences = self.model.generate(ids, attention_mask=mask, cache_params=cache, **generate_kwargs)
+        sequences = self.model.generate(ids, attention_mask=mask, cache=cache, **generate_kwargs)
         return list(sequences[:, ids.shape[1] :])
 
     def _stream(self, dialogue, generate_kwargs):

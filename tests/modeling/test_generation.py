@@ -141,12 +141,12 @@ def test_padding_anywhere_is_exact(model, with_past):
     ids = torch.stack([padded(real, row) for row in masks])
     past = torch.randint(2, 40, (1, 4), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        caches = [model(past.expand(n, -1)).cache_params if with_past else None for n in (1, 3)]
-        alone = model(real[None], cache_params=caches[0])
-        rows = model(ids, attention_mask=masks.long(), cache_params=caches[1])
+        caches = [model(past.expand(n, -1)).cache if with_past else None for n in (1, 3)]
+        alone = model(real[None], cache=caches[0])
+        rows = model(ids, attention_mask=masks.long(), cache=caches[1])
         following = torch.randint(2, 40, (1, 3), generator=torch.Generator().manual_seed(5))
-        next_alone = model(following, cache_params=alone.cache_params).logits
-        next_rows = model(following.expand(3, -1), cache_params=rows.cache_params).logits
+        next_alone = model(following, cache=alone.cache).logits
+        next_rows = model(following.expand(3, -1), cache=rows.cache).logits
     for row in range(3):
         torch.testing.assert_close(rows.logits[row, masks[row]], alone.logits[0], **CLOSE)
         torch.testing.assert_close(next_rows[row], next_alone[0], **CLOSE)
@@ -156,14 +156,14 @@ def test_continuation_from_the_returned_cache(model):
     """What `generate` returns can be taken up again with the new ids alone; the caller's cache stays as it was."""
     first_ids = prompt(2)
     first = model.generate(first_ids, pixel_values_videos=video(2), **GREEDY, return_dict_in_generate=True)
-    cache = first.past_key_values  # transformers' name for whatever cache there is
+    cache = first["cache" if "cache" in first else "past_key_values"]  # its name before 5.24
     assert cache.num_tokens == first.sequences.shape[1] - 1  # the last token has been given out, not read
     assert cache.get_seq_length() == cache.num_tokens
     before = [state.clone() for layer in cache.layers for state in layer]
     question = torch.randint(2, 40, (1, 4), generator=torch.Generator().manual_seed(8))
     new_ids = torch.cat([first.sequences[:, -1:], question], dim=1)
     for mask in ({}, {"attention_mask": torch.ones_like(new_ids)}):
-        second = model.generate(new_ids, cache_params=cache, **GREEDY, **mask)
+        second = model.generate(new_ids, cache=cache, **GREEDY, **mask)
         whole = model.generate(torch.cat([first.sequences, question], dim=1), pixel_values_videos=video(2), **GREEDY)
         assert torch.equal(second[:, -6:], whole[:, -6:])
         assert second.shape[1] == new_ids.shape[1] + 6
@@ -176,18 +176,18 @@ def test_continuation_with_the_mask_of_the_whole_conversation(model):
     """The mask that covers past and new tokens, which transformers' own models want, is understood too."""
     ids = prompt(0, text=6)
     with torch.no_grad():
-        cache = model(ids[:, :4]).cache_params
+        cache = model(ids[:, :4]).cache
     expected = model.generate(ids, **GREEDY)[:, -6:]
-    found = model.generate(ids[:, 4:], cache_params=cache, attention_mask=torch.ones_like(ids), **GREEDY)
+    found = model.generate(ids[:, 4:], cache=cache, attention_mask=torch.ones_like(ids), **GREEDY)
     assert torch.equal(found[:, -6:], expected)
 
 
 def test_beams_continue_from_a_cache(model):
     ids = prompt(0, text=8)
     with torch.no_grad():
-        cache = model(ids[:, :5]).cache_params
+        cache = model(ids[:, :5]).cache
     options = {**GREEDY, "num_beams": 3}
-    found = model.generate(ids[:, 5:], cache_params=cache, **options)
+    found = model.generate(ids[:, 5:], cache=cache, **options)
     assert torch.equal(found[:, -6:], model.generate(ids, **options)[:, -6:])
     assert cache.layers[0].ssm_state.shape[0] == 1
 

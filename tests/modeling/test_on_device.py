@@ -99,7 +99,7 @@ def test_a_request_of_any_length_is_the_chunked_one():
         model.model.language_model.prefill_chunk_size = ids.shape[1]
         whole = model(ids, use_cache=True, logits_to_keep=5)
     torch.testing.assert_close(whole.logits, chunked.logits, rtol=1e-3, atol=1e-3)
-    for mine, other in zip(whole.cache_params.layers, chunked.cache_params.layers, strict=True):
+    for mine, other in zip(whole.cache.layers, chunked.cache.layers, strict=True):
         torch.testing.assert_close(mine.ssm_state, other.ssm_state, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(mine.conv_state, other.conv_state, rtol=1e-3, atol=1e-3)
         assert mine.ssm_state.abs().max() > 0.01

@@ -51,13 +51,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ids = torch.randint(2, 500, (1, context), device=args.device)
         model(ids[:, :64], use_cache=True)  # warms up
         seconds, output = clock(partial(model, ids, use_cache=True, logits_to_keep=1))
-        caches[context] = output.cache_params
+        caches[context] = output.cache
         rows.append({"context_tokens": context, "prefill_s": seconds, "prefill_tokens_per_s": context / seconds})
     token = torch.full((1, 1), 3, device=args.device)
     times: dict[int, list[float]] = {context: [] for context in caches}
     for turn in range(args.new_tokens + 3):
         for context, cache in caches.items():
-            seconds, _ = clock(partial(model, token, cache_params=cache, use_cache=True))
+            seconds, _ = clock(partial(model, token, cache=cache, use_cache=True))
             if turn >= 3:
                 times[context].append(seconds)
     for row in rows:

@@ -132,14 +132,14 @@ def _answering(models: dict[str, Any], num_tokens: int) -> dict[str, Any]:
             model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         else:
-            cache = model(ids, use_cache=True, logits_to_keep=1).cache_params
+            cache = model(ids, use_cache=True, logits_to_keep=1).cache
             num_bytes = cache.num_bytes
         times = []
         for _ in range(5):
             start, own = time.perf_counter(), cache.copy() if name == "mamba2" else cache
             for token in itertools.repeat(ids[:, :1], NEW_TOKENS):
                 if name == "mamba2":
-                    own = model(token, cache_params=own, use_cache=True).cache_params
+                    own = model(token, cache=own, use_cache=True).cache
                 else:
                     model(token, past_key_values=own, use_cache=True)
             times.append(time.perf_counter() - start)
