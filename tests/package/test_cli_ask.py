@@ -117,12 +117,23 @@ def test_pipe_gets_answers_alone(model_folder, video):
 # --- the model ---
 
 
-def test_tiny_model_is_the_default(monkeypatch, model_folder, tmp_path):
+def test_tiny_model_is_the_default(monkeypatch, model_folder):
     monkeypatch.setattr(loading, "TINY_MODEL", Path(model_folder))
     assert loading.find_model(None) == model_folder
-    monkeypatch.setattr(loading, "TINY_MODEL", tmp_path)
-    with pytest.raises(ValueError, match="--model"):
-        loading.find_model(None)
+
+
+def test_what_the_tiny_model_knows_is_said_of_a_video_that_is_none_of_its_own(tmp_path, capsys):
+    story = make_story(seed=1, duration_s=4).render(tmp_path / "story.mp4")
+    assert cli.main(["ask", str(story), QUESTION]) == 0
+    assert "coloured shapes" not in capsys.readouterr().err
+    with av.open(str(tmp_path / "grey.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width = stream.height = 64
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame(64, 64, "yuv420p")))
+        container.mux(stream.encode(None))
+    assert cli.main(["ask", str(tmp_path / "grey.mp4"), QUESTION]) == 0
+    assert capsys.readouterr().err.count("coloured shapes") == 1
 
 
 def test_hub_id_is_left_to_the_hub():

@@ -9,8 +9,11 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
 
 from . import ask, bench, chat, convert, data, evaluate, plan, share, train, ui, watch
+from .quiet import silence_other_libraries
 
 COMMANDS = {
     "ask": ask, "bench": bench, "chat": chat, "convert": convert, "data": data, "eval": evaluate,
@@ -29,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Ask questions about long videos with Video-Ma2mba, a Mamba-2 video language model.",
         epilog="VIDEO_MA2MBA_TRACEBACK=1 in the environment shows the whole traceback of an error.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('video-ma2mba')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
@@ -46,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning  # type: ignore[assignment]  # where it arose is left out
+            silence_other_libraries()
+            import_module("video_ma2mba.registration")  # `__init__` leaves it to us, so that --help is instant
             COMMANDS[args.command].run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
