@@ -1,7 +1,8 @@
 """The `video-ma2mba` command.
 
 A command is a module of this folder with `HELP`, `add_arguments(parser)` and `run(args)`. Nothing heavy is imported
-before `run`. Exit codes: 0 done, 2 the user can put it right (a message says how), 130 interrupted.
+before `run`. Exit codes: 0 done, 1 done and the answer is no (`plan`: it does not fit), 2 the user can put it right (a
+message says how), 130 interrupted (a line says what was kept).
 """
 
 import argparse
@@ -52,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _print_warning  # type: ignore[assignment]  # where it arose is left out
             silence_other_libraries()
             import_module("video_ma2mba.registration")  # `__init__` leaves it to us, so that --help is instant
-            COMMANDS[args.command].run(args)
+            code = COMMANDS[args.command].run(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
+        return code or 0
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has seen enough, as in `video-ma2mba ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
