@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from video_ma2mba import VideoMa2mbaForConditionalGeneration, cli, loading
+from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMemory, cli, loading
 from video_ma2mba.data.synthetic import make_story
 from video_ma2mba.training.lora import lora_config
 
@@ -303,3 +303,16 @@ def test_a_model_folder_without_weights(run, video, model_folder, tmp_path):
         if file.suffix != ".safetensors":
             (tmp_path / file.name).symlink_to(file)
     assert_refused(run(video, QUESTION, "--model", tmp_path), "model.safetensors", str(tmp_path))
+
+
+def test_options_that_do_not_apply_are_refused(run, video, model, processor, tmp_path):
+    memory = VideoMemory(model, processor)
+    memory.watch(video)
+    memory.save_pretrained(tmp_path / "kept")
+    for option in (("--fps", "2"), ("--start", "5"), ("--end", "6"), ("--max-frames", "3"), ("--snapshots", "1")):
+        assert_refused(run(tmp_path / "kept", QUESTION, *option), option[0], "is a memory")
+    assert run(tmp_path / "kept", QUESTION)[0] == 0
+
+
+def test_a_second_video_is_no_question(run, video):
+    assert_refused(run(video, video, QUESTION), "question 1 is the path of a file")

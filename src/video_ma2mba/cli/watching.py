@@ -71,6 +71,10 @@ def open_memory(args: argparse.Namespace) -> tuple["VideoMemory", dict[str, Any]
     from .. import VideoMemory
 
     if is_memory(args.video):
+        for name in ("fps", "max_frames", "start", "end", "max_duration", "snapshots"):
+            if getattr(args, name):
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option}: {args.video} is a memory, watched already; leave the option out")
         model, processor = load_model_and_processor(args)
         return VideoMemory.from_pretrained(args.video, model, processor), {"decode_s": 0.0, "encode_s": 0.0}
     memory = VideoMemory(*load_model_and_processor(args, args.video))
