@@ -31,9 +31,14 @@ def find_model(name: str | None) -> str:
             if not (folder / file).is_file():
                 raise ValueError(f"{name}: this folder has no {file}; write it with {part}.save_pretrained({name!r})")
         return str(folder)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if not is_hub_id(name):
         raise ValueError(f"{name}: there is no such folder, and a Hub id looks like owner/name")
     return name
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can only be the id of a repository on the Hub: owner/name, and no such folder here."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 @contextmanager
@@ -108,7 +113,7 @@ def load_model(name: str, dtype: "torch.dtype", adapter: str | None) -> Any:
     model = load(VideoMa2mbaForConditionalGeneration, name, dtype=dtype).eval()
     if adapter is None:
         return model
-    if not (Path(adapter) / "adapter_config.json").is_file():
+    if not (Path(adapter) / "adapter_config.json").is_file() and not is_hub_id(adapter):
         raise ValueError(f"--adapter {adapter}: there is no adapter_config.json; `train finetune-lora` writes one")
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from . import ask, bench, chat, convert, data, evaluate, plan, share, train, ui, watch
+from . import ask, bench, chat, convert, data, evaluate, merge, plan, share, train, ui, watch
 from .quiet import silence_other_libraries
 
 COMMANDS = {
     "ask": ask, "bench": bench, "chat": chat, "convert": convert, "data": data, "eval": evaluate,
-    "plan": plan, "share": share, "train": train, "ui": ui, "watch": watch,
+    "merge": merge, "plan": plan, "share": share, "train": train, "ui": ui, "watch": watch,
 }  # fmt: skip
 # Packages that only some commands need, and the extra that brings each.
 EXTRAS = {"datasets": "train", "peft": "train", "tensorboard": "train", "matplotlib": "train", "evaluate": "eval",

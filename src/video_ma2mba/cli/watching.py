@@ -24,7 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded, whatever names it."""
-    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapters that were trained on the model")
+    parser.add_argument("--adapter", metavar="DIR_OR_HUB_ID", help="LoRA adapters that were trained on the model")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32"
