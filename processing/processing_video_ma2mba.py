@@ -10,7 +10,7 @@ from transformers import AddedToken, BatchFeature, ProcessorMixin
 from transformers.utils.chat_template_utils import _get_template_variables
 
 from .chat_video_ma2mba import TAGS, ChatSchema, Segment, media_options, media_source, plain_messages
-from .frame_sampling_video_ma2mba import load_image, load_video, own_first
+from .frame_sampling_video_ma2mba import check_sampling, load_image, load_video, own_first
 from .options_video_ma2mba import VideoMa2mbaProcessorKwargs, check, is_option, media_rules, merge_options
 from .rows_video_ma2mba import RowSettings
 from .video_processing_video_ma2mba import VideoMa2mbaVideoProcessor, flatten_metadata, flatten_videos
@@ -306,6 +306,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         rules = media_rules(self.video_processor.side, self.video_processor.resize_mode)
         check(images, rules)
         check(videos, rules)
+        check_sampling(videos)
         num_videos = sum(segment.kind == "video" for segments in rows for segment in segments)
         metadata = iter(flatten_metadata(videos.get("video_metadata"), num_videos))
         encoded = [self._encode_row(segments, split_special_tokens, images, videos, metadata) for segments in rows]

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from transformers import BatchFeature
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .frame_sampling_video_ma2mba import load_video
+from .frame_sampling_video_ma2mba import check_sampling, load_video
 from .options_video_ma2mba import NAMES, VideoMa2mbaVideoProcessorKwargs, VideoMa2mbaVideosKwargs, check, media_rules
 from .video_reader import Size, VideoFrame, VideoFrames, read_frames
 
@@ -145,7 +145,16 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         return batch
 
     def load_all(self, videos: list, options: dict[str, Any]) -> list[tuple[LoadedVideo, Any]]:
-        """Loads each video, with its metadata; `video_metadata` of the options has one entry per video."""
+        """Loads each video, with its metadata where they are asked for.
+
+        Args:
+            videos: What `preprocess` takes, one per video.
+            options: See `VideoMa2mbaVideosKwargs`; `video_metadata` has one entry per video.
+
+        Raises:
+            ValueError: An option that cannot be honoured.
+        """
+        check_sampling(options)
         check(options, media_rules(self.side, self.resize_mode))
         metadata = flatten_metadata(options.get("video_metadata"), len(videos))
         return [
@@ -154,7 +163,15 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         ]
 
     def stack(self, rows: list[list[torch.Tensor]], options: dict[str, Any]) -> torch.Tensor:
-        """Per row a list of (frames, 3, side, side) -> (rows, frames, 3, side, side), filled with zeros at the end."""
+        """Rows of loaded media as one tensor.
+
+        Args:
+            rows: Per row a list of (frames, 3, side, side), uint8 or float32.
+            options: See `VideoMa2mbaVideosKwargs`: those about pixels, and `device`.
+
+        Returns:
+            (rows, frames, 3, side, side), the media of a row one after the other, filled with zeros at the end.
+        """
         names = ("do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std")
         asked = {name: options[name] for name in names if name in options}
         if any(part.is_floating_point() for row in rows for part in row):  # the others must be of the same kind
@@ -252,7 +269,12 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         image_mean: float | Sequence[float] | None = None,
         image_std: float | Sequence[float] | None = None,
     ) -> torch.Tensor:
-        """(..., 3, height, width) uint8 as it is, or as float32 where the settings or the arguments ask for it."""
+        """(..., 3, height, width) uint8 as it is, or as float32 where the settings or the arguments ask for it.
+
+        Args:
+            pixels: As above.
+            do_rescale, do_normalize, rescale_factor, image_mean, image_std: In place of the settings of these names.
+        """
         do_rescale = self.do_rescale if do_rescale is None else do_rescale
         do_normalize = self.do_normalize if do_normalize is None else do_normalize
         if not (do_rescale or do_normalize):
