@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 import torch
 from transformers import AddedToken, BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 from transformers.utils.chat_template_utils import _get_template_variables
 
 from .chat_video_ma2mba import TAGS, ChatSchema, Segment, media_options, media_source, plain_messages
@@ -383,6 +384,18 @@ class VideoMa2mbaProcessor(ProcessorMixin):
                 row.metadata.append(its_metadata)
                 row.append_medium(segment, self.video_token_id, len(video.frames) * self.tokens_per_frame)
         return row
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs: Any) -> MultiModalData:
+        """How many tokens media of these sizes become, as vLLM asks; videos are (frames, height, width)."""
+        if given := [name for name, value in kwargs.items() if value is not None]:
+            raise TypeError(f"Images and videos are counted here, not {', '.join(given)}.")
+        counts: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            counts["num_image_tokens"] = [self.tokens_per_frame] * len(image_sizes)
+            counts["num_image_patches"] = [1] * len(image_sizes)
+        if video_sizes is not None:
+            counts["num_video_tokens"] = [size[0] * self.tokens_per_frame for size in video_sizes]
+        return MultiModalData(**counts)
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
         """As in transformers, whose own check of a video processor needs torchvision."""
