@@ -49,7 +49,9 @@ def install(media: dict[str, str] | None = None) -> None:
         return
     tests = fetch()
     (tests / "__init__.py").touch()
-    spec = importlib.util.spec_from_file_location(PACKAGE, tests / "__init__.py", submodule_search_locations=[str(tests)])
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, tests / "__init__.py", submodule_search_locations=[str(tests)]
+    )
     assert spec is not None
     sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
 
