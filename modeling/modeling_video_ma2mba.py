@@ -85,7 +85,7 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
         super().save_pretrained(*args, **kwargs)
 
     def initialize_weights(self):
-        """As in transformers, which would pass over modules without own weights in a tower: this code is not its own."""
+        """As in transformers, which, for code not its own, passes over modules of a tower that have no own weights."""
         for module in self.modules():
             if isinstance(module, PreTrainedModel) and not module.is_custom_code():
                 module.initialize_weights()

@@ -1,4 +1,4 @@
-"""Transformers' own tests of a model and of a configuration, over our classes: tied and untied, with and without frames."""
+"""Transformers' own tests of a model and a configuration over our classes: tied and untied, with and without frames."""
 
 import copy
 import importlib
@@ -31,7 +31,7 @@ def frames():
 
 
 def zero_init(config, theirs=common._config_zero_init):
-    """Theirs sets every field with "_std" in its name to nearly zero: not that of the pixels, which initialises nothing."""
+    """Theirs sets every field with "_std" in its name to nearly zero: not that of pixels, which initialises nothing."""
     config = copy.deepcopy(config)
     image_std = vars(config).pop("image_std", None)
     config = theirs(config)
