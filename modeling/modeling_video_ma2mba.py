@@ -22,7 +22,7 @@ from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, Mamba2RMSNorm, Mam
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .recompute import recompute_segments
 
-# `generate` finds the cache in a model's output, and reorders it for beams, by these names; before 5.24 `cache` is none.
+# `generate` finds the cache of an output, and reorders it for beams, by these names; before 5.24 `cache` is not one.
 if "cache" not in ALL_CACHE_NAMES:
     ALL_CACHE_NAMES.append("cache")
 
