@@ -28,7 +28,7 @@ def videos(tmp_path_factory):
 
 
 @pytest.fixture
-def model(model_folder):
+def tuned(model_folder):
     return VideoMa2mbaForConditionalGeneration.from_pretrained(model_folder)
 
 
@@ -113,11 +113,11 @@ def gradients(model):
         ("prompts_and_completions", {"completion_only_loss": True}),
     ],
 )
-def test_supervised(request, model, processor, tmp_path, data, options, checkpointing):
+def test_supervised(request, tuned, processor, tmp_path, data, options, checkpointing):
     rows = request.getfixturevalue(data)
-    ours = copy.deepcopy(model).train()
+    ours = copy.deepcopy(tuned).train()
     trainer = SFTTrainer(
-        model, SFTConfig(**settings(checkpointing, tmp_path, **options)), train_dataset=rows, processing_class=processor
+        tuned, SFTConfig(**settings(checkpointing, tmp_path, **options)), train_dataset=rows, processing_class=processor
     )
     batch = next(iter(trainer.get_train_dataloader()))
     assert {"pixel_values_videos", "pixel_values"} & batch.keys()
@@ -129,16 +129,18 @@ def test_supervised(request, model, processor, tmp_path, data, options, checkpoi
     loss = trainer.compute_loss(trainer.model, dict(batch))
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    whole = torch.stack([gradient.norm() for gradient in gradients(ours).values()]).norm()
     for name, gradient in gradients(ours).items():
-        error = (gradients(trainer.model)[name] - gradient).norm() / gradient.norm()
-        assert error < 1e-5, (name, error)
+        error = (gradients(trainer.model)[name] - gradient).norm()
+        # the second term: a bias of keys has no gradient but what rounding leaves of it, as softmax does not see it
+        assert error <= 1e-5 * gradient.norm() + 1e-8 * whole, name
     trainer.model.zero_grad()
     trains_every_tensor(trainer)
 
 
-def test_the_masks_of_answers_are_ours(model, processor, tmp_path, messages_with_videos):
+def test_the_masks_of_answers_are_ours(tuned, processor, tmp_path, messages_with_videos):
     config = SFTConfig(**settings(False, tmp_path, assistant_only_loss=True))
-    trainer = SFTTrainer(model, config, train_dataset=messages_with_videos, processing_class=processor)
+    trainer = SFTTrainer(tuned, config, train_dataset=messages_with_videos, processing_class=processor)
     rows = [messages_with_videos[n] for n in range(4)]
     ours = processor.apply_chat_template(
         [row["messages"] for row in rows], tokenize=True, return_labels=True, padding_side="right"
@@ -149,24 +151,25 @@ def test_the_masks_of_answers_are_ours(model, processor, tmp_path, messages_with
 
 
 @CHECKPOINTING
-def test_preferences(model, processor, tmp_path, preferences, checkpointing):
+def test_preferences(tuned, processor, tmp_path, preferences, checkpointing):
     config = DPOConfig(**settings(checkpointing, tmp_path))
-    trainer = DPOTrainer(model, args=config, train_dataset=preferences, processing_class=processor)
+    trainer = DPOTrainer(tuned, args=config, train_dataset=preferences, processing_class=processor)
     batch = next(iter(trainer.get_train_dataloader()))
     assert trainer.compute_loss(trainer.model.train(), dict(batch)).item() == pytest.approx(math.log(2), abs=1e-6)
     trains_every_tensor(trainer)
 
 
 @CHECKPOINTING
-def test_rollouts(model, processor, tmp_path, checkpointing):
+def test_rollouts(tuned, processor, tmp_path, checkpointing):
     """Prompts of different lengths; of two answers to one question the second is the better one."""
     config = settings(
         checkpointing, tmp_path, num_generations=2, max_completion_length=4, per_device_train_batch_size=4,
         chat_template_kwargs={"padding": False, "return_tensors": None},
+        generation_kwargs={"suppress_tokens": [processor.image_token_id, processor.video_token_id]},
     )  # fmt: skip
     del config["max_length"]
     trainer = GRPOTrainer(
-        model, lambda completions, **rest: [float(n % 2) for n in range(len(completions))], GRPOConfig(**config),
+        tuned, lambda completions, **rest: [float(n % 2) for n in range(len(completions))], GRPOConfig(**config),
         train_dataset=Dataset.from_list([with_frames(n) for n in range(6)]), processing_class=processor,
     )  # fmt: skip
     trains_every_tensor(trainer)
