@@ -50,6 +50,13 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
             }
         super().save_pretrained(*args, **kwargs)
 
+    def initialize_weights(self):
+        """As in transformers, which, for code not its own, passes over modules of a tower that have no own weights."""
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and not module.is_custom_code():
+                module.initialize_weights()
+        super().initialize_weights()
+
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, Mamba2Mixer):
