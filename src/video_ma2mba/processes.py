@@ -14,7 +14,9 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Piece = TypeVar("Piece", bound=Hashable)
+Result = TypeVar("Result")
 SILENT_AFTER_S = 60.0  # a process that gave no sign of life for so long has died
 _SIGN_EVERY_S = 5.0
 _LOOK_EVERY_S = 0.2
@@ -87,6 +90,36 @@ def remove_shares(path: Path) -> None:
     for file in files_of(path):
         if file != path:
             file.unlink()
+
+
+def in_threads(
+    do: Callable[[Piece], Result], pieces: Iterable[Piece], num_workers: int, stop: threading.Event | None = None
+) -> Iterator[tuple[Piece, Result]]:
+    """`do` of every piece, in their order; `num_workers` at a time, of which few wait to be taken.
+
+    Threads, since what is long here, decoding, lets other threads run: they start at once and share what is loaded.
+
+    Args:
+        stop: Set when no more is wanted, for instance after Ctrl-C; `do` may look at it and end early.
+    """
+    if num_workers == 1:
+        yield from ((piece, do(piece)) for piece in pieces)
+        return
+    pool = ThreadPoolExecutor(num_workers)
+    waiting: deque[tuple[Piece, Future[Result]]] = deque()
+    try:
+        for piece in pieces:
+            waiting.append((piece, pool.submit(do, piece)))
+            if len(waiting) >= 4 * num_workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        if stop is not None:
+            stop.set()
+        pool.shutdown(cancel_futures=True)
 
 
 class Ranks:

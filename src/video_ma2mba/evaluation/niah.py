@@ -7,7 +7,7 @@ synthetic story without a circle, and the needles are circles of six colours.
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,9 @@ def find_needles(
         for number, needle in enumerate(needles)
     }
     if ranks.is_first:
-        _write_cells(file, _read(file))
+        _write_cells(file, _read(files_of(file)))
     ranks.after_first("cells of before")
-    cells = _read(file)
+    cells = _read([file])  # not what another process has written since: all must deal alike
     num_before = len(wanted.keys() & cells.keys())
 
     def show(num: int = 0) -> None:
@@ -155,17 +155,17 @@ def find_needles(
     ranks.finish(show)
     if not ranks.is_first:
         return []
-    cells = _read(file)
+    cells = _read(files_of(file))
     if missing := wanted.keys() - cells.keys():
         raise ValueError(f"{len(missing)} cells were not written to {output}: all processes must share its disk")
     _write_cells(file, cells)
     return [cells[key] for key in wanted]
 
 
-def _read(file: Path) -> dict[Key, dict[str, Any]]:
+def _read(files: Iterable[Path]) -> dict[Key, dict[str, Any]]:
     cells: dict[Key, dict[str, Any]] = {}
-    for part in files_of(file):
-        for cell in read_lines(part):
+    for file in files:
+        for cell in read_lines(file):
             try:
                 if isinstance(cell["found"], bool):
                     cells[cell["num_frames"], cell["depth"], cell["needle"]] = cell

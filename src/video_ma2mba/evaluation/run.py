@@ -168,9 +168,9 @@ def answer_all(
     ranks, file = ranks or Ranks(), output / ANSWERS
     asked = {video: found.by_video[video] for video in (found.by_video if videos is None else videos)}
     if ranks.is_first:
-        _write_answers(file, _answered(file, asked))
+        _write_answers(file, _answered(files_of(file), asked))
     ranks.after_first("answers of before")
-    done = _answered(file, asked)
+    done = _answered([file], asked)  # not what another process has written since: all must deal alike
     num_before, num_asked = sum(map(len, done.values())), sum(map(len, asked.values()))
 
     def show(num: int = 0) -> None:
@@ -216,7 +216,7 @@ def collect(files: Sequence[Path], found: Found, videos: Collection[str], output
     done: dict[str, list[Answer]] = {}
     unreadable: dict[str, str] = {}
     for file in files:
-        done = _answered(file, asked) | done
+        done = _answered(files_of(file), asked) | done
         unreadable |= {
             line["video"]: str(line["unreadable"])
             for part in files_of(file)
@@ -263,12 +263,12 @@ def _line(answer: Answer) -> str:
     return json.dumps(asdict(answer), ensure_ascii=False) + "\n"
 
 
-def _answered(file: Path, asked: dict[str, list[Question]]) -> dict[str, list[Answer]]:
+def _answered(files: Iterable[Path], asked: dict[str, list[Question]]) -> dict[str, list[Answer]]:
     """The videos that are done, in the order of `asked`."""
     kept: dict[str, Answer] = {}
     fields = get_type_hints(Answer)
-    for part in files_of(file):
-        for entry in read_lines(part):
+    for file in files:
+        for entry in read_lines(file):
             if entry.keys() == fields.keys() and all(isinstance(entry[name], kind) for name, kind in fields.items()):
                 kept.setdefault(entry["id"], Answer(**entry))
     return {
