@@ -184,13 +184,15 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             joined.append(done[0] if len(done) == 1 else torch.cat(done))
         return stack_rows(joined).to(options.get("device", "cpu"))
 
-    def open_video(self, path: str | os.PathLike, **sampling: Unpack[FrameSampling]) -> VideoFrames:
+    def open_video(
+        self, path: str | os.PathLike, *, num_threads: int | None = None, **sampling: Unpack[FrameSampling]
+    ) -> VideoFrames:
         """Like `read_frames` of a path, with frames of the size the model wants: pixels are (side, side, 3) uint8.
 
         Args:
-            path, sampling: See `read_frames` and `FrameSampling`.
+            path, num_threads, sampling: See `read_frames` and `FrameSampling`.
         """
-        options: dict[str, Any] = dict(sampling)
+        options: dict[str, Any] = {"num_threads": num_threads, **sampling}
         if options.get("fps") is None:
             options["fps"] = self.fps
         frames = read_frames(path, resize=self._size_before_squaring, **options)
