@@ -108,8 +108,7 @@ def _load_file(processor: Any, path: Any, options: dict[str, Any]) -> tuple[Any,
     loaded = processor.load(path, **wanted)
     if every and wanted["max_frames"] is None and len(set(loaded.timestamps_s)) < len(loaded.timestamps_s):
         raise ValueError(
-            f"The frames of '{path}' do not come at a constant rate, so not each can be taken once. "
-            "Give fps."
+            f"The frames of '{path}' do not come at a constant rate, so not each can be taken once. Give fps."
         )
     if not options.get("return_metadata"):
         return loaded, None
