@@ -92,12 +92,12 @@ def _load_file(processor: Any, path: Any, options: dict[str, Any]) -> tuple[Any,
     every = _samples(processor, options) is False
     if every or num_frames is not None:
         info = probe_video(path)
-        rate, start_s = info.average_fps, wanted["start_s"]
+        rate, start_s = info.average_fps, float(wanted["start_s"] or 0.0)
         if rate is None:
             raise ValueError(f"'{path}' does not say its frame rate, so frames cannot be counted. Give fps.")
         end_s = min(info.duration_s, math.inf if wanted["end_s"] is None else wanted["end_s"])
         there = round((end_s - start_s) * rate)
-        if not every and 0 < there < num_frames:
+        if not every and num_frames is not None and 0 < there < num_frames:
             raise ValueError(f"num_frames={num_frames} is more than the {there} frames there are in '{path}'.")
         every = every or num_frames == there
         if every:  # picked in the middle of the time that each is shown: containers round the borders

@@ -68,7 +68,7 @@ class VideoMa2mbaProcessorKwargs(ProcessingKwargs, total=False):
 
     text_kwargs: VideoMa2mbaTextKwargs
     images_kwargs: ImagesKwargs
-    videos_kwargs: VideoMa2mbaVideosKwargs
+    videos_kwargs: VideoMa2mbaVideosKwargs  # type: ignore[misc]  # with keys of our own
 
 
 NAMES: dict[str, frozenset[str]] = {
