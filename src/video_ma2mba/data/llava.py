@@ -78,7 +78,7 @@ def _span(value: dict[str, Any]) -> dict[str, float]:
         start_s, end_s = value.get(first), value.get(last)
         if start_s is None and end_s is None:
             continue
-        if not all(isinstance(border, int | float) for border in (start_s, end_s)):
+        if not isinstance(start_s, int | float) or not isinstance(end_s, int | float):
             raise Malformed(f"a clip needs both {first} and {last}, in seconds: {start_s!r} and {end_s!r}")
         return {"start_s": float(start_s), "end_s": float(end_s)}
     return {}

@@ -102,7 +102,9 @@ def convert_all(
             if not isinstance(item.value, dict):
                 raise Malformed(f"a record must be an object, got {str(item.value)[:60]!r}")
             for converted in convert(item):
-                yield _complete(converted, item.value) if isinstance(converted, Record) else converted
+                if isinstance(converted, Record):
+                    converted = _complete(converted, item.value)  # type: ignore[assignment]  # what it was
+                yield converted
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # the last three: a list for a text, ...
             identity = item.value.get("id", "") if isinstance(item.value, dict) else ""
             said = "" if isinstance(error, ValueError) else "a value of another kind than the format's: "
