@@ -32,8 +32,8 @@ def check_arguments(kwargs, function, attention_mask, num_tokens):
         values = kwargs.pop(name, None)
         if values is not None and _has_border(values, name == "position_ids", attention_mask, num_tokens):
             raise ValueError(
-                f"{name} starts anew within a row: packed samples (as of DataCollatorWithFlattening) would run into one "
-                "another, since the state goes on from token to token; give each sample a row of its own, padded"
+                f"{name} starts anew within a row: packed samples (as of DataCollatorWithFlattening) would run into "
+                "one another, since the state goes on from token to token; give each sample a row of its own, padded"
             )
     refuse_unknown(kwargs, function)
 
@@ -64,8 +64,8 @@ def hidden_states_wanted(asked, config, checkpointing):
     wanted = bool(getattr(config, "output_hidden_states", False)) if asked is None else bool(asked)
     if wanted and checkpointing:
         raise ValueError(
-            "output_hidden_states=True does not go with gradient checkpointing, which keeps none of them; leave it out, "
-            "or call gradient_checkpointing_disable() first"
+            "output_hidden_states=True does not go with gradient checkpointing, which keeps none of them; leave it "
+            "out, or call gradient_checkpointing_disable() first"
         )
     return wanted
 

@@ -7,7 +7,8 @@ from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils.deprecation import deprecate_kwarg
 
-# `generate` finds the cache in a model's output, and reorders it for beams, by these names; before 5.24 `cache` is none.
+# `generate` finds the cache in a model's output, and reorders it for beams, by these names; before 5.24 `cache` is not
+# among them.
 if "cache" not in ALL_CACHE_NAMES:
     ALL_CACHE_NAMES.append("cache")
 

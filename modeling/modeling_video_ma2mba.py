@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .arguments import check_arguments, hidden_states_wanted, num_logits_bytes
@@ -277,10 +276,9 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaGeneration, VideoMa2mbaPreT
                 rows = hidden_states[rows_of[supervised.cpu()].to(hidden_states.device)]
             loss = head_loss(self.lm_head, rows, targets[supervised], self.config.loss_chunk_size, num_items_in_batch)
         if wanted is not None:
-            rows = (
-                hidden_states[:, wanted] if keep is None else hidden_states[rows_of[:, wanted].to(hidden_states.device)]
-            )
-            logits = self.lm_head(rows).float()
+            # all of them, or of the rows that were kept
+            rows = (slice(None), wanted) if keep is None else rows_of[:, wanted].to(hidden_states.device)
+            logits = self.lm_head(hidden_states[rows]).float()
         return VideoMa2mbaOutput(loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states)
 
     def _logits_wanted(self, logits_to_keep, batch, num_tokens, has_targets):
