@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .arguments import check_arguments, hidden_states_wanted, num_logits_bytes
+from .arguments import check_arguments, chosen, hidden_states_wanted, num_logits_bytes
 from .checkpoint_plan import CheckpointOptions, format_bytes
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .generation_video_ma2mba import VideoMa2mbaGeneration, cache_under_old_names
@@ -110,7 +110,7 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
                 videos (images) of a row, one after another; shorter rows are padded with frames at the end.
             cache: `Mamba2Cache` of the tokens before; it is moved on in place.
             use_cache: return the states in `cache`. Default: yes, but not while training.
-            output_hidden_states: give out those of all tokens and layers. Default: the config's.
+            output_hidden_states: give out those of all tokens and layers, or of a list of these. Default: the config's.
             prefill_chunk_size: tokens per step without gradient; None means the config's.
             keep: (batch, tokens) bool, the tokens whose hidden states are wanted; None for all.
             mm_token_type_ids: taken and not needed: the ids themselves say what a placeholder is.
@@ -132,7 +132,8 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
             raise ValueError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
         device = (input_ids if inputs_embeds is None else inputs_embeds).device
         plan = self.checkpoint_plan(batch, num_tokens) if self.is_checkpointing() and torch.is_grad_enabled() else None
-        every_layer = [] if hidden_states_wanted(output_hidden_states, self.config, plan is not None) else None
+        layers_wanted = hidden_states_wanted(output_hidden_states, self.config, plan is not None)
+        every_layer = [] if layers_wanted else None
         if inputs_embeds is None or pixel_values_videos is not None or pixel_values is not None:
             pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
             inputs_embeds = self._embed(input_ids, inputs_embeds, pixels, plan is not None and plan.offload)
@@ -167,7 +168,7 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
         return VideoMa2mbaOutput(
             last_hidden_state=hidden_states,
             cache=cache if use_cache else None,
-            hidden_states=None if every_layer is None else tuple(every_layer),
+            hidden_states=None if every_layer is None else chosen(every_layer, layers_wanted),
         )
 
 
