@@ -229,8 +229,6 @@ def test_gradient_of_a_bfloat16_head_is_summed_in_float32():
     exact = logits.grad.T @ rows
     error = (head.weight.grad.double() - exact).norm() / exact.norm()
     assert error < 2**-8, error  # bfloat16 logits, and one rounding; summed in bfloat16 it is several times that
-        error
-    )  # of bfloat16 logits and one rounding; summed in bfloat16 it would be several times that
 
 
 def test_adapters_on_the_convolution_are_refused():
