@@ -7,7 +7,7 @@ The folder holds the videos and `questions.jsonl`: {"video": "0.mp4", "question"
 Needs `pip install trl`. What TRL does its own way:
 
 - Its collators hand on pictures, and no videos but those that stand in `messages`, as below. For `DPOTrainer`,
-  `GRPOTrainer` and prompts with completions, give the frames of a video as `images`, with an entry {"type": "image"} for
+- Its collators hand on pictures, and no videos but those in `messages`, as below. For `DPOTrainer`,
   each: to the model an image is a video of one frame.
 - `GRPOTrainer` draws answers with settings of its own. It needs `chat_template_kwargs={"padding": False,
   "return_tensors": None}`, or shorter prompts keep their padding, and `generation_kwargs={"suppress_tokens":
