@@ -6,9 +6,9 @@
 The folder holds the videos and `questions.jsonl`: {"video": "0.mp4", "question": "What is this?", "answer": "a cross"}.
 Needs `pip install trl`. What TRL does its own way:
 
-- Its collators hand on pictures, and no videos but those that stand in `messages`, as below. For `DPOTrainer`,
-- Its collators hand on pictures, and no videos but those in `messages`, as below. For `DPOTrainer`,
-  each: to the model an image is a video of one frame.
+- Its collators hand on pictures, and no videos but those in `messages`, as below. For `DPOTrainer`, `GRPOTrainer` and
+  prompts with completions, give the frames of a video as `images`, with an entry {"type": "image"} for each: to the
+  model an image is a video of one frame.
 - `GRPOTrainer` draws answers with settings of its own. It needs `chat_template_kwargs={"padding": False,
   "return_tensors": None}`, or shorter prompts keep their padding, and `generation_kwargs={"suppress_tokens":
   [processor.image_token_id, processor.video_token_id]}`, or a placeholder may be drawn, which is refused.

@@ -70,6 +70,15 @@ def hidden_states_wanted(asked, config, checkpointing):
     return wanted
 
 
+def chosen_layers(every_layer, asked, config):
+    """Hidden states as a tuple: all, or where indices were asked for these, with None in the places of the others."""
+    asked = getattr(config, "output_hidden_states", False) if asked is None else asked
+    if isinstance(asked, bool):
+        return tuple(every_layer)
+    chosen = {range(len(every_layer))[index] for index in asked}
+    return tuple(states if i in chosen else None for i, states in enumerate(every_layer))
+
+
 def num_logits_bytes(batch, num_tokens, vocab_size):
     """Bytes of float32 logits."""
     return batch * num_tokens * vocab_size * torch.float32.itemsize

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .arguments import check_arguments, hidden_states_wanted, num_logits_bytes
+from .arguments import check_arguments, chosen_layers, hidden_states_wanted, num_logits_bytes
 from .checkpoint_plan import CheckpointOptions, format_bytes
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .generation_video_ma2mba import VideoMa2mbaGeneration, cache_under_old_names
@@ -118,7 +118,8 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
                 videos (images) of a row, one after another; shorter rows are padded with frames at the end.
             cache: `Mamba2Cache` of the tokens before; it is moved on in place.
             use_cache: return the states in `cache`. Default: yes, but not while training.
-            output_hidden_states: give out those of all tokens and layers. Default: the config's.
+            output_hidden_states: give out those of all tokens and layers, or of the layers in a list of indices. Default:
+                the config's.
             prefill_chunk_size: tokens per step without gradient; None means the config's.
             keep: (batch, tokens) bool, the tokens whose hidden states are wanted; None for all.
             mm_token_type_ids: taken and not needed: the ids themselves say what a placeholder is.
@@ -175,7 +176,9 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
         return VideoMa2mbaOutput(
             last_hidden_state=hidden_states,
             cache=cache if use_cache else None,
-            hidden_states=None if every_layer is None else tuple(every_layer),
+            hidden_states=None
+            if every_layer is None
+            else chosen_layers(every_layer, output_hidden_states, self.config),
         )
 
 
