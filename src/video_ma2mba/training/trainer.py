@@ -39,6 +39,7 @@ class VideoMa2mbaTrainer(Trainer):
     - samples that `VideoChatCollator(with_info=True)` left out are counted, warned of and written to
       `skipped_samples.jsonl`; an error names the samples and videos of its batch;
     - a loss that is not finite stops the training, with the batch saved;
+    - an evaluation without metrics asks for no logits;
     - the log has tokens and samples per second, and the part of the tokens that is supervised;
     - a checkpoint counts only when it is whole: see `last_checkpoint`.
 
@@ -138,6 +139,8 @@ class VideoMa2mbaTrainer(Trainer):
             inputs = for_label_smoothing(inputs, all_logits=return_outputs and not self._loss_only)
             if num_items_in_batch is not None:
                 num_items_in_batch = max(num_items_in_batch, 1)  # nothing supervised: a loss of zero
+        elif self._loss_only and not self.model.training and "labels" in inputs:
+            inputs = {"logits_to_keep": torch.arange(0), **inputs}  # no logits, however long the video
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *rest = result if isinstance(result, tuple) else (result,)
         if self.model.training:
