@@ -279,7 +279,7 @@ def test_half_a_character_is_left_out(tmp_path, media):
 
 def test_work_is_dealt_by_what_it_costs():
     costs = {"a": 1.0, "b": 9.0, "c": 5.0, "d": 4.0, "e": 1.0}
-    assert deal(costs, 2) == [["b", "e"], ["a", "c", "d"]]
+    assert deal(costs, 2) == [["a", "b"], ["c", "d", "e"]]
     assert deal(costs, 1) == [list(costs)]
     assert deal({}, 2) == [[], []]
     assert sorted(one for index in range(7) for one in Share(index, 7).of(costs)) == sorted(costs)

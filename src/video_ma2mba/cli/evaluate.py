@@ -173,7 +173,7 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path,
         write_found(output, found)
     ranks.after_first("questions")
     found = read_found(output)
-    videos = share.of(found.durations_s)
+    videos = share.of(found.durations_s) if share.count > 1 else None
     judge = _judge(args, output) if ranks.is_first and share.count == 1 and task.read_answer is None else None
     model, processor = watching.load_model_and_processor(args)
     with progress_bars() as show:
@@ -188,7 +188,7 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path,
         _report(task, found, answers, settings, judge, output)
     else:
         whole = f"video-ma2mba eval merge {output.parent}"
-        print(f"shard {share}: {len(answers)} questions about {len(videos)} videos; when all are done: {whole}")
+        print(f"shard {share}: {len(answers)} questions about {len(videos or ())} videos; when all are done: {whole}")
 
 
 def _merge(args: argparse.Namespace) -> None:

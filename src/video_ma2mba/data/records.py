@@ -163,9 +163,9 @@ def _read_json(source: Path) -> Iterator[Item | Problem]:
         for number in itertools.count(1):
             if text.next_mark() in ("]", "}"):
                 return
-            line = text.line
-            where = f"{source.name}:{line}" if line != line_before else f"{source.name}:{line}, entry {number}"
-            line_before = line
+            place = f"{source.name}:{text.line}"
+            where = place if text.line != line_before else f"{place}, entry {number}"
+            line_before = text.line
             try:
                 value = text.value()
                 if opening == "{":
@@ -174,14 +174,14 @@ def _read_json(source: Path) -> Iterator[Item | Problem]:
                     text.skip()
                     value = {"key": value, "value": text.value()}
             except json.JSONDecodeError as error:
-                yield Problem(where, "malformed", f"not JSON from here on: {error.msg}")
+                yield Problem(place, "malformed", f"not JSON from here on: {error.msg}")
                 return
             yield Item(where, value)
             mark = text.next_mark()
             if mark == ",":
                 text.skip()
             elif mark not in ("]", "}"):
-                yield Problem(where, "malformed", "the file ends, or breaks off, after this entry")
+                yield Problem(place, "malformed", f"the file ends, or breaks off, after entry {number}")
                 return
 
 
