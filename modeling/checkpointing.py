@@ -28,7 +28,7 @@ from .autocast import autocast_dtype, autocast_to
 from .run_layers import kept_tokens, run_layers
 
 
-def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, store=None):
+def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, store=None, device=None):
     """Run all `blocks` on all tokens as `plan` says; the result and all gradients are those of `run_layers`.
 
     Args:
@@ -39,11 +39,12 @@ def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, 
         mask: (batch, tokens) bool or None.
         keep: (batch, tokens) int64 on the CPU, the row of the result that a token becomes, -1 for none; None for all.
         store: where borders wait; None for what `plan.offload` says.
+        device: where the blocks compute; None for where the states lie.
 
     Returns:
         (kept, hidden), or (batch, tokens, hidden) where `keep` is None, and the list of final states.
     """
-    device = next(blocks[0].parameters()).device
+    device = states[0][0].device if device is None else device
     if store is None:
         store = HostStore(device) if plan.offload else DeviceStore()
     names = _trainable(blocks)
@@ -215,8 +216,11 @@ class _Run:
 
     def _fetch_borders(self, inputs_embeds, spans, time):
         """What enters a time block from the left and, as far as it was kept, from below. It is let go of here."""
-        states = [tuple(self.store.get(kept) for kept in state) for state in self.left_borders.pop()]
-        lower = [self.store.get(kept) for kept in self.lower_borders.pop()]
+        left, lower = self.left_borders[time], self.lower_borders[time]
+        states = [tuple(self.store.get(kept) for kept in state) for state in left]
+        lower = [self.store.get(kept) for kept in lower]
+        if any(left):  # blocks without a state left nothing to let go of, and may be gone through again
+            self.left_borders[time] = self.lower_borders[time] = None
         return self.fetch(inputs_embeds[:, spans[time]]), states, lower
 
     def _lower_borders_again(self, time, span, hidden_states, states):
@@ -268,7 +272,7 @@ class _Checkpointed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, *grad_states):
         run, (inputs_embeds,) = ctx.run, ctx.saved_tensors
-        if not run.left_borders:
+        if None in run.left_borders:
             raise RuntimeError(
                 "the borders kept for this backward pass are used up: a checkpointed forward pass can be gone back "
                 "through once; call the model again instead of using retain_graph=True"
