@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from datasets.distributed import split_dataset_by_node
@@ -138,31 +139,9 @@ class interrupting:  # noqa: N801
             raise KeyboardInterrupt
 
 
-MADE_UP = """
-import json, resource, sys
-from pathlib import Path
-from video_ma2mba.data.prepare import prepare
-folder, num, parquet = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["parquet"]
-with (folder / f"{num}.jsonl").open("w") as file:
-    for number in range(num):
-        clip = {"type": "video", "path": "good.mp4", "start_s": number * 1e-6, "end_s": 6}
-        content = [clip, {"type": "text", "text": f"What is number {number}? " + "word " * 100}]
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "word " * 100}]
-        file.write(json.dumps({"id": f"{number}", "messages": messages}) + chr(10))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-report = prepare(folder / f"{num}.jsonl", folder, folder / f"out{num}", parquet=parquet, rows_per_file=None)
-assert report["samples"] == num, report["records"]
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"records": num, "before_mib": before // 1024, "peak_mib": peak // 1024}))
-"""
-
-
-def peak_of(folder, num, *form):
-    done = subprocess.run(
-        [sys.executable, "-c", MADE_UP, str(folder), str(num), *form], capture_output=True, text=True, check=True
-    )
-    print(done.stdout)
-    return json.loads(done.stdout)
+def peak_of(folder, num):
+    run = [sys.executable, str(Path(__file__).parents[1] / "distributed" / "many_records.py"), str(folder), str(num)]
+    return json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts in other units")

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, metavar="N", help="videos opened or decoded at a time (default: the machine's cores)"
     )
     prepare.add_argument(
-        "--shard", type=Share.parse, metavar="I/N", help="only the I-th part of the media, no manifest"
+        "--shard", type=parse_share, metavar="I/N", help="only the I-th part of the media, no manifest"
     )
     prepare.add_argument(
         "--cache-frames", choices=("raw", "jpeg"), metavar="raw|jpeg", help="store the frames: training decodes no more"
@@ -45,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_HUB_ID",
         help="whose processor resizes the stored frames (default: 336 x 336, cropped)",
     )
+
+
+def parse_share(text: str) -> Share:
+    """ "1/4", for argparse."""
+    try:
+        return Share.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(args: argparse.Namespace) -> None:
