@@ -255,7 +255,7 @@ class Mamba2Backbone(nn.Module):
         """The `Mamba2Cache` before the first token."""
         return Mamba2Cache([layer.mixer.new_state(batch_size) for layer in self.layers])
 
-    def forward(self, inputs_embeds, cache, mask=None, keep=None, chunk_size=None, plan=None):
+    def forward(self, inputs_embeds, cache, mask=None, keep=None, chunk_size=None, plan=None, windows=None):
         """
         Args:
             inputs_embeds: (batch, tokens, hidden).
@@ -264,13 +264,15 @@ class Mamba2Backbone(nn.Module):
             keep: (batch, tokens) int64 on the CPU, the row of the result that the token's hidden state becomes, -1 for
                 none; None gives all of them out.
             chunk_size: tokens per step without gradient; None means `prefill_chunk_size`.
-            plan: `CheckpointPlan` to carry out; None for no checkpointing.
+            plan: `CheckpointPlan` to carry out; None for no checkpointing. windows: its `GradientWindows`, or None.
 
         Returns:
             (kept, hidden), or (batch, tokens, hidden) where `keep` is None: after the final norm.
         """
         if plan is not None:
-            hidden_states, cache.layers = run_checkpointed(self.layers, plan, inputs_embeds, cache.layers, mask, keep)
+            hidden_states, cache.layers = run_checkpointed(
+                self.layers, plan, inputs_embeds, cache.layers, mask, keep, None, windows
+            )
         else:
             hidden_states = self._loop(inputs_embeds, cache, mask, keep, chunk_size or self.prefill_chunk_size)
         cache.num_tokens += inputs_embeds.shape[1]

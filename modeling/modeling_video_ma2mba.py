@@ -18,6 +18,8 @@ from transformers.utils import ModelOutput
 from .autocast import autocast_dtype
 from .checkpoint_plan import CheckpointOptions
 from .configuration_video_ma2mba import VideoMa2mbaConfig
+from .gradient_horizon import gradient_windows
+from .interleaved_inputs import GivenEmbeddings, InterleavedInputs
 from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .recompute import recompute_segments
@@ -184,52 +186,13 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
     def _project(self, features):
         return self.multi_modal_projector(features.to(self.multi_modal_projector.linear_1.weight.device))
 
-    def _embed(self, input_ids, pixels_by_name, to_host):
-        """Text through the table, frames through the tower: (batch, tokens) ids -> (batch, tokens, hidden).
-
-        Rows may hold padding frames at the end; placeholders say how many are real.
-        """
-        table = self.get_input_embeddings()
-        is_text, parts = torch.ones_like(input_ids, dtype=torch.bool), []
-        for name, token_id, encode in (
-            ("pixel_values_videos", self.config.video_token_id, self.get_video_features),
-            ("pixel_values", self.config.image_token_id, self.get_image_features),
-        ):
-            is_placeholder = input_ids == token_id
-            if (pixels := pixels_by_name[name]) is None:
-                # a single id is a token being generated, which a model may get wrong
-                if input_ids.shape[1] > 1 and is_placeholder.any():
-                    raise ValueError(
-                        f"input_ids has {int(is_placeholder.sum())} placeholders for {name}, but no {name} was given; "
-                        "prepare both with the same processor call"
-                    )
-                continue
-            counts = self._frames_per_row(is_placeholder, pixels, name)
-            frames = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
-            parts.append((is_placeholder, encode(frames, to_host=to_host).pooler_output.flatten(0, 1)))
-            is_text &= ~is_placeholder
-        text = table(input_ids[is_text])
-        if not parts and not to_host:
-            return text.view(*input_ids.shape, -1)
-        parts.append((is_text, text.cpu() if to_host else text))
-        masks, values = zip(*parts, strict=True)
-        masks = tuple(mask.to(values[-1].device) for mask in masks)
-        return _Interleave.apply(masks, text.dtype, to_host and text.is_cuda, *values)
-
-    def _frames_per_row(self, is_placeholder, pixels, name):
-        if pixels.ndim != 5:
-            raise ValueError(f"{name} must be (batch, frames, 3, height, width), got shape {tuple(pixels.shape)}")
-        tokens_per_frame = self.config.tokens_per_frame
-        counts = is_placeholder.sum(dim=1).tolist()
-        num_frames = [count // tokens_per_frame for count in counts]
-        whole = all(count % tokens_per_frame == 0 for count in counts)
-        if not whole or len(counts) != pixels.shape[0] or max(num_frames) != pixels.shape[1]:
-            raise ValueError(
-                f"the rows of input_ids have {counts} placeholders for {name} at {tokens_per_frame} per frame, but "
-                f"{name} holds {pixels.shape[0]} row(s) of {pixels.shape[1]} frame(s); prepare both with the same "
-                "processor call"
-            )
-        return num_frames
+    def _gradient_windows(self, mask, rows, batch, num_tokens):
+        """The `GradientWindows` of a batch in the backbone's layout, for the horizon asked for; None for no end."""
+        if (horizon := self.checkpoint_options.gradient_horizon) is None:
+            return None
+        lengths = torch.full((batch,), num_tokens) if mask is None else mask.sum(dim=1).cpu()
+        supervised = torch.ones(batch, num_tokens, dtype=torch.bool) if rows is None else rows >= 0
+        return gradient_windows(lengths, supervised, horizon)
 
     def forward(
         self,
@@ -266,12 +229,13 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
-        plan = self.checkpoint_plan(batch, num_tokens) if self.is_checkpointing() and torch.is_grad_enabled() else None
-        if inputs_embeds is None:
-            pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
-            inputs_embeds = self._embed(input_ids, pixels, to_host=plan is not None and plan.offload)
-        elif pixel_values_videos is not None or pixel_values is not None:
-            raise ValueError("frames need input_ids, whose placeholders say where they go; got inputs_embeds")
+        checkpoints = self.is_checkpointing() and torch.is_grad_enabled()
+        if inputs_embeds is not None:
+            if pixel_values_videos is not None or pixel_values is not None:
+                raise ValueError("frames need input_ids, whose placeholders say where they go; got inputs_embeds")
+            inputs = GivenEmbeddings(inputs_embeds)
+        else:
+            inputs = InterleavedInputs(self, input_ids, pixel_values_videos, pixel_values)
 
         if cache is None:
             cache = self.language_model.new_cache(batch)
@@ -287,10 +251,22 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         if mask is not None and (mask[:, 1:] & ~mask[:, :-1]).any():
             # The backbone knows one layout, real tokens first: so every kind of padding is exact, also after a past.
             order = mask.int().argsort(dim=1, descending=True, stable=True)
-            inputs_embeds = inputs_embeds.gather(1, order.to(inputs_embeds.device)[..., None].expand_as(inputs_embeds))
+            inputs = inputs.reordered(order)
             mask = mask.gather(1, order)
             rows = None if rows is None else rows.gather(1, order.cpu())
-        hidden_states = self.language_model(inputs_embeds, cache, mask, rows, prefill_chunk_size, plan)
+
+        windows = self._gradient_windows(mask, rows, batch, num_tokens) if checkpoints else None
+        first = 0 if windows is None else windows.first
+        plan = self.checkpoint_plan(batch, num_tokens, num_tokens - first) if checkpoints else None
+
+        step = prefill_chunk_size or self.language_model.prefill_chunk_size
+        for start in range(0, first, step):
+            span = slice(start, min(start + step, first))
+            with torch.no_grad():
+                self.language_model(inputs.embed(span), cache, *_at(span, mask, rows))
+        span = slice(first, num_tokens)
+        embeds = inputs.embed(span, plan is not None and plan.offload, None if windows is None else windows.live)
+        hidden_states = self.language_model(embeds, cache, *_at(span, mask, rows), prefill_chunk_size, plan, windows)
         if order is not None and keep is None:
             hidden_states = hidden_states.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden_states))
         use_cache = not self.training if use_cache is None else use_cache
@@ -441,23 +417,8 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         return {**model_inputs, "cache": cache if use_cache else None, "use_cache": use_cache}
 
 
-class _Interleave(torch.autograd.Function):
-    """Rows of several tensors into one sequence: `out[masks[i]] = values[i]`, each position in exactly one mask."""
-
-    @staticmethod
-    def forward(ctx, masks, dtype, pin_memory, *values):
-        ctx.masks, ctx.dtypes = masks, [value.dtype for value in values]
-        shape, device = (*masks[0].shape, values[0].shape[-1]), values[0].device
-        out = torch.empty(shape, dtype=dtype, device=device, pin_memory=pin_memory)
-        for mask, value in zip(masks, values, strict=True):
-            out[mask] = value.to(dtype)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        wanted = zip(ctx.masks, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
-        return None, None, None, *(grad[mask].to(dtype) if need else None for mask, dtype, need in wanted)
+def _at(span, *tensors):
+    return (None if tensor is None else tensor[:, span] for tensor in tensors)
 
 
 def _batch_and_tokens(input_ids, inputs_embeds):
