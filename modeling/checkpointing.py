@@ -30,7 +30,7 @@ from .autocast import autocast_dtype, autocast_to
 from .run_layers import kept_tokens, run_layers
 
 
-def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, store=None, windows=None):
+def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, store=None, device=None, windows=None):
     """Run all `blocks` on all tokens as `plan` says; the result and all gradients are those of `run_layers`.
 
     Args:
@@ -41,12 +41,13 @@ def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, 
         mask: (batch, tokens) bool or None.
         keep: (batch, tokens) int64 on the CPU, the row of the result that a token becomes, -1 for none; None for all.
         store: where borders wait; None for what `plan.offload` says.
+        device: where the blocks compute; None for where the states lie.
         windows: `GradientWindows` of these tokens, outside of which none has a gradient; None for all.
 
     Returns:
         (kept, hidden), or (batch, tokens, hidden) where `keep` is None, and the list of final states.
     """
-    device = next(blocks[0].parameters()).device
+    device = states[0][0].device if device is None else device
     if store is None:
         store = HostStore(device) if plan.offload else DeviceStore()
     names = _trainable(blocks)
@@ -133,12 +134,11 @@ class _Run:
         return [tuple(next(tensors) for _ in range(size)) for size in self.state_sizes]
 
     def spans(self, num_tokens):
-        cuts = [0, *(self.windows.cuts if self.windows else ()), num_tokens]
-        return [
-            slice(a, min(a + self.chunk, end)) for start, end in pairwise(cuts) for a in range(start, end, self.chunk)
-        ]
+        borders = pairwise([0, *(self.windows.cuts if self.windows else ()), num_tokens])
+        return [slice(a, min(a + self.chunk, end)) for start, end in borders for a in range(start, end, self.chunk)]
 
-    def has_gradient(self, span):
+    def goes_back(self, span):
+        """Whether any token of a time block has a gradient."""
         return self.windows is None or bool(self.windows.live[:, span].any())
 
     def fetch(self, tensor):
@@ -172,7 +172,7 @@ class _Run:
         batch, num_tokens, _ = inputs_embeds.shape
         out = None
         for time, span in enumerate(self.spans(num_tokens)):
-            goes_back = self.has_gradient(span)
+            goes_back = self.goes_back(span)
             if goes_back:
                 self.left_borders.append([[self.store.put(tensor) for tensor in state] for state in states])
             hidden_states = self.fetch(inputs_embeds[:, span])
@@ -196,18 +196,18 @@ class _Run:
 
     def backward(self, inputs_embeds, grad_out, grad_states, needs_grad_embeds):
         grad_embeds: Any = self.store.empty_like(inputs_embeds) if needs_grad_embeds else None
-        spans = list(enumerate(self.spans(inputs_embeds.shape[1])))
+        every = list(enumerate(self.spans(inputs_embeds.shape[1])))
+        blocks = [(time, span) for time, span in every if self.goes_back(span)]
         if needs_grad_embeds:
-            for _, span in spans:
-                if not self.has_gradient(span):
+            for _, span in every:
+                if not self.goes_back(span):
                     grad_embeds[:, span].zero_()
-        spans = [(time, span) for time, span in spans if self.has_gradient(span)]
-        coming = self._fetch_borders(inputs_embeds, spans[-1][1])
-        while spans:
-            time, span = spans.pop()
+        coming = self._fetch_borders(inputs_embeds, blocks, len(blocks) - 1)
+        for index in reversed(range(len(blocks))):
+            time, span = blocks[index]
             self.store.wait()
             hidden_states, states, lower = coming
-            coming = self._fetch_borders(inputs_embeds, spans[-1][1]) if spans else None
+            coming = self._fetch_borders(inputs_embeds, blocks, index - 1) if index else None
             lower = [hidden_states, *(lower or self._lower_borders_again(time, span, hidden_states, states))]
             del hidden_states
             grad_hidden = self._grad_out(grad_out, span, lower[-1])
@@ -233,11 +233,14 @@ class _Run:
             torch.cuda.synchronize(self.device)  # the copies must be done before the host reads them
         return grad_embeds, grad_states
 
-    def _fetch_borders(self, inputs_embeds, span):
+    def _fetch_borders(self, inputs_embeds, blocks, index):
         """What enters a time block from the left and, as far as it was kept, from below. It is let go of here."""
-        states = [tuple(self.store.get(kept) for kept in state) for state in self.left_borders.pop()]
-        lower = [self.store.get(kept) for kept in self.lower_borders.pop()]
-        return self.fetch(inputs_embeds[:, span]), states, lower
+        left, lower = self.left_borders[index], self.lower_borders[index]
+        states = [tuple(self.store.get(kept) for kept in state) for state in left]
+        lower = [self.store.get(kept) for kept in lower]
+        if any(left):  # blocks without a state left nothing to let go of, and may be gone through again
+            self.left_borders[index] = self.lower_borders[index] = None
+        return self.fetch(inputs_embeds[:, blocks[index][1]]), states, lower
 
     def _lower_borders_again(self, time, span, hidden_states, states):
         """`sequence_major`: the hidden states that enter each layer block but the first, without a graph."""
@@ -288,7 +291,7 @@ class _Checkpointed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, *grad_states):
         run, (inputs_embeds,) = ctx.run, ctx.saved_tensors
-        if not run.left_borders:
+        if None in run.left_borders:
             raise RuntimeError(
                 "the borders kept for this backward pass are used up: a checkpointed forward pass can be gone back "
                 "through once; call the model again instead of using retain_graph=True"

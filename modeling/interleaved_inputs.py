@@ -1,18 +1,15 @@
-"""What a batch holds, embedded a span of tokens at a time: text through the table, frames through the tower."""
+"""The input of a batch, embedded a span of tokens at a time: for who watches first and trains then."""
 
 import torch
 
+from .visual_features import refuse_placeholders
 
-class GivenEmbeddings:
-    """Embeddings that the caller brought: (batch, tokens, hidden)."""
+
+class WholeEmbeddings:
+    """Embeddings of all tokens, which are there already: (batch, tokens, hidden), on any device."""
 
     def __init__(self, inputs_embeds):
-        self.inputs_embeds = inputs_embeds
-
-    def reordered(self, order):
-        """The same with the tokens of each row in this order: (batch, tokens) int64."""
-        order = order.to(self.inputs_embeds.device)
-        return GivenEmbeddings(self.inputs_embeds.gather(1, order[..., None].expand_as(self.inputs_embeds)))
+        self.inputs_embeds, self.device = inputs_embeds, inputs_embeds.device
 
     def embed(self, span, to_host=False, live=None):
         """As of `InterleavedInputs`."""
@@ -25,42 +22,32 @@ class InterleavedInputs:
     Args:
         model: `VideoMa2mbaModel`.
         input_ids: (batch, tokens) int64.
-        pixel_values_videos, pixel_values: (batch, frames, 3, height, width) or None. Rows may hold padding frames at
-            the end; placeholders say how many are real.
+        pixels_by_name: `pixel_values_videos` and `pixel_values`, as of the model's forward.
+        order: (batch, tokens) int64, in which the tokens of each row are wanted; None as they are.
 
     Raises:
-        ValueError: placeholders and frames do not fit.
+        ValueError: placeholders and frames do not fit, or NEFTune, whose noise is of whole rows.
     """
 
-    def __init__(self, model, input_ids, pixel_values_videos, pixel_values):
-        self.model, self.input_ids = model, input_ids
-        self.kinds = []  # method, all real frames, and the token of these that stands at a position, -1 for none
-        for name, pixels, token_id, encode in (
-            ("pixel_values_videos", pixel_values_videos, model.config.video_token_id, model.get_video_features),
-            ("pixel_values", pixel_values, model.config.image_token_id, model.get_image_features),
-        ):
-            is_placeholder = input_ids == token_id
+    def __init__(self, model, input_ids, pixels_by_name, order=None):
+        if getattr(model.get_input_embeddings(), "neftune_noise_alpha", None) is not None:
+            raise ValueError("neftune_noise_alpha needs the embeddings of whole rows; use it without gradient_horizon")
+        self.model, self.input_ids = model, input_ids if order is None else input_ids.gather(1, order)
+        self.device = input_ids.device
+        self.kinds = []  # all real frames, and the token of these that stands at a position, -1 for none
+        token_ids = {"pixel_values_videos": model.config.video_token_id, "pixel_values": model.config.image_token_id}
+        for name, token_id in token_ids.items():
+            is_placeholder, pixels = input_ids == token_id, pixels_by_name[name]
             if pixels is None:
-                # a single id is a token being generated, which a model may get wrong
-                if input_ids.shape[1] > 1 and is_placeholder.any():
-                    raise ValueError(
-                        f"input_ids has {int(is_placeholder.sum())} placeholders for {name}, but no {name} was given; "
-                        "prepare both with the same processor call"
-                    )
+                refuse_placeholders(is_placeholder, name)
                 continue
-            counts = _frames_per_row(is_placeholder, pixels, name, model.config.tokens_per_frame)
+            counts = model.frames_per_row(is_placeholder, pixels, name)
             frames = pixels.flatten(0, 1)
             if min(counts) < pixels.shape[1]:
                 frames = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
             numbers = is_placeholder.flatten().cumsum(0).view_as(input_ids) - 1
-            self.kinds.append((encode, frames, torch.where(is_placeholder, numbers, -1)))
-
-    def reordered(self, order):
-        """The same with the tokens of each row in this order: (batch, tokens) int64."""
-        other = object.__new__(InterleavedInputs)
-        other.model, other.input_ids = self.model, self.input_ids.gather(1, order)
-        other.kinds = [(encode, frames, numbers.gather(1, order)) for encode, frames, numbers in self.kinds]
-        return other
+            numbers = torch.where(is_placeholder, numbers, -1)
+            self.kinds.append((frames, numbers if order is None else numbers.gather(1, order)))
 
     def embed(self, span, to_host=False, live=None):
         """
@@ -72,12 +59,10 @@ class InterleavedInputs:
         Returns:
             (batch, span, hidden).
         """
-        ids, per_frame = self.input_ids[:, span], self.model.config.tokens_per_frame
-        is_text, masks, values = torch.ones_like(ids, dtype=torch.bool), [], []
-        for encode, frames, numbers in self.kinds:
+        per_frame, parts = self.model.config.tokens_per_frame, []
+        for frames, numbers in self.kinds:
             numbers = numbers[:, span]
             here = numbers >= 0
-            is_text &= ~here
             rests = torch.zeros_like(here)
             if live is not None:
                 of_frame = numbers // per_frame
@@ -85,56 +70,16 @@ class InterleavedInputs:
             for mask, builds_graph in ((here & ~rests, True), (rests, False)):
                 if mask.any():
                     with torch.set_grad_enabled(builds_graph and torch.is_grad_enabled()):
-                        values.append(_encode(encode, frames, numbers[mask], per_frame, to_host))
-                    masks.append(mask)
-        text = self.model.get_input_embeddings()(ids[is_text])
-        if not values and not to_host:
-            return text.view(*ids.shape, -1)
-        masks, values = [*masks, is_text], [*values, text.cpu() if to_host else text]
-        masks = tuple(mask.to(values[-1].device) for mask in masks)
-        return _Interleave.apply(masks, text.dtype, to_host and text.is_cuda, *values)
+                        parts.append((mask, self._encode(frames, numbers[mask], to_host)))
+        return self.model.interleave(self.input_ids[:, span], None, parts, to_host)
 
-
-def _encode(encode, frames, numbers, per_frame, to_host):
-    """The tokens `numbers` (tokens,) of the frames, each frame encoded once: (tokens, hidden)."""
-    wanted, place = (numbers // per_frame).unique(return_inverse=True)
-    if len(wanted) < len(frames):
-        frames = frames[wanted.to(frames.device)]
-    values = encode(frames, to_host=to_host).pooler_output.flatten(0, 1)
-    place = place * per_frame + numbers % per_frame
-    whole = len(place) == len(values) and bool((place[1:] > place[:-1]).all())
-    return values if whole else values[place.to(values.device)]
-
-
-class _Interleave(torch.autograd.Function):
-    """Rows of several tensors into one sequence: `out[masks[i]] = values[i]`, each position in exactly one mask."""
-
-    @staticmethod
-    def forward(ctx, masks, dtype, pin_memory, *values):
-        ctx.masks, ctx.dtypes = masks, [value.dtype for value in values]
-        shape, device = (*masks[0].shape, values[0].shape[-1]), values[0].device
-        out = torch.empty(shape, dtype=dtype, device=device, pin_memory=pin_memory)
-        for mask, value in zip(masks, values, strict=True):
-            out[mask] = value.to(dtype)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        wanted = zip(ctx.masks, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
-        return None, None, None, *(grad[mask].to(dtype) if need else None for mask, dtype, need in wanted)
-
-
-def _frames_per_row(is_placeholder, pixels, name, tokens_per_frame):
-    if pixels.ndim != 5:
-        raise ValueError(f"{name} must be (batch, frames, 3, height, width), got shape {tuple(pixels.shape)}")
-    counts = is_placeholder.sum(dim=1).tolist()
-    num_frames = [count // tokens_per_frame for count in counts]
-    whole = all(count % tokens_per_frame == 0 for count in counts)
-    if not whole or len(counts) != pixels.shape[0] or max(num_frames) != pixels.shape[1]:
-        raise ValueError(
-            f"the rows of input_ids have {counts} placeholders for {name} at {tokens_per_frame} per frame, but "
-            f"{name} holds {pixels.shape[0]} row(s) of {pixels.shape[1]} frame(s); prepare both with the same "
-            "processor call"
-        )
-    return num_frames
+    def _encode(self, frames, numbers, to_host):
+        """The tokens `numbers` (tokens,) of the frames, each frame encoded once: (tokens, hidden)."""
+        per_frame = self.model.config.tokens_per_frame
+        wanted, place = (numbers // per_frame).unique(return_inverse=True)
+        if len(wanted) < len(frames):
+            frames = frames[wanted.to(frames.device)]
+        values = self.model._encode(frames, to_host=to_host).flatten(0, 1)
+        place = place * per_frame + numbers % per_frame
+        whole = len(place) == len(values) and bool((place[1:] > place[:-1]).all())
+        return values if whole else values[place.to(values.device)]

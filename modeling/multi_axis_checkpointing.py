@@ -77,6 +77,19 @@ class MultiAxisCheckpointing:
         """Back to keeping everything."""
         self._base().gradient_checkpointing = False
 
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **options):
+        """`gradient_checkpointing_enable` under Transformers' newer name; `options` are its arguments."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_disable(self):
+        """`gradient_checkpointing_disable` under Transformers' newer name."""
+        self.gradient_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self):
+        """Whether it is switched on."""
+        return self._base().gradient_checkpointing
+
     def enable_input_require_grads(self):
         """Nothing to do: no checkpoint of this model needs a gradient at its inputs. A frozen tower builds no graph."""
 
@@ -102,7 +115,7 @@ class MultiAxisCheckpointing:
             options = vars(base.checkpoint_options).copy()
             if options["sequence_interval"] is not None:  # a batch shorter than that is one time block
                 options["sequence_interval"] = min(options["sequence_interval"], sequence_length)
-            weight = base.language_model.embeddings.weight
+            weight = next(param for param in base.language_model.parameters() if param.is_floating_point())
             backends = base.language_model.layers[0].mixer.backends(weight.device, weight.dtype)
             base._plans[key] = plan_checkpoints(
                 self.config, batch_size, sequence_length, dtype_bytes=weight.element_size(),

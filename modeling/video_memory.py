@@ -50,8 +50,10 @@ class VideoMemory(VideoMemoryAnswers):
 
     def __str__(self):
         minutes, seconds = divmod(round(self.duration_s), 60)
+        hours, minutes = divmod(minutes, 60)
+        clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
         return (
-            f"{self.num_frames} frames up to {minutes}:{seconds:02d}, {self.num_tokens} tokens, "
+            f"{self.num_frames} frames up to {clock}, {self.num_tokens} tokens, "
             f"{format_bytes(self.num_bytes)} of states"
         )
 

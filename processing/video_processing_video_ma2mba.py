@@ -15,19 +15,14 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 from transformers import BatchFeature
-from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .frame_sampling_video_ma2mba import check_sampling, load_video
+from .options_video_ma2mba import NAMES, VideoMa2mbaVideoProcessorKwargs, VideoMa2mbaVideosKwargs, check, media_rules
 from .video_reader import Size, VideoFrame, VideoFrames, read_frames
 
 RESIZE_MODES = ("crop", "squash", "pad")
 _FRAMES_AT_ONCE = 32  # so many frames in memory become float32 at a time
-
-
-class VideoMa2mbaVideoKwargs(VideosKwargs, total=False):
-    """The settings transformers does not know by name."""
-
-    resize_mode: str
 
 
 class FrameSampling(TypedDict, total=False):
@@ -68,13 +63,13 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             default.
 
     Raises:
-        ValueError: A size that is no square, or an unknown resize_mode.
+        ValueError: A size that is no square, an unknown resize_mode, or a setting of Transformers without meaning here.
 
     Files are scaled by libswscale while they are decoded, frames in memory by torch's antialiased bicubic filter. Both
     are the same filter up to rounding, but libswscale scales the colour planes before they become RGB.
     """
 
-    valid_kwargs = VideoMa2mbaVideoKwargs  # type: ignore[assignment]  # declared for images alone
+    valid_kwargs = VideoMa2mbaVideoProcessorKwargs  # type: ignore[assignment]  # declared for images alone
     model_input_names = ["pixel_values_videos"]  # noqa: RUF012 (as transformers declares it)
     # set by the base class from the arguments
     size: dict[str, int]
@@ -101,6 +96,7 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"size must be a number of pixels or a square {{'height': n, 'width': n}}, got {size}.")
         if resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode must be one of {', '.join(RESIZE_MODES)}, got {resize_mode!r}.")
+        check(kwargs, media_rules(side, resize_mode) | {"num_frames": ((), "Give it in the call, or with the video.")})
         super().__init__(  # type: ignore[call-arg]  # it keeps settings that it does not know
             size={"height": side, "width": side},
             resize_mode=resize_mode,
@@ -118,43 +114,85 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         return self.size["height"]
 
     def preprocess(
-        self,
-        videos: Any,
-        *,
-        do_rescale: bool | None = None,
-        do_normalize: bool | None = None,
-        return_tensors: str | None = "pt",
-        return_timestamps: bool = False,
-        **sampling: Unpack[FrameSampling],
+        self, videos: Any, *, return_tensors: Any = "pt", **options: Unpack[VideoMa2mbaVideosKwargs]
     ) -> BatchFeature:
         """Loads one video, or a list of videos, one per row.
 
         Args:
-            videos: What `load` takes, or a list of that.
-            sampling: See `load`.
-            do_rescale, do_normalize: Override the settings for this call.
+            videos: What `load` takes, a file's bytes, {"path", "bytes"}, a list of the files of frames; or a list of
+                that.
             return_tensors: "pt" or "np".
-            return_timestamps: Also return `video_timestamps`, a list with one list of seconds (or None) per video.
+            options: See `VideoMa2mbaVideosKwargs`.
 
         Returns:
             `pixel_values_videos`: (videos, frames, 3, side, side), uint8, or float32 after rescaling. Shorter videos
             end in zero frames.
+
+        Raises:
+            TypeError: An option that is not known.
+            ValueError: One that cannot be honoured.
         """
-        loaded = [self.load(video, **sampling) for video in flatten_videos(videos)]
-        pixels = stack_rows([video.frames for video in loaded])
-        pixels = self.rescale_and_normalize_frames(pixels, do_rescale, do_normalize)
+        if unknown := options.keys() - NAMES["videos_kwargs"]:
+            raise TypeError(f"The video processor has no option {', '.join(sorted(unknown))}.")
+        given = {name: value for name, value in options.items() if value is not None}
+        loaded = self.load_all(flatten_videos(videos), given)
+        pixels = self.stack([[video.frames] for video, _ in loaded], given)
         batch = BatchFeature({"pixel_values_videos": pixels}, tensor_type=return_tensors)
-        if return_timestamps:
-            batch["video_timestamps"] = [video.timestamps_s for video in loaded]
+        if given.get("return_timestamps"):
+            batch["video_timestamps"] = [video.timestamps_s for video, _ in loaded]
+        if given.get("return_metadata"):
+            batch["video_metadata"] = [metadata for _, metadata in loaded]
         return batch
 
-    def open_video(self, path: str | os.PathLike, **sampling: Unpack[FrameSampling]) -> VideoFrames:
+    def load_all(self, videos: list, options: dict[str, Any]) -> list[tuple[LoadedVideo, Any]]:
+        """Loads each video, with its metadata where they are asked for.
+
+        Args:
+            videos: What `preprocess` takes, one per video.
+            options: See `VideoMa2mbaVideosKwargs`; `video_metadata` has one entry per video.
+
+        Raises:
+            ValueError: An option that cannot be honoured.
+        """
+        check_sampling(options)
+        check(options, media_rules(self.side, self.resize_mode))
+        metadata = flatten_metadata(options.get("video_metadata"), len(videos))
+        return [
+            load_video(self, video, options | {"video_metadata": one})
+            for video, one in zip(videos, metadata, strict=True)
+        ]
+
+    def stack(self, rows: list[list[torch.Tensor]], options: dict[str, Any]) -> torch.Tensor:
+        """Rows of loaded media as one tensor.
+
+        Args:
+            rows: Per row a list of (frames, 3, side, side), uint8 or float32.
+            options: See `VideoMa2mbaVideosKwargs`: those about pixels, and `device`.
+
+        Returns:
+            (rows, frames, 3, side, side), the media of a row one after the other, filled with zeros at the end.
+        """
+        names = ("do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std")
+        asked = {name: options[name] for name in names if name in options}
+        if any(part.is_floating_point() for row in rows for part in row):  # the others must be of the same kind
+            asked = {"do_normalize": True, **asked, "do_rescale": True}
+        empty = torch.empty((0, 3, self.side, self.side), dtype=torch.uint8)
+        joined = []
+        for row in rows:
+            done = [part if part.is_floating_point() else self.rescale_and_normalize_frames(part, **asked)
+                    for part in row or [empty]]  # fmt: skip
+            joined.append(done[0] if len(done) == 1 else torch.cat(done))
+        return stack_rows(joined).to(options.get("device", "cpu"))
+
+    def open_video(
+        self, path: str | os.PathLike, *, num_threads: int | None = None, **sampling: Unpack[FrameSampling]
+    ) -> VideoFrames:
         """Like `read_frames` of a path, with frames of the size the model wants: pixels are (side, side, 3) uint8.
 
         Args:
-            path, sampling: See `read_frames` and `FrameSampling`.
+            path, num_threads, sampling: See `read_frames` and `FrameSampling`.
         """
-        options: dict[str, Any] = dict(sampling)
+        options: dict[str, Any] = {"num_threads": num_threads, **sampling}
         if options.get("fps") is None:
             options["fps"] = self.fps
         frames = read_frames(path, resize=self._size_before_squaring, **options)
@@ -225,16 +263,31 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         return self.load([image]).frames
 
     def rescale_and_normalize_frames(
-        self, pixels: torch.Tensor, do_rescale: bool | None = None, do_normalize: bool | None = None
+        self,
+        pixels: torch.Tensor,
+        do_rescale: bool | None = None,
+        do_normalize: bool | None = None,
+        rescale_factor: float | None = None,
+        image_mean: float | Sequence[float] | None = None,
+        image_std: float | Sequence[float] | None = None,
     ) -> torch.Tensor:
-        """(..., 3, height, width) uint8 as it is, or as float32 where the settings or the arguments ask for it."""
+        """(..., 3, height, width) uint8 as it is, or as float32 where the settings or the arguments ask for it.
+
+        Args:
+            pixels: As above.
+            do_rescale, do_normalize, rescale_factor, image_mean, image_std: In place of the settings of these names.
+        """
         do_rescale = self.do_rescale if do_rescale is None else do_rescale
         do_normalize = self.do_normalize if do_normalize is None else do_normalize
         if not (do_rescale or do_normalize):
             return pixels
-        pixels = pixels.to(torch.float32) * self.rescale_factor
+        pixels = pixels.to(torch.float32) * (self.rescale_factor if rescale_factor is None else rescale_factor)
         if do_normalize:
-            mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+            statistics = (
+                self.image_mean if image_mean is None else image_mean,
+                self.image_std if image_std is None else image_std,
+            )
+            mean, std = (torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in statistics)
             pixels = pixels.sub_(mean).div_(std)
         return pixels
 
@@ -290,6 +343,20 @@ def flatten_videos(videos: Any) -> list:
     if videos and _is_frame(videos[0]):
         return [videos]
     return [flat for video in videos for flat in flatten_videos(video)]
+
+
+def flatten_metadata(metadata: Any, num_videos: int) -> list:
+    """`video_metadata` as Transformers takes it, one or a (nested) list, as one entry (or None) per video."""
+    if metadata is None:
+        return [None] * num_videos
+    entries = _flat(metadata)
+    if len(entries) != num_videos:
+        raise ValueError(f"video_metadata has {len(entries)} entries for {num_videos} videos. Give one for each.")
+    return entries
+
+
+def _flat(nested: Any) -> list:
+    return [one for part in nested for one in _flat(part)] if isinstance(nested, list | tuple) else [nested]
 
 
 def stack_rows(rows: list[torch.Tensor]) -> torch.Tensor:

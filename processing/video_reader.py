@@ -98,6 +98,7 @@ def read_frames(
     end_s: float | None = None,
     resize: Size | Callable[[int, int], Size] | None = None,
     strict: bool = False,
+    num_threads: int | None = None,
 ) -> VideoFrames:
     """Picks the frames shown at `start_s`, `start_s + 1/fps`, `start_s + 2/fps`, ... before `end_s`, lazily.
 
@@ -153,7 +154,7 @@ def read_frames(
     times = (start + k * step for k in range(num_frames))
     gap = info.keyframe_interval_s
     seek = num_frames > 1 and gap is not None and gap <= step * _SEEK_MARGIN  # rule 3
-    frames = _decode(info, times, num_frames, resize=resize, seek=seek, strict=strict)
+    frames = _decode(info, times, num_frames, resize=resize, seek=seek, strict=strict, num_threads=num_threads)
     return VideoFrames(info, num_frames, frames)
 
 
@@ -163,10 +164,17 @@ def _as_fraction(number: float) -> Fraction:
 
 
 def _decode(
-    info: VideoInfo, times: Iterator[Fraction], num_frames: int, *, resize, seek: bool, strict: bool
+    info: VideoInfo,
+    times: Iterator[Fraction],
+    num_frames: int,
+    *,
+    resize,
+    seek: bool,
+    strict: bool,
+    num_threads: int | None,
 ) -> Generator[VideoFrame, None, None]:
     """Opens the file anew and yields the frame shown at each of the `num_frames` ascending `times` (seconds)."""
-    with VideoSource(info.path) as source:
+    with VideoSource(info.path, num_threads) as source:
         # Frame threads keep the cores busy in a sequential run, but delay the first frame after every seek.
         source.stream.thread_type = "SLICE" if seek else "AUTO"
         reformatter = VideoReformatter()

@@ -50,11 +50,12 @@ class VideoInfo:
 class VideoSource:
     """An open file and its one video stream. Times are integers, in ticks of the stream's time base (rule 2)."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
         if av is None:
             raise ImportError("Reading video files needs PyAV: pip install av")
         self.path = _local_path(path)
         self.name = f"'{self.path}'"
+        self.num_threads = num_threads
         self.container = self._open()
         try:
             self.stream = self._video_stream()
@@ -244,6 +245,8 @@ class VideoSource:
                         f"{self.name}: its pictures are in a format that this FFmpeg cannot decode. Convert it to mp4, "
                         "or, if it should be one, copy or download it again."
                     )
+                if self.num_threads is not None:
+                    stream.codec_context.thread_count = self.num_threads
                 return stream
         kinds = sorted({stream.type for stream in self.container.streams})
         raise VideoReadError(

@@ -13,7 +13,6 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
 from ..modeling.checkpointing import run_checkpointed
 from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
+from ..modeling.head_loss import head_loss
 from ..modeling.mamba2 import Mamba2Backbone
-from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from .counting import CountedHostStore, LiveBytes, counting
 
 METHODS = (*methods.METHODS, "sequence_major, two recomputes")
@@ -212,8 +211,9 @@ def count(
             hidden_states = backbone.norm_f(hidden_states[None])[0]
         cache = _ = None  # training hands on no states
         targets = torch.empty(batch_size * num_kept, dtype=torch.int64, device="meta")
-        head: Any = SimpleNamespace(config=config, lm_head=SimpleNamespace(weight=backbone.embeddings.weight))
-        loss = VideoMa2mbaForConditionalGeneration._loss(head, hidden_states, targets, None)
+        head = torch.nn.Linear(*reversed(backbone.embeddings.weight.shape), bias=False, device="meta")
+        head.weight = backbone.embeddings.weight
+        loss = head_loss(head, hidden_states, targets, config.loss_chunk_size)
         del hidden_states
         loss.backward()
     assert counter.live["gradients"] == counter.live["weights"], "a parameter went without its gradient"

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 Converted = TypeVar("Converted")
+_MEDIA_WORDS = re.compile(r"video|image|picture|photo|frame|clip|audio|sound|media|pixel", re.IGNORECASE)
+_SYSTEM_KEYS = ("system", "system_prompt")
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -98,11 +101,37 @@ def convert_all(
         try:
             if not isinstance(item.value, dict):
                 raise Malformed(f"a record must be an object, got {str(item.value)[:60]!r}")
-            yield from convert(item)
+            for converted in convert(item):
+                yield _complete(converted, item.value) if isinstance(converted, Record) else converted
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # the last three: a list for a text, ...
             identity = item.value.get("id", "") if isinstance(item.value, dict) else ""
             said = "" if isinstance(error, ValueError) else "a value of another kind than the format's: "
             yield Problem(item.where, "malformed", f"{said}{error}", str(identity))
+
+
+def named_media(item: dict[str, Any]) -> list[str]:
+    """The keys that may name a medium, by their words, and hold something that may."""
+    return [key for key, value in item.items() if _MEDIA_WORDS.search(str(key)) and isinstance(value, str | list | dict)
+            and value]  # fmt: skip
+
+
+def _complete(record: Record, item: dict[str, Any]) -> Record:
+    """The record with the system prompt that stands beside it; refused where its medium was not read."""
+    if not any(record.media()) and (names := named_media(item)):
+        raise Malformed(f"{', '.join(names)} may name a medium, and is not read: call it 'video' or 'image'")
+    for key in _SYSTEM_KEYS:
+        prompt = item.get(key)
+        if not prompt:
+            continue
+        if not isinstance(prompt, str):
+            raise Malformed(f"{key!r} must be a text, got {prompt!r}")
+        system = {"role": "system", "content": [{"type": "text", "text": prompt.strip()}]}
+        if record.messages[:1] == [system]:
+            continue
+        if any(message["role"] == "system" for message in record.messages):
+            raise Malformed(f"a system prompt stands under {key!r} and in the turns; leave one out")
+        record = replace(record, messages=[system, *record.messages])
+    return record
 
 
 def read_items(source: Path) -> Iterator[Item | Problem]:

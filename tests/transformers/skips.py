@@ -1,0 +1,53 @@
+"""What is skipped of transformers' common tests, and why: anything else that skips fails."""
+
+import fnmatch
+import unittest
+
+# Tests that ask for what this model does otherwise. Pattern of the name -> reason.
+OTHERWISE = {
+    "test_gradient_checkpointing_enable_disable": "the tower has no checkpointing of its own: it runs in micro-batches",
+    "test_peft_gradient_checkpointing_enable_disable": "as above",
+    "test_training_gradient_checkpointing*": "asks the layer class of transformers, where MA-GC checkpoints cells: "
+    "tests/modeling/test_gradient_checkpointing.py has every gradient of it",
+}
+
+# What the tests skip by themselves. Part of their message -> reason why it is right here.
+NO_ATTENTION = "the language model has no attention: a recurrent model returns none and has no choice of its kernels"
+NO_POSITIONS = "a recurrence needs no positions"
+MACHINE = "a GPU, another system or an optional package, which the machine of the tests has not"
+THEMSELVES = {
+    "does not support attentions": NO_ATTENTION,
+    "does not output attentions": NO_ATTENTION,
+    "does not support output_attentions": NO_ATTENTION,
+    "does not support grouped_mm": "no mixture of experts",
+    "no sparse experts": "no mixture of experts",
+    "no `output_router_logits`": "no mixture of experts",
+    "does not have position embeddings": NO_POSITIONS,
+    "does not have RoPE": NO_POSITIONS,
+    "does not support RoPE scaling": NO_POSITIONS,
+    "no axial RoPE layer": NO_POSITIONS,
+    "non standard Cache": "states of fixed size, no DynamicCache: tests/modeling/test_generation.py has the old names",
+    "does not have a TP plan": "none is offered, as by Mamba2 of transformers",
+    "Model is not an encoder-decoder": "a decoder alone",
+    "Only PrefixChange conversions found": "the names of the weights have never changed",
+    "test is slow": "compiles for training on a GPU",
+    "test requires Flash Attention": MACHINE,
+    "test requires MPS": MACHINE,
+    "test requires accelerator": MACHINE + "; offload to CPU and disk: tests/modeling",
+    "test requires deepspeed": MACHINE,
+    "test requires multiple accelerators": MACHINE,
+    "test requires the kernels library": MACHINE,
+}
+
+
+def skipped(mixin: type) -> type:
+    """A base class that skips the tests of `mixin` that `OTHERWISE` names; it goes before the mixin."""
+    body = {}
+    for pattern, reason in OTHERWISE.items():
+        for name in fnmatch.filter(dir(mixin), pattern):
+            body[name] = unittest.skip(reason)(lambda self: None)
+    return type(f"Skipped{mixin.__name__}", (), body)
+
+
+def is_listed(message: str) -> bool:
+    return any(part in message for part in (*OTHERWISE.values(), *THEMSELVES))
