@@ -322,7 +322,9 @@ class Mamba2Backbone(nn.Module):
         """The `Mamba2Cache` before the first token; device and dtype as of `Mamba2Mixer.new_state`."""
         return Mamba2Cache([layer.mixer.new_state(batch_size, device, dtype) for layer in self.layers])
 
-    def forward(self, inputs_embeds, cache, mask=None, keep=None, chunk_size=None, plan=None, every_layer=None):
+    def forward(
+        self, inputs_embeds, cache, mask=None, keep=None, chunk_size=None, plan=None, every_layer=None, windows=None
+    ):
         """
         Args:
             inputs_embeds: (batch, tokens, hidden).
@@ -334,12 +336,15 @@ class Mamba2Backbone(nn.Module):
             plan: `CheckpointPlan` to carry out; None for no checkpointing.
             every_layer: list to which the hidden states of all tokens are added, layers + 1 entries: the embeddings,
                 those after each layer, the last one after the final norm. Not with a plan, which keeps none of them.
+            windows: `GradientWindows` of a plan, or None.
 
         Returns:
             (kept, hidden), or (batch, tokens, hidden) where `keep` is None: after the final norm.
         """
         if plan is not None:
-            hidden_states, cache.layers = run_checkpointed(self.layers, plan, inputs_embeds, cache.layers, mask, keep)
+            hidden_states, cache.layers = run_checkpointed(
+                self.layers, plan, inputs_embeds, cache.layers, mask, keep, None, None, windows
+            )
         else:
             chunk_size = chunk_size or self.prefill_chunk_size
             hidden_states = self._loop(inputs_embeds, cache, mask, keep, chunk_size, every_layer)

@@ -1,6 +1,7 @@
 """Video-Ma2mba: a vision tower, a projector and a Mamba-2 backbone that reads every frame (arXiv 2411.19460)."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from .arguments import check_arguments, chosen, hidden_states_wanted, num_logits
 from .checkpoint_plan import CheckpointOptions, format_bytes
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .generation_video_ma2mba import VideoMa2mbaGeneration, cache_under_old_names
+from .gradient_horizon import gradient_windows
 from .head_loss import head_loss
+from .interleaved_inputs import InterleavedInputs, WholeEmbeddings
 from .mamba2 import Mamba2Backbone, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .outputs import VideoMa2mbaOutput
@@ -91,6 +94,32 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.embeddings = value
 
+    def _gradient_windows(self, mask, rows, batch, num_tokens):
+        """The `GradientWindows` of a batch in the backbone's layout, for the horizon asked for; None for no end."""
+        if (horizon := self.checkpoint_options.gradient_horizon) is None:
+            return None
+        lengths = torch.full((batch,), num_tokens) if mask is None else mask.sum(dim=1).cpu()
+        supervised = torch.ones(batch, num_tokens, dtype=torch.bool) if rows is None else rows >= 0
+        return gradient_windows(lengths, supervised, horizon)
+
+    def _watch_and_train(self, inputs, cache, mask, rows, chunk_size, plan, windows):
+        """What comes before all windows is watched, a chunk at a time; the rest goes through the plan."""
+        step = chunk_size or self.language_model.prefill_chunk_size
+        num_tokens = windows.first + windows.live.shape[1]
+        borders = [*range(0, windows.first, step), windows.first, num_tokens]
+        for span in (slice(a, b) for a, b in pairwise(borders)):
+            trains = span.start == windows.first
+            how = (plan.offload, windows.live) if trains else ()
+            with torch.set_grad_enabled(trains):
+                embeds = inputs.embed(span, *how)
+                if cache is None:
+                    cache = self.language_model.new_cache(len(windows.live), inputs.device, embeds.dtype)
+                here = (None if tensor is None else tensor[:, span] for tensor in (mask, rows))
+                how = (None, plan, None, windows) if trains else ()
+                embeds = embeds if trains else embeds.to(cache.layers[0][0].device)
+                hidden_states = self.language_model(embeds, cache, *here, *how)
+        return hidden_states, cache
+
     @can_return_tuple
     @cache_under_old_names
     def forward(
@@ -138,15 +167,9 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
         device = (input_ids if inputs_embeds is None else inputs_embeds).device
-        plan = self.checkpoint_plan(batch, num_tokens) if self.is_checkpointing() and torch.is_grad_enabled() else None
-        layers_wanted = hidden_states_wanted(output_hidden_states, self.config, plan is not None)
+        checkpoints = self.is_checkpointing() and torch.is_grad_enabled()
+        layers_wanted = hidden_states_wanted(output_hidden_states, self.config, checkpoints)
         every_layer = [] if layers_wanted else None
-        if inputs_embeds is None or pixel_values_videos is not None or pixel_values is not None:
-            pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
-            inputs_embeds = self._embed(input_ids, inputs_embeds, pixels, plan is not None and plan.offload)
-
-        if cache is None:
-            cache = self.language_model.new_cache(batch, device, inputs_embeds.dtype)
         rows = None
         if keep is not None:
             keep = keep.cpu()
@@ -161,10 +184,30 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
         if mask is not None and (compiling or (mask[:, 1:] & ~mask[:, :-1]).any()):
             # The backbone knows one layout, real tokens first: so every kind of padding is exact, also after a past.
             order = mask.int().argsort(dim=1, descending=True, stable=True)
-            inputs_embeds = inputs_embeds.gather(1, order.to(inputs_embeds.device)[..., None].expand_as(inputs_embeds))
             mask = mask.gather(1, order)
             rows = None if rows is None else rows.gather(1, order.cpu())
-        hidden_states = self.language_model(inputs_embeds, cache, mask, rows, prefill_chunk_size, plan, every_layer)
+
+        windows = self._gradient_windows(mask, rows, batch, num_tokens) if checkpoints else None
+        first = 0 if windows is None else windows.first
+        plan = self.checkpoint_plan(batch, num_tokens, num_tokens - first) if checkpoints else None
+        pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
+        if windows is not None and inputs_embeds is None:
+            inputs = InterleavedInputs(self, input_ids, pixels, order)
+            hidden_states, cache = self._watch_and_train(inputs, cache, mask, rows, prefill_chunk_size, plan, windows)
+        else:
+            if inputs_embeds is None or pixel_values_videos is not None or pixel_values is not None:
+                inputs_embeds = self._embed(input_ids, inputs_embeds, pixels, plan is not None and plan.offload)
+            if order is not None:
+                places = order.to(inputs_embeds.device)[..., None].expand_as(inputs_embeds)
+                inputs_embeds = inputs_embeds.gather(1, places)
+            if cache is None:
+                cache = self.language_model.new_cache(batch, device, inputs_embeds.dtype)
+            how = (prefill_chunk_size, plan)
+            if windows is None:
+                hidden_states = self.language_model(inputs_embeds, cache, mask, rows, *how, every_layer)
+            else:
+                inputs = WholeEmbeddings(inputs_embeds)
+                hidden_states, cache = self._watch_and_train(inputs, cache, mask, rows, *how, windows)
         if order is not None:
             back = order.argsort(dim=1)[..., None]
             if keep is None:

@@ -185,11 +185,21 @@ class VisualFeatures:
                 is_placeholder = (inputs_embeds == one.to(inputs_embeds)).all(-1)
             if pixels is None:
                 if input_ids is not None:
-                    _refuse_placeholders(is_placeholder, name)
+                    refuse_placeholders(is_placeholder, name)
                 continue
-            counts = self._frames_per_row(is_placeholder, pixels, name, input_ids is None)
+            counts = self.frames_per_row(is_placeholder, pixels, name, input_ids is None)
             frames = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
             parts.append((is_placeholder, self._encode(frames, to_host=to_host).flatten(0, 1)))
+        return self.interleave(input_ids, inputs_embeds, parts, to_host)
+
+    def interleave(self, input_ids, inputs_embeds, parts, to_host):
+        """Text, as ids or embeddings, with other embeddings in the places of their masks: (batch, tokens, hidden).
+
+        Args:
+            parts: pairs of a mask (batch, tokens) bool, and what stands there, row by row.
+            to_host: gather the result in host memory.
+        """
+        table = self.get_input_embeddings()
         if not to_host:
             text = table(input_ids) if inputs_embeds is None else inputs_embeds
             if not parts:
@@ -216,7 +226,8 @@ class VisualFeatures:
         whole = torch.empty(shape, dtype=text.dtype, device=values[-1].device, pin_memory=text.is_cuda)
         return _Interleave.apply(whole, True, masks, *values)
 
-    def _frames_per_row(self, is_placeholder, pixels, name, by_embedding):
+    def frames_per_row(self, is_placeholder, pixels, name, by_embedding=False):
+        """How many real frames each row has, as its placeholders say. Raises ValueError where they do not fit."""
         if pixels.ndim != 5:
             raise ValueError(f"{name} must be (batch, frames, 3, height, width), got shape {tuple(pixels.shape)}")
         tokens_per_frame = self.config.tokens_per_frame
@@ -235,7 +246,7 @@ class VisualFeatures:
         return num_frames
 
 
-def _refuse_placeholders(is_placeholder, name):
+def refuse_placeholders(is_placeholder, name):
     # a single id is a token being generated, which a model may get wrong
     if is_placeholder.shape[1] == 1:
         return

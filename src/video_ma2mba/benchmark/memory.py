@@ -184,16 +184,23 @@ def count(
         # what autograd accumulates by itself
         parameter.register_post_accumulate_grad_hook(lambda param: counter.count_as(param.grad, "gradients"))
     num_kept = min(num_tokens, NUM_SUPERVISED)
-    keep = torch.full((batch_size, num_tokens), -1)
+    watched = plan.num_watched_tokens if plan is not None else 0
+    keep = torch.full((batch_size, num_tokens - watched), -1)
     keep[:, -num_kept:] = torch.arange(batch_size * num_kept).view(batch_size, num_kept)
 
     # no cycle may keep a tensor beyond its time: counted is what reference counts free
     gc.collect()
     with counting(counter, offload, stand_in):
+        cache, width = backbone.new_cache(batch_size), config.text_config.hidden_size
+        for start in range(0, watched, config.prefill_chunk_size):
+            length = min(config.prefill_chunk_size, watched - start)
+            with torch.no_grad():
+                embeds = torch.empty(batch_size, length, width, dtype=dtype, device="meta")
+                backbone(embeds, cache, None, torch.arange(length).sub(length - 1).clamp(-1).expand(batch_size, -1))
+                del embeds
         with counter.placing("host" if offload else "device"):
-            shape = batch_size, num_tokens, config.text_config.hidden_size
+            shape = batch_size, num_tokens - watched, width
             embeds = torch.empty(shape, dtype=dtype, device="meta").requires_grad_()
-        cache = backbone.new_cache(batch_size)
         if plan is None:
             hidden_states = backbone(embeds, cache, None, keep)
         else:

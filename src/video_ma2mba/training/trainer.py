@@ -17,6 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.collator import INFO
 from ..data.sampling import LengthGroupedSampler
+from ..modeling.modeling_video_ma2mba import VideoMa2mbaModel
+from .initial_states import InitialStates, InitialStatesOptions
 from .parameters import parameter_groups
 
 COMPLETE = "complete"  # written into a checkpoint when all else is
@@ -45,14 +47,24 @@ class VideoMa2mbaTrainer(Trainer):
 
     Args:
         vision_learning_rate: Of the tower; None for that of the rest.
+        initial_states: Where the states of a training sample begin; None: with zeros.
         The others: as of `transformers.Trainer`.
     """
 
     model: Any  # of `Trainer`, which declares that it may be missing
 
-    def __init__(self, *args: Any, vision_learning_rate: float | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        vision_learning_rate: float | None = None,
+        initial_states: InitialStatesOptions | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.vision_learning_rate = vision_learning_rate
+        self.initial_states = None
+        if initial_states is not None and initial_states.kind != "zeros":
+            self.initial_states = InitialStates(initial_states, self.args.seed, self.args.process_index)
         self._counts = dict.fromkeys(COUNTS, 0)
         self._counted_since = time.perf_counter()
         self._batch_info: list[dict[str, Any]] = []
@@ -141,13 +153,22 @@ class VideoMa2mbaTrainer(Trainer):
                 num_items_in_batch = max(num_items_in_batch, 1)  # nothing supervised: a loss of zero
         elif self._loss_only and not self.model.training and "labels" in inputs:
             inputs = {"logits_to_keep": torch.arange(0), **inputs}  # no logits, however long the video
+        states = self.initial_states if self.model.training else None
+        base = next(module for module in self.model.modules() if isinstance(module, VideoMa2mbaModel))
+        if states is not None:  # the model moves the cache on in place
+            ids = inputs["input_ids"]
+            inputs["cache"] = states.begin(base.language_model.new_cache(len(ids), ids.device))
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if states is not None:
+            states.end(inputs.pop("cache"))
         loss, *rest = result if isinstance(result, tuple) else (result,)
         if self.model.training:
             if not torch.isfinite(loss):
                 raise NonFiniteLoss(self._save_batch(inputs, loss))
-            if "pixel_values_videos" not in inputs and "pixel_values" not in inputs and self.args.world_size > 1:
-                # processes wait for a gradient of every parameter; a batch of text alone has none of the tower
+            frames = "pixel_values_videos" in inputs or "pixel_values" in inputs
+            if self.args.world_size > 1 and not (frames and base.checkpoint_options.gradient_horizon is None):
+                # processes wait for a gradient of every parameter; a batch of text alone has none of the tower, and so
+                # may one whose frames lie before the horizon
                 parameters = [
                     p for n, p in self.model.named_parameters() if p.requires_grad and "language_model" not in n
                 ]
@@ -191,10 +212,17 @@ class VideoMa2mbaTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.initial_states is not None:
+            self.initial_states.save(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (folder / COMPLETE).touch()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.initial_states is not None:
+            self.initial_states.load(Path(checkpoint))
 
 
 def for_label_smoothing(inputs: dict[str, Any], all_logits: bool) -> dict[str, Any]:
