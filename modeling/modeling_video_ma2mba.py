@@ -225,6 +225,9 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
 class VideoMa2mbaForConditionalGeneration(VideoMa2mbaGeneration, VideoMa2mbaPreTrainedModel, GenerationMixin):
     """Video-Ma2mba with its language head: answers questions about videos and images.
 
+    `torch.compile(fullgraph=True)` and `torch.export` take the prefill of text and the decode step. Eager stay frames,
+    whose number per row is read from the ids, and training, whose recomputation hangs on autograd's own hooks.
+
     Args:
         config: `VideoMa2mbaConfig`.
     """
