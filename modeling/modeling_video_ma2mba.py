@@ -118,8 +118,7 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
                 videos (images) of a row, one after another; shorter rows are padded with frames at the end.
             cache: `Mamba2Cache` of the tokens before; it is moved on in place.
             use_cache: return the states in `cache`. Default: yes, but not while training.
-            output_hidden_states: give out those of all tokens and layers, or of the layers in a list of indices. Default:
-                the config's.
+            output_hidden_states: give out those of all tokens and layers, or of some layers. Default: the config's.
             prefill_chunk_size: tokens per step without gradient; None means the config's.
             keep: (batch, tokens) bool, the tokens whose hidden states are wanted; None for all.
             mm_token_type_ids: taken and not needed: the ids themselves say what a placeholder is.
