@@ -8,10 +8,9 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .arguments import check_arguments, chosen_layers, hidden_states_wanted, num_logits_bytes
+from .arguments import check_arguments, chosen, hidden_states_wanted, num_logits_bytes
 from .checkpoint_plan import CheckpointOptions, format_bytes
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .generation_video_ma2mba import VideoMa2mbaGeneration, cache_under_old_names
@@ -118,7 +117,7 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
                 videos (images) of a row, one after another; shorter rows are padded with frames at the end.
             cache: `Mamba2Cache` of the tokens before; it is moved on in place.
             use_cache: return the states in `cache`. Default: yes, but not while training.
-            output_hidden_states: give out those of all tokens and layers, or of some layers. Default: the config's.
+            output_hidden_states: give out those of all tokens and layers, or of a list of these. Default: the config's.
             prefill_chunk_size: tokens per step without gradient; None means the config's.
             keep: (batch, tokens) bool, the tokens whose hidden states are wanted; None for all.
             mm_token_type_ids: taken and not needed: the ids themselves say what a placeholder is.
@@ -140,7 +139,8 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
             raise ValueError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
         device = (input_ids if inputs_embeds is None else inputs_embeds).device
         plan = self.checkpoint_plan(batch, num_tokens) if self.is_checkpointing() and torch.is_grad_enabled() else None
-        every_layer = [] if hidden_states_wanted(output_hidden_states, self.config, plan is not None) else None
+        layers_wanted = hidden_states_wanted(output_hidden_states, self.config, plan is not None)
+        every_layer = [] if layers_wanted else None
         if inputs_embeds is None or pixel_values_videos is not None or pixel_values is not None:
             pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
             inputs_embeds = self._embed(input_ids, inputs_embeds, pixels, plan is not None and plan.offload)
@@ -175,9 +175,7 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
         return VideoMa2mbaOutput(
             last_hidden_state=hidden_states,
             cache=cache if use_cache else None,
-            hidden_states=None
-            if every_layer is None
-            else chosen_layers(every_layer, output_hidden_states, self.config),
+            hidden_states=None if every_layer is None else chosen(every_layer, layers_wanted),
         )
 
 
@@ -286,10 +284,9 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaGeneration, VideoMa2mbaPreT
                 rows = hidden_states[rows_of[supervised.cpu()].to(hidden_states.device)]
             loss = head_loss(self.lm_head, rows, targets[supervised], self.config.loss_chunk_size, num_items_in_batch)
         if wanted is not None:
-            rows = (
-                hidden_states[:, wanted] if keep is None else hidden_states[rows_of[:, wanted].to(hidden_states.device)]
-            )
-            logits = self.lm_head(rows).float()
+            # all of them, or of the rows that were kept
+            rows = (slice(None), wanted) if keep is None else rows_of[:, wanted].to(hidden_states.device)
+            logits = self.lm_head(hidden_states[rows]).float()
         return VideoMa2mbaOutput(loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states)
 
     def _logits_wanted(self, logits_to_keep, batch, num_tokens, has_targets):

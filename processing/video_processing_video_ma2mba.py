@@ -113,16 +113,13 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         """Height and width of the frames given out, in pixels."""
         return self.size["height"]
 
-    def preprocess(
-        self, videos: Any, *, return_tensors: Any = "pt", **options: Unpack[VideoMa2mbaVideosKwargs]
-    ) -> BatchFeature:
+    def preprocess(self, videos: Any, **options: Unpack[VideoMa2mbaVideosKwargs]) -> BatchFeature:
         """Loads one video, or a list of videos, one per row.
 
         Args:
             videos: What `load` takes, a file's bytes, {"path", "bytes"}, a list of the files of frames; or a list of
                 that.
-            return_tensors: "pt" or "np".
-            options: See `VideoMa2mbaVideosKwargs`.
+            options: See `VideoMa2mbaVideosKwargs`; `return_tensors` is "pt" by default, or "np".
 
         Returns:
             `pixel_values_videos`: (videos, frames, 3, side, side), uint8, or float32 after rescaling. Shorter videos
@@ -137,7 +134,7 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         given = {name: value for name, value in options.items() if value is not None}
         loaded = self.load_all(flatten_videos(videos), given)
         pixels = self.stack([[video.frames] for video, _ in loaded], given)
-        batch = BatchFeature({"pixel_values_videos": pixels}, tensor_type=return_tensors)
+        batch = BatchFeature({"pixel_values_videos": pixels}, tensor_type=options.get("return_tensors", "pt"))
         if given.get("return_timestamps"):
             batch["video_timestamps"] = [video.timestamps_s for video, _ in loaded]
         if given.get("return_metadata"):
