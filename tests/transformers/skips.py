@@ -9,7 +9,7 @@ OTHERWISE = {
     "test_peft_gradient_checkpointing_enable_disable": "as above",
     "test_training_gradient_checkpointing*": "asks the layer class of transformers, where MA-GC checkpoints cells: "
     "tests/modeling/test_gradient_checkpointing.py has every gradient of it",
-    "test_capture_outputs_decorator": "asks for attentions, as the tower records some; ours refuses by name",
+    "test_capture_outputs_decorator": "asks for attentions too, as the tower has some",
     "test_apply_chat_template_assistant_mask": "tokenising follows the schema of the checkpoint and refuses a template "
     "that says something else: tests/processing has the masks of that schema",
     "test_video_processor_save_load_with_autovideoprocessor": "`AutoVideoProcessor` needs torchvision",
