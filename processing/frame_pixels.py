@@ -1,0 +1,147 @@
+"""What the pixels of a picture are, wherever it comes from: RGB, upright, 8 bits, (height, width, 3) uint8.
+
+Frames of videos: converted by libswscale with the matrix and the range that the file names (BT.601 where it names
+none), high dynamic range without tone mapping, interlaced frames as they are stored; turned by the display matrix;
+pixels that are not square become square. Pictures: converted and turned as PIL does it, transparency left out, but for
+16 bits of grey, of which PIL would cut off all above 255: the upper 8 are taken. Frames in memory: uint8 as they are.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    import av
+    from av.video.reformatter import VideoReformatter
+
+Size = tuple[int, int]  # height, width
+Orientation = tuple[bool, bool, bool]  # transpose, then flip left-right, then flip upside down
+
+_DTYPE_MESSAGE = (
+    "Frames must be uint8 with values from 0 to 255, got {}. Convert, for values in [0, 1]: (frames * 255).round()."
+)
+_ONE_FRAME = "(height, width, 3) or (3, height, width)"
+_ALL_FRAMES = "(frames, height, width, 3) or (frames, 3, height, width)"
+
+
+# --- frames of videos ---
+
+
+def orientation_of(frame: "av.VideoFrame") -> Orientation:
+    """How the display matrix turns a stored frame: (transpose, then flip left-right, then flip upside down).
+
+    The matrix maps stored (x, y) to displayed (a x + c y, b x + d y), fixed point, y pointing down. Ask once per file:
+    PyAV's side data and its frame hold each other, so a frame once asked lives until the next garbage collection.
+    """
+    try:
+        side_data: Any = frame.side_data
+        matrix = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), dtype=np.int32)
+    except KeyError:
+        return False, False, False
+    except ValueError:  # side data of a kind that PyAV does not know, as the EXIF of a camera's MJPEG
+        return {90: (True, False, True), 180: (False, True, True), 270: (True, True, False)}.get(
+            round(frame.rotation) % 360, (False, False, False)
+        )
+    a, b, _, c, d = (int(value) for value in matrix[:5])
+    if abs(b) > abs(a):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
+
+
+def displayed_size(frame: "av.VideoFrame", orientation: Orientation, pixel_aspect: float) -> Size:
+    """(height, width) of a frame as it is to be seen; `pixel_aspect` is the width of a stored pixel over its height."""
+    height, width = frame.height, max(1, round(frame.width * pixel_aspect))
+    return (width, height) if orientation[0] else (height, width)
+
+
+def rgb_of_frame(
+    frame: "av.VideoFrame", orientation: Orientation, size: Size, reformatter: "VideoReformatter"
+) -> np.ndarray:
+    """Scales to `size` as displayed, converts and turns one frame: (height, width, 3) uint8."""
+    transpose, flip_x, flip_y = orientation
+    height, width = reversed(size) if transpose else size
+    pixels = reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+    if not (transpose or flip_x or flip_y):
+        return pixels
+    if transpose:
+        pixels = pixels.swapaxes(0, 1)
+    return np.ascontiguousarray(pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+
+
+# --- pictures ---
+
+
+def rgb_of_picture(picture: Any) -> np.ndarray:
+    """A PIL image as (height, width, 3) uint8.
+
+    Raises:
+        ValueError: Values of more than 16 bits, whose range is not known.
+    """
+    from PIL import ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):
+        values = np.asarray(picture)
+        wide = picture.mode.startswith("I;16") or (picture.mode == "I" and values.max(initial=0) > 255)
+        if values.min(initial=0) < 0 or values.max(initial=0) >= (65536 if wide else 256):
+            raise ValueError(
+                f"A picture of PIL's mode {picture.mode} with values from {values.min():g} to {values.max():g} has no "
+                "range that is known. Convert it to 8 bits first."
+            )
+        grey = (values >> 8 if wide else values).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    return np.array(picture.convert("RGB"))
+
+
+# --- frames in memory ---
+
+
+def is_frame(item: Any) -> bool:
+    """Whether this is a single picture in memory."""
+    return hasattr(item, "convert") or (isinstance(item, np.ndarray | torch.Tensor) and item.ndim <= 3)
+
+
+def frame_chunks(video: Any) -> list[torch.Tensor]:
+    """Frames in memory as a list of (frames, 3, height, width) uint8 tensors.
+
+    Raises:
+        ValueError: Not frames: another dtype or shape, none of them, or none of their pixels.
+    """
+    if isinstance(video, list | tuple):
+        if not video:
+            raise ValueError("A video needs at least one frame, got an empty list.")
+        return [_channels_first(_to_tensor(frame)[None], _ONE_FRAME) for frame in video]
+    frames = _to_tensor(video)
+    if hasattr(video, "convert"):  # one picture
+        frames = frames[None]
+    if len(frames) == 0:
+        raise ValueError(f"A video needs at least one frame, got shape {tuple(frames.shape)}.")
+    return [_channels_first(frames, _ALL_FRAMES)]
+
+
+def _to_tensor(frames: Any) -> torch.Tensor:
+    if hasattr(frames, "convert"):  # a PIL image
+        frames = rgb_of_picture(frames)
+    if isinstance(frames, np.ndarray):
+        if frames.dtype != np.uint8:
+            raise ValueError(_DTYPE_MESSAGE.format(frames.dtype))
+        return torch.from_numpy(np.ascontiguousarray(frames))
+    if not isinstance(frames, torch.Tensor):
+        raise ValueError(
+            f"A video must be a path, an array, a tensor or a list of frames, got {type(frames).__name__}."
+        )
+    if frames.dtype != torch.uint8:
+        raise ValueError(_DTYPE_MESSAGE.format(frames.dtype))
+    return frames.detach().cpu()
+
+
+def _channels_first(frames: torch.Tensor, expected: str) -> torch.Tensor:
+    shape = tuple(frames.shape[1:]) if expected == _ONE_FRAME else tuple(frames.shape)
+    if frames.ndim == 4 and frames.shape[-1] == 3:
+        frames = frames.permute(0, 3, 1, 2)
+    if frames.ndim != 4 or frames.shape[1] != 3:
+        raise ValueError(f"Frames must have the shape {expected}, got {shape}.")
+    if 0 in frames.shape:
+        raise ValueError(f"Frames must have pixels, got the shape {shape}.")
+    return frames
