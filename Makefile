@@ -7,7 +7,8 @@ OLDEST_TRANSFORMERS := 5.17.0
 TRITON := triton==3.9.0
 MAMBA_SSM := mamba-ssm==2.3.2.post1
 
-# lmms-eval pins other versions, and asks for torchvision and some hundred packages, of which its evaluator needs these
+# lmms-eval asks for an older PyAV, which reads many colours wrong, for torchvision and for some hundred packages, of which
+# its evaluator needs these: it is installed without what it asks for
 LMMS_EVAL := lmms-eval==0.7.2
 LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow
 
@@ -113,7 +114,7 @@ clean:
 .venv-lmms-eval/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lmms-eval
 	.venv-lmms-eval/bin/python -m pip install --quiet $(TORCH)
-	.venv-lmms-eval/bin/python -m pip install --quiet --editable . pytest "av<16" $(LMMS_EVAL_NEEDS)
+	.venv-lmms-eval/bin/python -m pip install --quiet --editable . pytest $(LMMS_EVAL_NEEDS)
 	.venv-lmms-eval/bin/python -m pip install --quiet --no-deps $(LMMS_EVAL)
 	touch $@
 

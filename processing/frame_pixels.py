@@ -6,14 +6,11 @@ pixels that are not square become square. Pictures: converted and turned as PIL 
 16 bits of grey, of which PIL would cut off all above 255: the upper 8 are taken. Frames in memory: uint8 as they are.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    import av
-    from av.video.reformatter import VideoReformatter
+from PIL import ImageOps
 
 Size = tuple[int, int]  # height, width
 Orientation = tuple[bool, bool, bool]  # transpose, then flip left-right, then flip upside down
@@ -28,7 +25,7 @@ _ALL_FRAMES = "(frames, height, width, 3) or (frames, 3, height, width)"
 # --- frames of videos ---
 
 
-def orientation_of(frame: "av.VideoFrame") -> Orientation:
+def orientation_of(frame: Any) -> Orientation:
     """How the display matrix turns a stored frame: (transpose, then flip left-right, then flip upside down).
 
     The matrix maps stored (x, y) to displayed (a x + c y, b x + d y), fixed point, y pointing down. Ask once per file:
@@ -49,15 +46,13 @@ def orientation_of(frame: "av.VideoFrame") -> Orientation:
     return False, a < 0, d < 0
 
 
-def displayed_size(frame: "av.VideoFrame", orientation: Orientation, pixel_aspect: float) -> Size:
+def displayed_size(frame: Any, orientation: Orientation, pixel_aspect: float) -> Size:
     """(height, width) of a frame as it is to be seen; `pixel_aspect` is the width of a stored pixel over its height."""
     height, width = frame.height, max(1, round(frame.width * pixel_aspect))
     return (width, height) if orientation[0] else (height, width)
 
 
-def rgb_of_frame(
-    frame: "av.VideoFrame", orientation: Orientation, size: Size, reformatter: "VideoReformatter"
-) -> np.ndarray:
+def rgb_of_frame(frame: Any, orientation: Orientation, size: Size, reformatter: Any) -> np.ndarray:
     """Scales to `size` as displayed, converts and turns one frame: (height, width, 3) uint8."""
     transpose, flip_x, flip_y = orientation
     height, width = reversed(size) if transpose else size
@@ -78,8 +73,6 @@ def rgb_of_picture(picture: Any) -> np.ndarray:
     Raises:
         ValueError: Values of more than 16 bits, whose range is not known.
     """
-    from PIL import ImageOps
-
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture)

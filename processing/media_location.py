@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlparse
 
-URL_TIMEOUT_S = 20.0  # of silence
+URL_TIMEOUT_S = 15.0  # of silence
 _MAX_PICTURE_BYTES = 256 << 20  # of a picture in the web
 _IN_MEMORY_BYTES = 64 << 20  # of what cannot seek and is copied first; the rest goes to a temporary file
 _NAME_LENGTH = 240

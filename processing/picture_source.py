@@ -7,11 +7,13 @@ second, and a frame that asks for 10 ms or less lasts 100, as browsers and FFmpe
 import struct
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from .frame_pixels import rgb_of_picture
 from .media_location import MediaLocation, VideoReadError, fetch, one_line
@@ -22,8 +24,9 @@ _MS = Fraction(1, 1000)
 _STILL_MS, _SHORTEST_MS, _DEFAULT_MS = 40, 10, 100
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".apng", ".gif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 # What PIL and zlib raise for files that are damaged.
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, KeyError, IndexError, TypeError, OverflowError,
-           MemoryError, ArithmeticError, AttributeError, RuntimeError, AssertionError)  # fmt: skip
+_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, LookupError, TypeError, ArithmeticError,
+           MemoryError, AttributeError, RuntimeError, AssertionError, Image.DecompressionBombError,
+           Image.DecompressionBombWarning)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def first_picture(location: MediaLocation) -> np.ndarray:
     """The picture, or the first of an animation, which a warning says: (height, width, 3) uint8.
 
     Raises:
-        VideoReadError, ImportError: As `PictureSource`.
+        VideoReadError: As `PictureSource`.
     """
     source = PictureSource(location)
     try:
@@ -63,6 +66,20 @@ def first_picture(location: MediaLocation) -> np.ndarray:
     if source.num_frames > 1:
         warnings.warn(f"{source.name}: {NOT_A_STILL.format('an animation')}", stacklevel=3)
     return pixels
+
+
+def check_picture(location: MediaLocation) -> None:
+    """Whether the file is whole, as far as that shows without decoding it.
+
+    Raises:
+        VideoReadError: It is no picture, or damaged.
+    """
+    source = PictureSource(location)
+    try:
+        with source.reading():
+            source.image.verify()
+    finally:
+        source.close()
 
 
 class PictureSource:
@@ -78,18 +95,13 @@ class PictureSource:
 
     Raises:
         VideoReadError: PIL does not open it.
-        ImportError: There is no PIL.
     """
 
     def __init__(self, location: MediaLocation):
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise ImportError("Reading pictures needs Pillow: pip install pillow") from error
         if location.is_url:
             location = fetch(location)
         self.name, self.path = location.name, location.path
-        with self._reading(), warnings.catch_warnings():
+        with self.reading(), warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             self.image = Image.open(location.target)
             animated = self.image.format in _ANIMATED and getattr(self.image, "n_frames", 1) > 1
@@ -148,15 +160,13 @@ class PictureSource:
         size = (height, width) if resize is None else resize(height, width) if callable(resize) else resize
         if tuple(size) == (height, width):
             return picture.pixels
-        from PIL import Image
-
-        with self._reading():
+        with self.reading():
             return np.asarray(Image.fromarray(picture.pixels).resize(size[::-1], Image.Resampling.BICUBIC))
 
     # --- PIL ---
 
     def _at(self, number: int) -> np.ndarray:
-        with self._reading():
+        with self.reading():
             if self.num_frames > 1:
                 self.image.seek(self._first + number)
             pixels = rgb_of_picture(self.image)
@@ -167,32 +177,23 @@ class PictureSource:
     def _duration_ms(self, number: int) -> int:
         if self.num_frames == 1:
             return _STILL_MS
-        with self._reading():
+        with self.reading():
             self.image.seek(self._first + number)
             self.image.load()  # WebP and AVIF know the duration when it is decoded
             duration = round(float(self.image.info.get("duration", 0)))
         return duration if duration > _SHORTEST_MS else _DEFAULT_MS
 
-    def _reading(self) -> "_Reading":
-        return _Reading(self.name)
-
-
-class _Reading:
-    """Errors of PIL inside become one `VideoReadError`."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from PIL import Image
-
-        damage = (*_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning)
-        if isinstance(error, damage) and not isinstance(error, VideoReadError):
-            said = "it is no picture that PIL knows" if type(error).__name__ == "UnidentifiedImageError" else str(error)
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Errors of PIL in here become one `VideoReadError`."""
+        try:
+            yield
+        except VideoReadError:
+            raise
+        except _DAMAGE as error:
+            known = not isinstance(error, UnidentifiedImageError)
+            said = (one_line(str(error)) or type(error).__name__) if known else "it is no picture that PIL knows"
             raise VideoReadError(
-                f"{self.name}: this picture cannot be read ({one_line(said) or type(error).__name__}). "
+                f"{self.name}: this picture cannot be read ({said}). "
                 "Check that it opens in an image viewer, or save it as PNG or JPEG."
             ) from error

@@ -4,6 +4,7 @@ The rules cited are those of `video_reader.py`, which picks among these frames. 
 what a picture's time is, `_frames_of` the one that decides which pictures are good.
 """
 
+import heapq
 import itertools
 import math
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ TRUNCATION_TOLERANCE_S = 0.5
 # Rule 2. FFmpeg's own bounds: of a clock that may be set anew (MPEG transport and program streams, Ogg) every step back
 # and every leap of more than ten seconds is a joint, of others a step back that no reordering of frames explains.
 _LEAP_S, _STEP_BACK_S = 10, 1
+_MOST_REORDERED = 16  # frames, by H.264 and H.265
 _MAX_PIXELS = 1 << 27  # of a frame, 16384 x 8192: what is larger is a damaged header
 _MAX_READ_ERRORS = 100  # in a row
 # Formats whose packets stand one after another: bytes between them, more than those of their headers, are lost packets.
@@ -149,11 +151,12 @@ class VideoSource:
             raise VideoReadError(
                 f"{self.name}: not one frame is in this file. Check that it plays in a video player, or copy it again."
             )
-        self.joined = self._joints > 0
-        self.keyframe_interval = None if gap is None or self.joined else gap * self.time_base
+        # After a seek into an MPEG program stream FFmpeg gives frames the times of others.
+        self.must_run = self._joints > 0 or self.container.format.name == "mpeg"
+        self.keyframe_interval = None if gap is None or self.must_run else gap * self.time_base
         if not whole:
             end = max(self._tail_end() or 0, end)
-        declared = None if self.joined else self._declared_end()
+        declared = None if self._joints else self._declared_end()
         reached = max(float(end * self.time_base), self._reached_s)
         # Rule 1: the pictures say where the end is, unless the file breaks off before what it declares.
         self.end_is_declared = declared is not None and declared - reached > TRUNCATION_TOLERANCE_S
@@ -186,9 +189,7 @@ class VideoSource:
         self.origin = frame.pts
         self.orientation: Orientation = orientation_of(frame)
         self.size = displayed_size(frame, self.orientation, self._pixel_aspect)
-        if self._untimed_packets:  # AVI has decoding times alone, which its frames get as their own
-            self._end += self.origin - self._first_time
-        elif self._lost_before and self._begins_with_key:
+        if self._lost_before and self._begins_with_key:
             self.holes.append((self._first_time, self.origin))
         self.duration = max(
             (self._end - self.origin) * self.time_base, self.frame_ticks * self.time_base, self.slack * 2
@@ -199,10 +200,10 @@ class VideoSource:
     def frames_from(self, target: int) -> Iterator["av.VideoFrame"]:
         """Decodes in order, beginning at or before the frame shown at `target` (at the first frame, if need be)."""
         started, self._started, self._first_frame = self._started, None, None
-        if started is not None and (target <= self.origin or self.joined):
+        if started is not None and (target <= self.origin or self.must_run):
             yield from started
             return
-        if self.joined:
+        if self.must_run:
             self._reopen("AUTO")
             yield from self._decoded(self._packets())
             return
@@ -225,7 +226,7 @@ class VideoSource:
         first, self._first_frame = self._first_frame, None
         if first is not None and target == self.origin:
             return first
-        for back in (0, self.frame_ticks * 16):  # see frames_from: 16 is the most frames H.264 and H.265 reorder
+        for back in (0, self.frame_ticks * _MOST_REORDERED):  # see frames_from
             self._seek(max(target - back, self.origin))
             shown = self._shown_at(target)
             if shown is not None:
@@ -260,10 +261,15 @@ class VideoSource:
             if self._lost:
                 return None
             # Later packets cannot hold an earlier frame: what the decoder still keeps back is all that is needed.
-            if packet is not None and (packet.pts == target or (packet.dts is not None and packet.dts > target)):
+            if packet is not None and packet.dts is not None and self._is_enough(packet, target):
                 kept_back = (frame for frame in self._frames_of(None) if frame.pts <= target)
                 return max(kept_back, key=lambda frame: frame.pts, default=shown)
         return None
+
+    def _is_enough(self, packet: "av.Packet", target: int) -> bool:
+        if self._counted:
+            return packet.dts > target + (0 if self.stream.codec_context.codec.intra_only else _MOST_REORDERED)
+        return packet.pts == target or packet.dts > target
 
     def _decoded(self, packets: Iterator["av.Packet | None"]) -> Iterator["av.VideoFrame"]:
         for packet in packets:
@@ -277,6 +283,8 @@ class VideoSource:
         if packet is not None and packet.is_corrupt:  # rule 5; it would cost whole frames still in the decoder, too
             self._lose()
             return []
+        if self._counted and packet is not None and packet.dts is not None:
+            heapq.heappush(self._numbers, packet.dts)
         try:
             frames = self.stream.codec_context.decode(packet)
         except av.FFmpegError:  # rule 5
@@ -284,6 +292,8 @@ class VideoSource:
             return []
         good = []
         for frame in frames:
+            if self._counted:
+                self._number(frame)
             if frame.pts is None:
                 continue
             if frame.is_corrupt:
@@ -301,6 +311,14 @@ class VideoSource:
             self.end = max(self.end, self._shown_until)
             good.append(frame)
         return good
+
+    def _number(self, frame: "av.VideoFrame") -> None:
+        """Gives a frame the next of the numbers its packets had; its own is right where it is a keyframe."""
+        own = frame.pts if self._lost and frame.key_frame and frame.pts is not None else -1
+        while self._numbers and self._numbers[0] < own:
+            heapq.heappop(self._numbers)
+        if self._numbers:
+            frame.pts = heapq.heappop(self._numbers)
 
     def _lose(self) -> None:
         """Something was lost here."""
@@ -341,11 +359,11 @@ class VideoSource:
 
     def _place(self, packet: "av.Packet", skipped: bool) -> None:
         """Moves a packet's times onto the line. Where the clock was set anew, it follows what came before."""
-        if packet.pts is None:
-            self._untimed_packets = True
-        listed = self._listed.get(packet.pos)
-        if listed is not None and packet.dts is not None and listed != packet.dts:
-            packet.dts, skipped = listed, True  # AVI counts packets, so those after a loss come too early
+        if self._counted:
+            listed = self._listed.get(packet.pos)
+            if listed is not None and packet.dts is not None and listed != packet.dts:
+                packet.dts, skipped = listed, True  # those after a loss come too early
+            packet.pts = packet.dts
         clock = packet.dts
         if clock is not None and self._clock is not None:
             step = (clock - self._clock) * self.time_base
@@ -419,6 +437,7 @@ class VideoSource:
         self._lost, self._waits_for_key = False, getattr(self, "_must_decode_from_key", True)
         self._dropped = self._lost_before = False
         self._shown_until: int | None = None
+        self._numbers: list[int] = []
 
     # --- opening ---
 
@@ -471,13 +490,14 @@ class VideoSource:
         self._leap_s, self._step_back_s = (_LEAP_S, 0) if anew else (math.inf, _STEP_BACK_S)
         self._contiguous = container.format.name in _CONTIGUOUS
         self._listed: dict[int | None, int] = {}
-        if container.format.name == "avi":
+        # AVI has no times but counts its packets, in the order of decoding: frames get these numbers as they come out.
+        self._counted = container.format.name == "avi"
+        if self._counted:
             self._listed = {entry.pos: entry.timestamp for entry in self.stream.index_entries}
         self._fresh = True  # nothing read yet: the beginning needs no seek
         self._landing: int | None = None
         self._same_landings = 0
         self._reached_s = 0.0
-        self._untimed_packets = False
         self._reset()
 
     def _video_stream(self) -> "av.VideoStream":

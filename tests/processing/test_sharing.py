@@ -113,6 +113,9 @@ def test_the_copied_code_works_where_the_package_is_not_installed(tmp_path, monk
         "processing_video_ma2mba.py",
         "chat_video_ma2mba.py",
         "video_processing_video_ma2mba.py",
+        "frame_pixels.py",
+        "media_location.py",
+        "picture_source.py",
         "video_reader.py",
         "video_source.py",
     }

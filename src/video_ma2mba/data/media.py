@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..files import read_lines
+from ..processing.media_location import locate
+from ..processing.picture_source import check_picture
 from ..processing.video_reader import probe_video
 
 
@@ -95,14 +97,18 @@ class MediaIndex:
         if entry is None:
             medium = Medium(name, 0.0, stat.st_size, stat.st_mtime_ns)
             try:
-                duration_s = probe_video(path).duration_s if kind == "video" else _check_image(path)
+                duration_s = 0.0
+                if kind == "video":
+                    duration_s = probe_video(path).duration_s
+                else:
+                    check_picture(locate(path))
                 entry = {"kind": kind, **asdict(medium), "duration_s": duration_s}
-            except (ValueError, OSError, SyntaxError) as error:  # SyntaxError: what PIL says of a broken PNG
+            except (ValueError, OSError) as error:
                 entry = {"kind": kind, **asdict(medium), "error": str(error)}
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
         if "error" in entry:
-            return UnusableMedium("unreadable medium", f"{name!r}: {entry['error']}")
+            return UnusableMedium("unreadable medium", str(entry["error"]))
         duration_s = entry["duration_s"]
         if kind == "video" and not (math.isfinite(duration_s) and 0 < duration_s <= self.max_duration_s):
             return UnusableMedium(
@@ -110,11 +116,3 @@ class MediaIndex:
                 f"{name!r} says it lasts {duration_s:.0f} s; at most {self.max_duration_s:.0f} are taken",
             )
         return Medium(name, duration_s, stat.st_size, stat.st_mtime_ns)
-
-
-def _check_image(path: Path) -> float:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        image.verify()
-    return 0.0
