@@ -18,7 +18,8 @@ from transformers import BatchFeature
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .frame_pixels import Size, frame_chunks, is_frame
+from .frame_pixels import Size
+from .frames_in_memory import frame_chunks, is_frame
 from .media_location import is_location, locate
 from .picture_source import NOT_A_STILL, first_picture, is_picture
 from .video_reader import VideoFrame, VideoFrames, read_frames

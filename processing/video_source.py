@@ -151,8 +151,9 @@ class VideoSource:
             raise VideoReadError(
                 f"{self.name}: not one frame is in this file. Check that it plays in a video player, or copy it again."
             )
-        # After a seek into an MPEG program stream FFmpeg gives frames the times of others.
-        self.must_run = self._joints > 0 or self.container.format.name == "mpeg"
+        # After a seek into an MPEG program stream FFmpeg gives frames the times of others, and AVI's count needs all.
+        lost = self.container.format.name == "mpeg" or (self._counted and self.stream.codec_context.codec.reorder)
+        self.must_run = self._joints > 0 or lost
         self.keyframe_interval = None if gap is None or self.must_run else gap * self.time_base
         if not whole:
             end = max(self._tail_end() or 0, end)
@@ -261,15 +262,10 @@ class VideoSource:
             if self._lost:
                 return None
             # Later packets cannot hold an earlier frame: what the decoder still keeps back is all that is needed.
-            if packet is not None and packet.dts is not None and self._is_enough(packet, target):
+            if packet is not None and (packet.pts == target or (packet.dts is not None and packet.dts > target)):
                 kept_back = (frame for frame in self._frames_of(None) if frame.pts <= target)
                 return max(kept_back, key=lambda frame: frame.pts, default=shown)
         return None
-
-    def _is_enough(self, packet: "av.Packet", target: int) -> bool:
-        if self._counted:
-            return packet.dts > target + (0 if self.stream.codec_context.codec.intra_only else _MOST_REORDERED)
-        return packet.pts == target or packet.dts > target
 
     def _decoded(self, packets: Iterator["av.Packet | None"]) -> Iterator["av.VideoFrame"]:
         for packet in packets:
