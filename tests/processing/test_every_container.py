@@ -75,7 +75,7 @@ def test_what_is_picked_is_what_was_written(tmp_path, part):
 
         fps, start = (
             Fraction(rng.choice(["1", "0.7", "3.3", "2"])),
-            rng.choice([Fraction(0), Fraction(rng.randint(1, 600), 1000)]),
+            rng.choice([Fraction(0), Fraction(rng.randint(1, 350), 1000)]),
         )
         numbers, _ = picked(float(fps), start_s=float(start))
         targets = [start + k / fps for k in range(len(numbers))]
