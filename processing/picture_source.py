@@ -122,6 +122,7 @@ class PictureSource:
 
     keyframe_interval: Fraction | None = None
     slack = _MS / 1000
+    unread_bytes = 0
 
     def examine(self, stop_at_gap: Fraction | None = None) -> None:
         """Finds the times, for which an animation is decoded once."""

@@ -240,7 +240,7 @@ def _decode(
     try:
         for target, frame in _pick(source, map(source.ticks, times), seek):
             first_target = target if first_target is None else first_target
-            if strict and any(begin < target and end > first_target for begin, end in source.holes):
+            if strict and any(begin <= target and end > first_target for begin, end in source.holes):
                 break
             if frame is not last:
                 last, pixels = frame, source.pixels(frame, resize)
@@ -274,6 +274,11 @@ def _what_is_missing(
         )
     if num_picked == 0 or (num_picked < num_frames and missing_s > TRUNCATION_TOLERANCE_S):
         said.append(f"the last {missing_s:.1f} s of {duration_s:.1f} s are missing or damaged")
+    if source.unread_bytes:
+        said.append(
+            f"the last {source.unread_bytes:,} bytes are not read, as if files that cannot be joined so had been put "
+            "into one"
+        )
     return f"{source.name}: {'; '.join(said)}. {remedy}" if said else None
 
 

@@ -30,10 +30,12 @@ TRUNCATION_TOLERANCE_S = 0.5
 _LEAP_S, _STEP_BACK_S = 10, 1
 _MOST_REORDERED = 16  # frames, by H.264 and H.265
 _MAX_PIXELS = 1 << 27  # of a frame, 16384 x 8192: what is larger is a damaged header
+_DOUBTFUL = 3  # packets from one that is marked as corrupt to a joint that explains it, at most
 _MAX_READ_ERRORS = 100  # in a row
-# Formats whose packets stand one after another: bytes between them, more than those of their headers, are lost packets.
-_CONTIGUOUS = ("matroska,webm", "flv")
-_HEADERS_BYTES = 100
+# Formats whose packets stand one after another: bytes between them, more than so many of their headers, where times
+# have a gap too, are lost packets. A program stream tells no places, but its frames come at one rate: any gap is loss.
+_HEADERS_BYTES = {"matroska,webm": 100, "flv": 100, "mpegts": 188 * 8, "mpeg": 0}
+_UNREAD_PART = 4  # more than a fourth of such a file behind the last packet is more than indexes and tags
 # Formats that name other files or addresses; those of the web may, for what they name is then in the web too.
 _PLAYLISTS = {"hls", "dash"}
 _NOT_VIDEO = {
@@ -62,6 +64,7 @@ class VideoSource:
         origin: The time of the first frame (rule 1), once `begin` has found it.
         end: When the last good frame that was decoded ends.
         duration: Seconds from the first frame to the end of the last.
+        unread_bytes: Behind the last packet, where so much is there that it must be another file.
         holes: (from, to) in ticks of what was lost between good frames so far (rule 5).
     """
 
@@ -116,7 +119,7 @@ class VideoSource:
 
     # --- the file as a whole ---
 
-    def examine(self, stop_at_gap: Fraction | None = None) -> None:
+    def examine(self, stop_at_gap: Fraction | None = None, all_of_it: bool = False) -> None:
         """Looks for keyframes for a while, and for the end of the last packet; decodes nothing.
 
         Sets `keyframe_interval` (seconds, or None) and the end. Once keyframes are further apart than `stop_at_gap`, no
@@ -145,18 +148,24 @@ class VideoSource:
                 if packet.is_keyframe:
                     keyframe = time
                 looking = time - first <= window and since <= limit
-            elif not self._may_have_joints():
+            elif not (all_of_it or self._may_have_joints()):
                 break
         if end is None or first is None:
             raise VideoReadError(
                 f"{self.name}: not one frame is in this file. Check that it plays in a video player, or copy it again."
             )
-        # After a seek into an MPEG program stream FFmpeg gives frames the times of others, and AVI's count needs all.
-        lost = self.container.format.name == "mpeg" or (self._counted and self.stream.codec_context.codec.reorder)
-        self.must_run = self._joints > 0 or lost
-        self.keyframe_interval = None if gap is None or self.must_run else gap * self.time_base
         if not whole:
             end = max(self._tail_end() or 0, end)
+            if self._joints or self._unread():  # a surprise
+                self._reopen(self.stream.thread_type)
+                self.examine(stop_at_gap, all_of_it=True)
+                return
+        self.unread_bytes = self._unread()
+        # After a seek into an MPEG program stream FFmpeg gives frames the times of others, and AVI's count needs all.
+        lost = self.container.format.name == "mpeg" or (self._counted and self.stream.codec_context.codec.reorder)
+        self._has_joints = self._joints > 0
+        self.must_run = self._has_joints or lost
+        self.keyframe_interval = None if gap is None or self.must_run else gap * self.time_base
         declared = None if self._joints else self._declared_end()
         reached = max(float(end * self.time_base), self._reached_s)
         # Rule 1: the pictures say where the end is, unless the file breaks off before what it declares.
@@ -276,9 +285,6 @@ class VideoSource:
 
         After a loss nothing is good before the next keyframe: what lies between was predicted from what is not there.
         """
-        if packet is not None and packet.is_corrupt:  # rule 5; it would cost whole frames still in the decoder, too
-            self._lose()
-            return []
         if self._counted and packet is not None and packet.dts is not None:
             heapq.heappush(self._numbers, packet.dts)
         try:
@@ -326,7 +332,7 @@ class VideoSource:
     def _packets(self) -> Iterator["av.Packet | None"]:
         """The stream's packets in order, with times on one line that goes on (rule 2), then None."""
         self._fresh = False
-        errors, packets = 0, self.container.demux()
+        errors, packets, doubtful = 0, self.container.demux(), []  # type: int, Any, list[av.Packet]
         while errors <= _MAX_READ_ERRORS:
             try:
                 packet = next(packets, None)
@@ -348,9 +354,24 @@ class VideoSource:
             if time is not None and packet.time_base is not None:
                 duration = packet.duration or 0
                 self._reached_s = max(self._reached_s, float((time + duration) * packet.time_base))
-            if packet.stream_index == self.stream.index:
-                self._place(packet, skipped)
+            if packet.stream_index != self.stream.index:
+                continue
+            joints = self._joints
+            self._place(packet, skipped)
+            if self._joints > joints:  # what was cut off there to begin anew counts as corrupt, and is whole
+                yield from map(_as_whole, doubtful)
+                doubtful = []
+            elif len(doubtful) == _DOUBTFUL:
+                self._lose()
+                yield from doubtful[1:]
+                doubtful = []
+            if doubtful or packet.is_corrupt:
+                doubtful.append(packet)
+            else:
                 yield packet
+        if doubtful:
+            self._lose()
+            yield from doubtful[1:]
         yield None
 
     def _place(self, packet: "av.Packet", skipped: bool) -> None:
@@ -379,10 +400,14 @@ class VideoSource:
 
     def _skips_bytes(self, packet: "av.Packet") -> bool:
         """Whether bytes between this packet and the ones before, of any stream, were left out by the demuxer."""
-        if not self._contiguous or packet.pos is None or packet.pos < 0:
+        form = self.container.format.name
+        if form == "mpeg":
+            return True
+        if form not in _HEADERS_BYTES or packet.pos is None or packet.pos < 0:
             return False
-        skipped = self._read_to is not None and packet.pos - self._read_to > _HEADERS_BYTES
-        self._read_to = max(self._read_to or 0, packet.pos + packet.size)
+        skipped = self._read_to is not None and packet.pos - self._read_to > _HEADERS_BYTES[form]
+        size = packet.size if form != "mpegts" else packet.size * 188 // 184
+        self._read_to = max(self._read_to or 0, packet.pos + size)
         if packet.stream_index != self.stream.index:
             self._skipped_before = skipped or self._skipped_before
             return False
@@ -391,7 +416,7 @@ class VideoSource:
 
     def _from_first_packet(self) -> Iterator["av.Packet | None"]:
         """The packets from the beginning, without opening the file again where it can go back."""
-        if not self._fresh:
+        if not self._fresh and not self._has_joints:
             try:
                 first = self._first_packet[1] if self._first_packet else None
                 self.container.seek(first or 0, stream=self.stream)
@@ -402,6 +427,7 @@ class VideoSource:
                     return itertools.chain([head], packets)
             except av.FFmpegError:
                 pass
+        if not self._fresh:
             self._reopen(self.stream.thread_type)
         return self._packets()
 
@@ -450,7 +476,9 @@ class VideoSource:
             options["rw_timeout"] = str(round(URL_TIMEOUT_S * 1e6))
         try:
             # Titles in unknown encodings are no reason to refuse a video.
-            return av.open(target, options=options, metadata_errors="ignore", timeout=URL_TIMEOUT_S if is_url else None)
+            return av.open(
+                target, "r", options=options, metadata_errors="ignore", timeout=URL_TIMEOUT_S if is_url else None
+            )
         except (av.error.ExitError, av.error.TimeoutError) as error:
             raise VideoReadError(silent(self.location)) from error
         except PermissionError as error:
@@ -484,12 +512,11 @@ class VideoSource:
             )
         anew = bool(av.format.Flags.ts_discont.value & container.format.flags)
         self._leap_s, self._step_back_s = (_LEAP_S, 0) if anew else (math.inf, _STEP_BACK_S)
-        self._contiguous = container.format.name in _CONTIGUOUS
         self._listed: dict[int | None, int] = {}
         # AVI has no times but counts its packets, in the order of decoding: frames get these numbers as they come out.
         self._counted = container.format.name == "avi"
         if self._counted:
-            self._listed = {entry.pos: entry.timestamp for entry in self.stream.index_entries}
+            self._listed = {entry.pos + 8: entry.timestamp for entry in self.stream.index_entries}  # behind its header
         self._fresh = True  # nothing read yet: the beginning needs no seek
         self._landing: int | None = None
         self._same_landings = 0
@@ -527,6 +554,11 @@ class VideoSource:
             return False
         return bool(av.format.Flags.ts_discont.value & form.flags) or form.name == "flv"
 
+    def _unread(self) -> int:
+        form, size = self.container.format.name, self.container.size
+        behind = size - self._read_to if self._read_to and form in ("matroska,webm", "flv") else 0
+        return behind if behind * _UNREAD_PART > size else 0
+
     def _tail_end(self) -> int | None:
         """The end of the last packet in ticks, without decoding; None if the end of the file cannot be reached."""
         declared = self._declared_end()
@@ -561,6 +593,14 @@ class VideoSource:
             return hours * 3600 + minutes * 60 + seconds
         except ValueError:
             return Fraction(self.container.duration, av.time_base) if self.container.duration else None
+
+
+def _as_whole(packet: "av.Packet") -> "av.Packet":
+    """A copy without the mark of corruption."""
+    copy = av.Packet(bytes(packet))
+    copy.pts, copy.dts, copy.duration = packet.pts, packet.dts, packet.duration
+    copy.time_base, copy.is_keyframe, copy.stream = packet.time_base, packet.is_keyframe, packet.stream
+    return copy
 
 
 def _stands_alone(frame: "av.VideoFrame") -> bool:

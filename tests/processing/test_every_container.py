@@ -7,10 +7,8 @@ import os
 import random
 from fractions import Fraction
 
-import numpy as np
 import pytest
 
-from video_ma2mba.data.frame_cache import cache_folder, read_frames_between, write_frames
 from video_ma2mba.processing import probe_video, read_frames
 
 from .videos import frame_number, write_clip
@@ -87,46 +85,3 @@ def test_what_is_picked_is_what_was_written(tmp_path, part):
         spread = [Fraction(k * num_frames, 5) for k in range(5)]
         for target, got in zip(spread, numbers, strict=True):
             assert got in {math.floor(max(target + up * tick * rate, 0)) for up in (-2, 0, 2)}, known
-
-
-@pytest.mark.parametrize("container", [("mp4", "libx264"), ("mkv", "libx264"), ("ts", "mpeg2video"), ("avi", "mpeg4")])
-def test_every_door_gives_the_same_frames(tmp_path, container, model_folder):
-    """The processor, `watch`, `push_frames` and the cache of `data prepare`."""
-    from transformers import AutoModelForImageTextToText
-
-    from video_ma2mba import VideoMa2mbaProcessor, VideoMemory
-
-    suffix, codec = container
-    write_clip(
-        tmp_path / f"clip.{suffix}",
-        range(75),
-        codec,
-        b_frames=2,
-        first=61 if suffix != "avi" else 0,
-        sound_s=4,
-        sound="mp2",
-    )
-    processor = VideoMa2mbaProcessor.from_pretrained(model_folder)
-    path, video_processor = tmp_path / f"clip.{suffix}", processor.video_processor
-    loaded = video_processor.load(path)
-    assert loaded.timestamps_s == pytest.approx([0, 1, 2], abs=1e-3)
-    model = AutoModelForImageTextToText.from_pretrained(model_folder).eval()
-
-    seen = []
-    absorb = VideoMemory._absorb
-
-    class Watching(VideoMemory):
-        def _absorb(self, pixels, timestamps_s):
-            seen.append(pixels)
-            absorb(self, pixels, timestamps_s)
-
-    Watching(model, processor).watch(path)
-    Watching(model, processor).watch(path.read_bytes())
-    Watching(model, processor).push_frames(loaded.frames)
-    chat = [{"role": "user", "content": [{"type": "video", "path": str(path)}, {"type": "text", "text": "?"}]}]
-    seen.append(processor.apply_chat_template(chat, tokenize=True, return_tensors="pt")["pixel_values_videos"][0])
-    write_frames(tmp_path, path.name, tmp_path / "cache", video_processor, 1.0, "raw")
-    seen.append(read_frames_between(cache_folder(tmp_path / "cache", path.name), 0, 3))
-    assert len(seen) == 5
-    for frames in seen:
-        np.testing.assert_array_equal(frames, loaded.frames)
