@@ -29,7 +29,7 @@ from video_ma2mba.processing import VideoMa2mbaVideoProcessor, VideoReadError
 
 TIMEOUT_S = 60
 SIDE = 64
-KEPT_AT_LEAST = 64  # frames: so many count where fewer are kept
+KEPT_AT_LEAST = 512  # frames: so many count where fewer are kept
 EXTRA_BYTES = 3 << 30  # of address space, most of which threads reserve and never touch
 PICTURES = ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM"]
 
