@@ -236,11 +236,13 @@ class VideoSource:
         first, self._first_frame = self._first_frame, None
         if first is not None and target == self.origin:
             return first
+        num_holes = len(self.holes)
         for back in (0, self.frame_ticks * _MOST_REORDERED):  # see frames_from
             self._seek(max(target - back, self.origin))
             shown = self._shown_at(target)
             if shown is not None:
                 return shown
+        del self.holes[num_holes:]  # the sequential run will say what is lost
         return None
 
     def restart(self) -> None:
