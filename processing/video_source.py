@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from .frame_pixels import Orientation, displayed_size, orientation_of, rgb_of_frame
-from .media_location import URL_TIMEOUT_S, MediaLocation, VideoReadError, silent
+from .media_location import MediaLocation, VideoReadError, silent
+from .video_container import PLAYLISTS, open_container, video_stream
 
 try:
     import av
@@ -36,22 +37,6 @@ _MAX_READ_ERRORS = 100  # in a row
 # have a gap too, are lost packets. A program stream tells no places, but its frames come at one rate: any gap is loss.
 _HEADERS_BYTES = {"matroska,webm": 100, "flv": 100, "mpegts": 188 * 8, "mpeg": 0}
 _UNREAD_PART = 4  # more than a fourth of such a file behind the last packet is more than indexes and tags
-# Formats that name other files or addresses; those of the web may, for what they name is then in the web too.
-_PLAYLISTS = {"hls", "dash"}
-_NOT_VIDEO = {
-    "concat",
-    "imf",
-    "sdp",
-    "rtsp",
-    "sap",
-    "rtp",
-    "image2",
-    "webm_dash_manifest",
-    "lavfi",
-    "tty",
-    "ffmetadata",
-}
-_WEB_PROTOCOLS = "http,https,httpproxy,tcp,tls,crypto,data"
 
 
 class VideoSource:
@@ -74,7 +59,7 @@ class VideoSource:
         self.location, self.path, self.name = location, location.path, location.name
         self.holes: list[tuple[int, int]] = []
         self.origin = self.end = 0
-        self.container = self._open()
+        self.container = open_container(self.location)
         try:
             self._take_stream()
             self.time_base = self.stream.time_base or Fraction(1, av.time_base)
@@ -447,7 +432,7 @@ class VideoSource:
     def _reopen(self, thread_type: Any) -> None:
         """Begins anew, with other threads."""
         self.container.close()
-        self.container = self._open()
+        self.container = open_container(self.location)
         self._take_stream()
         self.stream.thread_type = thread_type
 
@@ -465,46 +450,9 @@ class VideoSource:
 
     # --- opening ---
 
-    def _open(self) -> "av.container.InputContainer":
-        target, is_url = self.location.target, self.location.is_url
-        if hasattr(target, "seek"):
-            target.seek(0)
-        refused = _NOT_VIDEO if is_url else _NOT_VIDEO | _PLAYLISTS
-        options = {
-            "format_whitelist": ",".join(sorted(av.formats_available - refused)),
-            "protocol_whitelist": _WEB_PROTOCOLS if is_url else "file",
-        }
-        if is_url:
-            options["rw_timeout"] = str(round(URL_TIMEOUT_S * 1e6))
-        try:
-            # Titles in unknown encodings are no reason to refuse a video.
-            return av.open(
-                target, "r", options=options, metadata_errors="ignore", timeout=URL_TIMEOUT_S if is_url else None
-            )
-        except (av.error.ExitError, av.error.TimeoutError) as error:
-            raise VideoReadError(silent(self.location)) from error
-        except PermissionError as error:
-            raise VideoReadError(f"{self.name}: no permission to read this file. Change its access rights.") from error
-        except (av.FFmpegError, OSError, ValueError) as error:
-            if self.location.header[4:8] == b"ftyp":
-                raise VideoReadError(
-                    f"{self.name}: an mp4 file without a readable index, most likely cut off while it was recorded or "
-                    "downloaded. Copy or download it again."
-                ) from error
-            if self.location.header.startswith((b"#EXTM3U", b"ffconcat")):
-                raise VideoReadError(
-                    f"{self.name}: a list of other files, which are not opened for it. "
-                    "Put them into one file: ffmpeg -i LIST -c copy OUTPUT.mp4"
-                ) from error
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            raise VideoReadError(
-                f"{self.name}: this is not a video that FFmpeg can read ({reason}). "
-                "Check that it plays in a video player, or convert it to mp4."
-            ) from error
-
     def _take_stream(self) -> None:
         """The default video stream of the container just opened, or its first."""
-        self.stream = self._video_stream()
+        self.stream = video_stream(self.container, self.name)
         codec, container = self.stream.codec_context, self.container
         codec.options = {"max_pixels": str(_MAX_PIXELS)}
         if av.format.Flags.no_timestamps.value & container.format.flags:
@@ -525,34 +473,12 @@ class VideoSource:
         self._reached_s = 0.0
         self._reset()
 
-    def _video_stream(self) -> "av.VideoStream":
-        # The cover picture of a song counts as a video stream in FFmpeg, not here.
-        kinds = av.stream.Disposition
-        streams = [
-            stream
-            for stream in self.container.streams.video
-            if not stream.disposition & (kinds.attached_pic | kinds.timed_thumbnails)
-        ]
-        if not streams:
-            found = sorted({stream.type for stream in self.container.streams})
-            raise VideoReadError(
-                f"{self.name}: there are no pictures in this file, only {', '.join(found) or 'nothing'}. "
-                "Name a video file."
-            )
-        stream = next((stream for stream in streams if stream.disposition & kinds.default), streams[0])
-        if stream.codec_context is None:
-            raise VideoReadError(
-                f"{self.name}: its pictures are in a format that this FFmpeg cannot decode. Convert it to mp4, "
-                "or, if it should be one, copy or download it again."
-            )
-        return stream
-
     # --- the end ---
 
     def _may_have_joints(self) -> bool:
         """Whether only looking at every packet tells; a list of pieces tells its length, and a live stream has none."""
         form = self.container.format
-        if form.name in _PLAYLISTS or (self.location.is_url and self.container.size <= 0):
+        if form.name in PLAYLISTS or (self.location.is_url and self.container.size <= 0):
             return False
         return bool(av.format.Flags.ts_discont.value & form.flags) or form.name == "flv"
 

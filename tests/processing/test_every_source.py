@@ -13,7 +13,14 @@ import av
 import numpy as np
 import pytest
 
-from video_ma2mba.processing import VideoReadError, media_location, probe_video, read_frames, video_source
+from video_ma2mba.processing import (
+    VideoReadError,
+    media_location,
+    probe_video,
+    read_frames,
+    video_container,
+    video_source,
+)
 
 from .videos import clip_bytes, frame_number, numbered_frame, write_audio, write_clip
 
@@ -345,7 +352,7 @@ def test_a_list_in_the_web_leads_nowhere_else(tmp_path, clip, monkeypatch):
 @pytest.mark.parametrize("sends", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"])
 def test_a_silent_server_is_given_up(monkeypatch, sends):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(video_source, "URL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(video_container, "URL_TIMEOUT_S", 1.0)
     monkeypatch.setattr(media_location, "URL_TIMEOUT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         waiting = []

@@ -117,6 +117,7 @@ def test_the_copied_code_works_where_the_package_is_not_installed(tmp_path, monk
         "frames_in_memory.py",
         "media_location.py",
         "picture_source.py",
+        "video_container.py",
         "video_reader.py",
         "video_source.py",
     }
