@@ -11,7 +11,8 @@ MAMBA_SSM := mamba-ssm==2.3.2.post1
 
 TRL := trl==1.16.0
 
-# lmms-eval pins other versions, and asks for torchvision and some hundred packages, of which its evaluator needs these
+# lmms-eval asks for an older PyAV, which reads many colours wrong, for torchvision and for some hundred packages, of which
+# its evaluator needs these: it is installed without what it asks for
 LMMS_EVAL := lmms-eval==0.7.2
 LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow
 
@@ -148,7 +149,7 @@ clean:
 .venv-lmms-eval/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lmms-eval
 	.venv-lmms-eval/bin/python -m pip install --quiet $(TORCH)
-	.venv-lmms-eval/bin/python -m pip install --quiet --editable . pytest "av<16" $(LMMS_EVAL_NEEDS)
+	.venv-lmms-eval/bin/python -m pip install --quiet --editable . pytest $(LMMS_EVAL_NEEDS)
 	.venv-lmms-eval/bin/python -m pip install --quiet --no-deps $(LMMS_EVAL)
 	touch $@
 
