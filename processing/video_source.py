@@ -15,7 +15,16 @@ import numpy as np
 
 from .frame_pixels import Orientation, displayed_size, orientation_of, rgb_of_frame
 from .media_location import MediaLocation, VideoReadError, silent
-from .video_container import PLAYLISTS, open_container, video_stream
+from .video_container import (
+    TRUNCATION_TOLERANCE_S,
+    PacketPlaces,
+    as_whole,
+    declared_end,
+    may_have_joints,
+    open_container,
+    stands_alone,
+    video_stream,
+)
 
 try:
     import av
@@ -24,8 +33,6 @@ except ImportError:  # the folder must stay loadable without PyAV: frames may al
     av = None  # type: ignore[assignment]  # whoever needs it says what to install
 
 _KEYFRAME_WINDOW_S = 30  # how far from the beginning keyframes are counted
-# Containers round durations, and sound may end a little after the pictures: less than this is not "missing".
-TRUNCATION_TOLERANCE_S = 0.5
 # Rule 2. FFmpeg's own bounds: of a clock that may be set anew (MPEG transport and program streams, Ogg) every step back
 # and every leap of more than ten seconds is a joint, of others a step back that no reordering of frames explains.
 _LEAP_S, _STEP_BACK_S = 10, 1
@@ -33,10 +40,6 @@ _MOST_REORDERED = 16  # frames, by H.264 and H.265
 _MAX_PIXELS = 1 << 27  # of a frame, 16384 x 8192: what is larger is a damaged header
 _DOUBTFUL = 3  # packets from one that is marked as corrupt to a joint that explains it, at most
 _MAX_READ_ERRORS = 100  # in a row
-# Formats whose packets stand one after another: bytes between them, more than so many of their headers, where times
-# have a gap too, are lost packets. A program stream tells no places, but its frames come at one rate: any gap is loss.
-_HEADERS_BYTES = {"matroska,webm": 100, "flv": 100, "mpegts": 188 * 8, "mpeg": 0}
-_UNREAD_PART = 4  # more than a fourth of such a file behind the last packet is more than indexes and tags
 
 
 class VideoSource:
@@ -135,7 +138,7 @@ class VideoSource:
                 if packet.is_keyframe:
                     keyframe = time
                 looking = time - first <= window and since <= limit
-            elif not (all_of_it or self._may_have_joints()):
+            elif not (all_of_it or may_have_joints(self.container, self.location)):
                 break
         if end is None or first is None:
             raise VideoReadError(
@@ -143,17 +146,17 @@ class VideoSource:
             )
         if not whole:
             end = max(self._tail_end() or 0, end)
-            if self._joints or self._unread():  # a surprise
+            if self._joints or self._places.unread():  # a surprise
                 self._reopen(self.stream.thread_type)
                 self.examine(stop_at_gap, all_of_it=True)
                 return
-        self.unread_bytes = self._unread()
+        self.unread_bytes = self._places.unread()
         # After a seek into an MPEG program stream FFmpeg gives frames the times of others, and AVI's count needs all.
         lost = self.container.format.name == "mpeg" or (self._counted and self.stream.codec_context.codec.reorder)
         self._has_joints = self._joints > 0
         self.must_run = self._has_joints or lost
         self.keyframe_interval = None if gap is None or self.must_run else gap * self.time_base
-        declared = None if self._joints else self._declared_end()
+        declared = None if self._joints else declared_end(self.container, self.stream)
         reached = max(float(end * self.time_base), self._reached_s)
         # Rule 1: the pictures say where the end is, unless the file breaks off before what it declares.
         self.end_is_declared = declared is not None and declared - reached > TRUNCATION_TOLERANCE_S
@@ -289,7 +292,7 @@ class VideoSource:
                 continue
             if frame.is_corrupt:
                 self._lose()
-            if self._waits_for_key and (frame.is_corrupt or not _stands_alone(frame)):
+            if self._waits_for_key and (frame.is_corrupt or not stands_alone(frame)):
                 self._dropped = True
                 continue
             if self._lost:
@@ -338,7 +341,7 @@ class VideoSource:
             if not packet.size:  # PyAV ends with empty packets
                 continue
             errors = 0
-            skipped = self._skips_bytes(packet)
+            skipped = self._places.skips(packet)
             time = packet.dts if packet.pts is None else packet.pts
             if time is not None and packet.time_base is not None:
                 duration = packet.duration or 0
@@ -348,7 +351,7 @@ class VideoSource:
             joints = self._joints
             self._place(packet, skipped)
             if self._joints > joints:  # what was cut off there to begin anew counts as corrupt, and is whole
-                yield from map(_as_whole, doubtful)
+                yield from map(as_whole, doubtful)
                 doubtful = []
             elif len(doubtful) == _DOUBTFUL:
                 self._lose()
@@ -386,22 +389,6 @@ class VideoSource:
         time = packet.dts if packet.pts is None else packet.pts
         if time is not None:
             self._line_end = max(self._line_end, time + (packet.duration or self.frame_ticks))
-
-    def _skips_bytes(self, packet: "av.Packet") -> bool:
-        """Whether bytes between this packet and the ones before, of any stream, were left out by the demuxer."""
-        form = self.container.format.name
-        if form == "mpeg":
-            return True
-        if form not in _HEADERS_BYTES or packet.pos is None or packet.pos < 0:
-            return False
-        skipped = self._read_to is not None and packet.pos - self._read_to > _HEADERS_BYTES[form]
-        size = packet.size if form != "mpegts" else packet.size * 188 // 184
-        self._read_to = max(self._read_to or 0, packet.pos + size)
-        if packet.stream_index != self.stream.index:
-            self._skipped_before = skipped or self._skipped_before
-            return False
-        skipped, self._skipped_before = skipped or self._skipped_before, False
-        return skipped
 
     def _from_first_packet(self) -> Iterator["av.Packet | None"]:
         """The packets from the beginning, without opening the file again where it can go back."""
@@ -443,8 +430,7 @@ class VideoSource:
         self._clock: int | None = None
         self._shift = self._joints = 0
         self._line_end = -(1 << 62)
-        self._read_to: int | None = None
-        self._skipped_before = False
+        self._places = PacketPlaces(self.container, self.stream.index)
         self._lost, self._waits_for_key = False, getattr(self, "_must_decode_from_key", True)
         self._dropped = self._lost_before = False
         self._shown_until: int | None = None
@@ -479,21 +465,9 @@ class VideoSource:
 
     # --- the end ---
 
-    def _may_have_joints(self) -> bool:
-        """Whether only looking at every packet tells; a list of pieces tells its length, and a live stream has none."""
-        form = self.container.format
-        if form.name in PLAYLISTS or (self.location.is_url and self.container.size <= 0):
-            return False
-        return bool(av.format.Flags.ts_discont.value & form.flags) or form.name == "flv"
-
-    def _unread(self) -> int:
-        form, size = self.container.format.name, self.container.size
-        behind = size - self._read_to if self._read_to and form in ("matroska,webm", "flv") else 0
-        return behind if behind * _UNREAD_PART > size else 0
-
     def _tail_end(self) -> int | None:
         """The end of the last packet in ticks, without decoding; None if the end of the file cannot be reached."""
-        declared = self._declared_end()
+        declared = declared_end(self.container, self.stream)
         if declared is None:
             if self.location.is_url and self.container.size <= 0:
                 raise VideoReadError(
@@ -515,25 +489,3 @@ class VideoSource:
                 if time is not None:
                     ends = [max([*ends, time + (packet.duration or self.frame_ticks)])]
         return ends[0] if ends else None
-
-    def _declared_end(self) -> Fraction | None:
-        """The end that the file declares, in seconds of its own clock, of which Matroska's durations are ends."""
-        if self.stream.duration:
-            return ((self.stream.start_time or 0) + self.stream.duration) * self.time_base
-        try:  # Matroska: 00:01:02.345000000
-            hours, minutes, seconds = map(Fraction, self.stream.metadata.get("DURATION", "").split(":"))
-            return hours * 3600 + minutes * 60 + seconds
-        except ValueError:
-            return Fraction(self.container.duration, av.time_base) if self.container.duration else None
-
-
-def _as_whole(packet: "av.Packet") -> "av.Packet":
-    """A copy without the mark of corruption."""
-    copy = av.Packet(bytes(packet))
-    copy.pts, copy.dts, copy.duration = packet.pts, packet.dts, packet.duration
-    copy.time_base, copy.is_keyframe, copy.stream = packet.time_base, packet.is_keyframe, packet.stream
-    return copy
-
-
-def _stands_alone(frame: "av.VideoFrame") -> bool:
-    return bool(frame.key_frame) or frame.pict_type == av.video.frame.PictureType.I
