@@ -162,10 +162,10 @@ class Tape:
         seen = [name for name, debut in self.debuts.items() if debut < second and name != self.circle]
         unseen = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in seen]
         asked = []
-        if self.debuts[self.circle] < second:
-            asked.append(Question("circle_colour", "What colour was the circle?", self.circle.split()[0]))
+        if self.debuts[self.circle] < second:  # what was shown once counts more: it is asked for several times
+            asked += 4 * [Question("circle_colour", "What colour was the circle?", self.circle.split()[0])]
         if first != self.circle:
-            asked.append(Question("first_shape", "Which shape came first of all?", first.split()[1]))
+            asked += 2 * [Question("first_shape", "Which shape came first of all?", first.split()[1])]
         if last != self.circle:
             asked.append(Question("last_shape", "Which shape came last of all?", last.split()[1]))
         for number in range(repeats):
