@@ -153,7 +153,8 @@ class VideoMa2mbaTrainer(Trainer):
         states = self.initial_states if self.model.training else None
         base = next(module for module in self.model.modules() if isinstance(module, VideoMa2mbaModel))
         if states is not None:  # the model moves the cache on in place
-            inputs["cache"] = states.begin(base.language_model.new_cache(len(inputs["input_ids"])))
+            ids, dtype = inputs["input_ids"], base.get_input_embeddings().weight.dtype
+            inputs["cache"] = states.begin(base.language_model.new_cache(len(ids), ids.device, dtype))
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if states is not None:
             states.end(inputs.pop("cache"))
