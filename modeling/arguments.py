@@ -32,8 +32,8 @@ def check_arguments(kwargs, function, attention_mask, num_tokens):
         values = kwargs.pop(name, None)
         if values is not None and _has_border(values, name == "position_ids", attention_mask, num_tokens):
             raise ValueError(
-                f"{name} starts anew within a row: packed samples (as of DataCollatorWithFlattening) would run into one "
-                "another, since the state goes on from token to token; give each sample a row of its own, padded"
+                f"{name} starts anew within a row: packed samples (as of DataCollatorWithFlattening) would run into "
+                "one another, since the state goes on from token to token; give each sample a row of its own, padded"
             )
     refuse_unknown(kwargs, function)
 
@@ -56,18 +56,26 @@ def _has_border(values, counts_up, attention_mask, num_tokens):
 
 
 def hidden_states_wanted(asked, config, checkpointing):
-    """Whether hidden states of all layers are to be given out.
+    """Which hidden states are to be given out: True for those of all layers, a list of some, or False.
 
     Raises:
         ValueError: they are not kept under gradient checkpointing.
     """
-    wanted = bool(getattr(config, "output_hidden_states", False)) if asked is None else bool(asked)
+    wanted = getattr(config, "output_hidden_states", False) if asked is None else asked
     if wanted and checkpointing:
         raise ValueError(
-            "output_hidden_states=True does not go with gradient checkpointing, which keeps none of them; leave it out, "
-            "or call gradient_checkpointing_disable() first"
+            "output_hidden_states=True does not go with gradient checkpointing, which keeps none of them; leave it "
+            "out, or call gradient_checkpointing_disable() first"
         )
-    return wanted
+    return wanted or False
+
+
+def chosen(every_layer, wanted):
+    """The hidden states as a tuple, None in place of those that a list does not name."""
+    if wanted is True:
+        return tuple(every_layer)
+    indices = {index % len(every_layer) for index in wanted}
+    return tuple(states if index in indices else None for index, states in enumerate(every_layer))
 
 
 def num_logits_bytes(batch, num_tokens, vocab_size):

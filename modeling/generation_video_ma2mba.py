@@ -7,7 +7,8 @@ from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils.deprecation import deprecate_kwarg
 
-# `generate` finds the cache in a model's output, and reorders it for beams, by these names; before 5.24 `cache` is none.
+# `generate` finds the cache in a model's output, and reorders it for beams, by these names; before 5.24 `cache` is not
+# among them.
 if "cache" not in ALL_CACHE_NAMES:
     ALL_CACHE_NAMES.append("cache")
 
@@ -67,20 +68,22 @@ class VideoMa2mbaGeneration:
         num_seen = cache.get_seq_length() if cache is not None and use_cache else 0
         if 0 < num_seen < given.shape[1] and mask_length in (None, given.shape[1]):
             if name == "input_ids":
-                self._leave_out_frames(model_inputs, given[:, :num_seen])
+                self._leave_out_frames(model_inputs, given, num_seen)
             given = given[:, num_seen:]
         return {**model_inputs, name: given, "attention_mask": attention_mask}
 
-    def _leave_out_frames(self, model_inputs, seen_ids):
-        """Drop the frames whose placeholders are among the ids that have been read."""
+    def _leave_out_frames(self, model_inputs, input_ids, num_seen):
+        """Drop the frames whose placeholders are among the first `num_seen` ids, which have been read."""
         for name, token_id in (
             ("pixel_values_videos", self.config.video_token_id), ("pixel_values", self.config.image_token_id),
         ):  # fmt: skip
             pixels = model_inputs.get(name)
             if pixels is None:
                 continue
-            counts = ((seen_ids == token_id).sum(dim=1) // self.config.tokens_per_frame).tolist()
-            left = [row[count:] for row, count in zip(pixels, counts, strict=True)]
+            places = input_ids == token_id
+            per_frame = self.config.tokens_per_frame
+            first, last = places[:, :num_seen].sum(dim=1) // per_frame, places.sum(dim=1) // per_frame
+            left = [row[a:b] for row, a, b in zip(pixels, first.tolist(), last.tolist(), strict=True)]
             model_inputs[name] = pad_sequence(left, batch_first=True) if any(map(len, left)) else None
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):

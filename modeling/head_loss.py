@@ -4,7 +4,6 @@ It is one more loop over the primitive (`checkpointing`): a block without a stat
 logits exist for one chunk only, forward and backward, and the gradient of the head is summed in float32.
 """
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import SequenceKey, register_pytree_node
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
@@ -46,6 +47,19 @@ class Mamba2Cache:
         self.num_tokens = num_tokens
 
     @property
+    def num_tokens(self):
+        """Kept as a tensor, so that a compiled or exported step serves for any length of the past."""
+        return int(self._seen)
+
+    @num_tokens.setter
+    def num_tokens(self, value):
+        self._seen = torch.as_tensor(value, device="cpu")
+
+    def advance(self, num_tokens):
+        """Count so many more tokens as seen."""
+        self._seen = self._seen + num_tokens
+
+    @property
     def is_linear(self):
         """One True per layer: none keeps keys and values."""
         return [True] * len(self.layers)
@@ -56,7 +70,7 @@ class Mamba2Cache:
 
     def copy(self):
         """A cache that can go its own way; the states themselves are never written in place, so they are shared."""
-        return Mamba2Cache(self.layers, self.num_tokens)
+        return Mamba2Cache(self.layers, self._seen)
 
     @staticmethod
     def joined(caches):
@@ -65,7 +79,7 @@ class Mamba2Cache:
             LayerState(*(torch.cat(states) for states in zip(*layer, strict=True)))
             for layer in zip(*(cache.layers for cache in caches), strict=True)
         ]
-        return Mamba2Cache(layers, caches[0].num_tokens)
+        return Mamba2Cache(layers, caches[0]._seen)
 
     def reorder_cache(self, beam_idx):
         """Keep the rows `beam_idx` (beams,) of the batch, in that order, in place."""
@@ -78,6 +92,20 @@ class Mamba2Cache:
     @property
     def num_bytes(self):
         return sum(state.nbytes for layer in self.layers for state in layer)
+
+
+# Lets `torch.export` and torch's other tools take the states apart.
+def _parts(cache):
+    return [cache._seen, *(list(layer) for layer in cache.layers)], None
+
+
+register_pytree_node(
+    Mamba2Cache,
+    _parts,
+    lambda parts, _: Mamba2Cache([LayerState(*layer) for layer in parts[1:]], parts[0]),
+    serialized_type_name=f"{__name__}.Mamba2Cache",
+    flatten_with_keys_fn=lambda cache: ([(SequenceKey(i), part) for i, part in enumerate(_parts(cache)[0])], None),
+)
 
 
 class Mamba2RMSNorm(nn.Module):
@@ -116,7 +144,7 @@ class Mamba2RMSNormGated(nn.Module):
 
 
 class Mamba2Conv1d(nn.Conv1d):
-    """The weights of a mixer's convolution, which continues from a state; called for them as `Mamba2RMSNormGated` is."""
+    """The weights of a mixer's convolution, which continues from a state; called as `Mamba2RMSNormGated` is."""
 
     def forward(self, hidden_states):
         """weight (channels, 1, width), and bias (channels,) or None."""
@@ -320,7 +348,7 @@ class Mamba2Backbone(nn.Module):
         else:
             chunk_size = chunk_size or self.prefill_chunk_size
             hidden_states = self._loop(inputs_embeds, cache, mask, keep, chunk_size, every_layer)
-        cache.num_tokens += inputs_embeds.shape[1]
+        cache.advance(inputs_embeds.shape[1])
         normed = self.norm_f(hidden_states if keep is None else hidden_states[None]).view_as(hidden_states)
         if every_layer is not None:
             every_layer[-1] = normed if keep is None else self.norm_f(every_layer[-1])

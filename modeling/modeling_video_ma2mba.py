@@ -8,10 +8,9 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .arguments import check_arguments, hidden_states_wanted, num_logits_bytes
+from .arguments import check_arguments, chosen, hidden_states_wanted, num_logits_bytes
 from .checkpoint_plan import CheckpointOptions, format_bytes
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .generation_video_ma2mba import VideoMa2mbaGeneration, cache_under_old_names
@@ -146,7 +145,7 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
                 videos (images) of a row, one after another; shorter rows are padded with frames at the end.
             cache: `Mamba2Cache` of the tokens before; it is moved on in place.
             use_cache: return the states in `cache`. Default: yes, but not while training.
-            output_hidden_states: give out those of all tokens and layers. Default: the config's.
+            output_hidden_states: give out those of all tokens and layers, or of a list of these. Default: the config's.
             prefill_chunk_size: tokens per step without gradient; None means the config's.
             keep: (batch, tokens) bool, the tokens whose hidden states are wanted; None for all.
             mm_token_type_ids: taken and not needed: the ids themselves say what a placeholder is.
@@ -168,7 +167,8 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
             raise ValueError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
         device = (input_ids if inputs_embeds is None else inputs_embeds).device
         checkpoints = self.is_checkpointing() and torch.is_grad_enabled()
-        every_layer = [] if hidden_states_wanted(output_hidden_states, self.config, checkpoints) else None
+        layers_wanted = hidden_states_wanted(output_hidden_states, self.config, checkpoints)
+        every_layer = [] if layers_wanted else None
         rows = None
         if keep is not None:
             keep = keep.cpu()
@@ -219,12 +219,15 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
         return VideoMa2mbaOutput(
             last_hidden_state=hidden_states,
             cache=cache if use_cache else None,
-            hidden_states=None if every_layer is None else tuple(every_layer),
+            hidden_states=None if every_layer is None else chosen(every_layer, layers_wanted),
         )
 
 
 class VideoMa2mbaForConditionalGeneration(VideoMa2mbaGeneration, VideoMa2mbaPreTrainedModel, GenerationMixin):
     """Video-Ma2mba with its language head: answers questions about videos and images.
+
+    `torch.compile(fullgraph=True)` and `torch.export` take the prefill of text and the decode step. Eager stay frames,
+    whose number per row is read from the ids, and training, whose recomputation hangs on autograd's own hooks.
 
     Args:
         config: `VideoMa2mbaConfig`.
@@ -328,10 +331,9 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaGeneration, VideoMa2mbaPreT
                 rows = hidden_states[rows_of[supervised.cpu()].to(hidden_states.device)]
             loss = head_loss(self.lm_head, rows, targets[supervised], self.config.loss_chunk_size, num_items_in_batch)
         if wanted is not None:
-            rows = (
-                hidden_states[:, wanted] if keep is None else hidden_states[rows_of[:, wanted].to(hidden_states.device)]
-            )
-            logits = self.lm_head(rows).float()
+            # all of them, or of the rows that were kept
+            rows = (slice(None), wanted) if keep is None else rows_of[:, wanted].to(hidden_states.device)
+            logits = self.lm_head(hidden_states[rows]).float()
         return VideoMa2mbaOutput(loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states)
 
     def _logits_wanted(self, logits_to_keep, batch, num_tokens, has_targets):

@@ -41,6 +41,7 @@ def build_tower(config):
     for module in tower.modules():  # what is set in the model's configuration later acts in the tower, too
         if getattr(module, "config", None) is built:
             module.config = config.vision_config
+    config.vision_config._attn_implementation = built._attn_implementation
     return tower
 
 
@@ -80,17 +81,15 @@ class VisualFeatures:
         pixels = pixel_values_videos.flatten(0, -4) if pixel_values_videos.ndim > 4 else pixel_values_videos
         features = self._encode(pixels, said=said, **{name: value for name, value in options.items() if value})
         leading = pixel_values_videos.shape[:-3]
-        states, attentions = (
-            tuple(torch.cat(chunks).unflatten(0, leading) for chunks in zip(*parts, strict=True))
-            if all(parts)
-            else None
-            for parts in ([out.hidden_states for out in said], [out.attentions for out in said])
-        )
+
+        def by_layer(chunks):
+            return tuple(torch.cat(parts).unflatten(0, leading) for parts in zip(*chunks, strict=True)) or None
+
         return BaseModelOutputWithPooling(
             last_hidden_state=torch.cat([out.last_hidden_state for out in said]).unflatten(0, leading),
             pooler_output=features.unflatten(0, leading).flatten(1, -2) if len(leading) > 1 else features,
-            hidden_states=states,
-            attentions=attentions,
+            hidden_states=by_layer(out.hidden_states or () for out in said),
+            attentions=by_layer(out.attentions or () for out in said),
         )
 
     def get_image_features(self, pixel_values, **kwargs):

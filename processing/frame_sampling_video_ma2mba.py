@@ -89,19 +89,27 @@ def _load_file(processor: Any, path: Any, options: dict[str, Any]) -> tuple[Any,
     wanted = {name: options.get(name) for name in ("fps", "max_frames", "end_s", "timestamps")}
     wanted |= {"start_s": options.get("start_s") or 0.0, "strict": bool(options.get("strict"))}
     num_frames = options.get("num_frames")
-    if _samples(processor, options) is False:
+    every = _samples(processor, options) is False
+    if every or num_frames is not None:
         info = probe_video(path)
-        if info.average_fps is None:
-            raise ValueError(f"'{path}' does not say its frame rate, so do_sample_frames=False cannot. Give fps.")
-        wanted["fps"] = info.average_fps
-    elif num_frames is not None:
-        info = probe_video(path)
+        rate, start_s = info.average_fps, float(wanted["start_s"] or 0.0)
+        if rate is None:
+            raise ValueError(f"'{path}' does not say its frame rate, so frames cannot be counted. Give fps.")
         end_s = min(info.duration_s, math.inf if wanted["end_s"] is None else wanted["end_s"])
-        there = round((end_s - wanted["start_s"]) * (info.average_fps or _FASTER_THAN_ANY_VIDEO))
-        if 0 < there < num_frames:
+        there = round((end_s - start_s) * rate)
+        if not every and num_frames is not None and 0 < there < num_frames:
             raise ValueError(f"num_frames={num_frames} is more than the {there} frames there are in '{path}'.")
-        wanted |= {"fps": _FASTER_THAN_ANY_VIDEO, "max_frames": num_frames}
+        every = every or num_frames == there
+        if every:  # picked in the middle of the time that each is shown: containers round the borders
+            wanted |= {"fps": rate, "start_s": (math.floor(start_s * rate + 1e-3) + 0.5) / rate}
+            wanted["end_s"] = wanted["end_s"] and wanted["end_s"] + 0.5 / rate
+        else:
+            wanted |= {"fps": _FASTER_THAN_ANY_VIDEO, "max_frames": num_frames}
     loaded = processor.load(path, **wanted)
+    if every and wanted["max_frames"] is None and len(set(loaded.timestamps_s)) < len(loaded.timestamps_s):
+        raise ValueError(
+            f"The frames of '{path}' do not come at a constant rate, so not each can be taken once. Give fps."
+        )
     if not options.get("return_metadata"):
         return loaded, None
     info = probe_video(path)

@@ -4,6 +4,7 @@
 everywhere in Transformers; what says only what is done anyway is taken.
 """
 
+import difflib
 from typing import Any
 
 from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingKwargs, TextKwargs, VideosKwargs
@@ -67,7 +68,7 @@ class VideoMa2mbaProcessorKwargs(ProcessingKwargs, total=False):
 
     text_kwargs: VideoMa2mbaTextKwargs
     images_kwargs: ImagesKwargs
-    videos_kwargs: VideoMa2mbaVideosKwargs
+    videos_kwargs: VideoMa2mbaVideosKwargs  # type: ignore[misc]  # with keys of our own
 
 
 NAMES: dict[str, frozenset[str]] = {
@@ -100,7 +101,7 @@ def merge_options(options: dict[str, Any], tokenizer: Any) -> dict[str, dict[str
             homes = [home for home in NAMES if name in NAMES[home] and kind in (home, "common_kwargs", "")]
             if not homes and not (kind != "" and name in AudioKwargs.__annotations__ and value is None):
                 inside = f" in {kind}" if kind else ""
-                raise TypeError(f"The processor has no option {name!r}{inside}. It knows: {known_options()}.")
+                raise TypeError(f"The processor has no option {name!r}{inside}. {_remedy(name)}")
             if kind in NAMES and name in flat:
                 raise ValueError(f"{name} is given twice: in {kind} and beside it. Give it once.")
             for home in homes:
@@ -111,8 +112,11 @@ def merge_options(options: dict[str, Any], tokenizer: Any) -> dict[str, dict[str
     }
 
 
-def known_options() -> str:
-    return ", ".join(sorted(frozenset().union(*NAMES.values()) | NAMES.keys() | {"common_kwargs"}))
+def _remedy(name: str) -> str:
+    known = sorted(frozenset().union(*NAMES.values()))
+    near = difflib.get_close_matches(name, known, n=1)
+    where = "All are in VideoMa2mbaProcessorKwargs; those of generation go to generate."
+    return f"Did you mean {near[0]!r}? {where}" if near else where
 
 
 def is_option(name: str) -> bool:

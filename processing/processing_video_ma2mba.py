@@ -75,7 +75,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         chat_template: Jinja text; by default made from the arguments above.
     """
 
-    valid_processor_kwargs = VideoMa2mbaProcessorKwargs
+    valid_processor_kwargs = VideoMa2mbaProcessorKwargs  # type: ignore[assignment]  # declared as the base's own
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         batch = self._encode(rendered, merged, split_special_tokens=True)
         return batch if return_dict else batch["input_ids"]
 
-    def _template(self, chat_template: str | None) -> str:
+    def _template(self, chat_template: str | None) -> str | None:
         """A template by its text or its name; None is the processor's own."""
         if not isinstance(self.chat_template, dict):
             return chat_template or self.chat_template
@@ -222,7 +222,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             raise ValueError(f"Name one of the chat templates by chat_template: {', '.join(self.chat_template)}.")
         return self.chat_template.get(chat_template or "default", chat_template)
 
-    def __call__(  # type: ignore[override]  # sound is refused, by name
+    def __call__(
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
@@ -354,7 +354,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         metadata: Iterator,
     ) -> _Row:
         texts = [segment.text for segment in segments if segment.kind == "text"]
-        tokenized = iter(())
+        tokenized: Iterator = iter(())
         if texts:
             told = self.tokenizer(
                 texts,

@@ -28,11 +28,14 @@ class RowSettings:
             )
         limit = tokenizer.model_max_length if tokenizer.model_max_length < _UNKNOWN_LENGTH else None
         self.max_length = options.get("max_length")
-        self.limit = limit if self.max_length is None else self.max_length
+        self.limit: int | None = limit if self.max_length is None else self.max_length
+        # a tokenizer may have been saved with a length that nobody asks for here
+        self.strict = self.max_length is not None and self.max_length != tokenizer.init_kwargs.get("max_length")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"max_length must be at least 1, got {self.limit}.")
 
-        self.padding = {True: "longest", False: "do_not_pad"}.get(*[options.get("padding", True)] * 2)
+        padding = options.get("padding", True)
+        self.padding = {True: "longest", False: "do_not_pad"}.get(padding, padding)
         if self.padding not in ("longest", "max_length", "do_not_pad") or (
             self.padding == "max_length" and self.limit is None
         ):
@@ -48,7 +51,8 @@ class RowSettings:
             raise ValueError(f"pad_to_multiple_of must be at least 1, got {self.multiple}.")
 
         truncation = options.get("truncation")
-        self.truncation = {"longest_first": True, "only_first": True, "do_not_truncate": False}.get(*[truncation] * 2)
+        strategies: dict[Any, bool] = {"longest_first": True, "only_first": True, "do_not_truncate": False}
+        self.truncation = strategies.get(truncation, truncation)
         if self.truncation not in (True, False, None):
             raise ValueError(f"truncation must be True, False or 'longest_first', got {truncation!r}.")
         if self.truncation and self.limit is None:
@@ -75,7 +79,7 @@ class RowSettings:
                 name: [row[part] for row, part in zip(rows, parts, strict=True)] for name, rows in columns.items()
             }
         longest = max(map(len, columns["input_ids"]))
-        if self.truncation is None and self.max_length is not None and longest > self.max_length:
+        if self.truncation is None and self.strict and longest > self.max_length:
             raise ValueError(
                 f"A row has {longest} tokens, more than max_length={self.max_length}. Say truncation=True to cut it, "
                 "or truncation=False to keep it."
@@ -83,12 +87,12 @@ class RowSettings:
         if self.padding == "do_not_pad":
             return columns
         if self.padding == "max_length":
-            longest = max(longest, self.limit)
+            longest = max(longest, self.limit or 0)
         length = -(-longest // self.multiple) * self.multiple
         return {name: [self._pad(row, fill[name], length) for row in rows] for name, rows in columns.items()}
 
     def _cut(self, number: int, ids: list[int], placeholders: set[int]) -> slice:
-        surplus = len(ids) - self.limit
+        surplus = len(ids) - (self.limit or 0)
         if surplus <= 0:
             return slice(None)
         keep, gone = slice(self.limit), slice(self.limit, None)

@@ -81,8 +81,10 @@ def deal(costs: Mapping[Piece, float], count: int) -> list[list[Piece]]:
 
 def files_of(path: Path) -> list[Path]:
     """`path` and what processes wrote beside it, as far as they are there."""
-    shares = sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
-    return [file for file in (path, *shares) if file.is_file()]
+    numbered = re.compile(re.escape(path.stem) + r"-(\d+)-of-(\d+)" + re.escape(path.suffix))
+    found = [(int(named[2]), int(named[1]), file) for file in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")
+             if (named := numbered.fullmatch(file.name))]  # fmt: skip
+    return [file for file in (path, *(file for _, _, file in sorted(found))) if file.is_file()]
 
 
 def remove_shares(path: Path) -> None:

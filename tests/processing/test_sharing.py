@@ -116,6 +116,11 @@ def test_the_copied_code_works_where_the_package_is_not_installed(tmp_path, monk
         "options_video_ma2mba.py",
         "rows_video_ma2mba.py",
         "video_processing_video_ma2mba.py",
+        "frame_pixels.py",
+        "frames_in_memory.py",
+        "media_location.py",
+        "picture_source.py",
+        "video_container.py",
         "video_reader.py",
         "video_source.py",
     }

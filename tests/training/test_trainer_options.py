@@ -145,6 +145,39 @@ def test_predict_gives_the_logits_of_a_plain_pass(make, collate, kind):
     assert result.metrics["test_loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
 
 
+def test_an_evaluation_without_metrics_makes_no_logits(make, collate):
+    trainer, sizes = make(VideoMa2mbaTrainer), []
+    trainer.model.register_forward_hook(lambda module, args, outputs: sizes.append(outputs.logits.numel()))
+    loss = trainer.evaluate()["eval_loss"]
+    assert sizes == [0, 0]
+    parts = [logits_and_targets(trainer.model, collate([row])) for row in trainer.eval_dataset]
+    losses = [F.cross_entropy(logits, target, reduction="none") for logits, target in parts]
+    means = [torch.cat(losses[start : start + 2]).mean() for start in (0, 2)]  # the Trainer's: of batches
+    assert loss == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
+
+
+@BOTH
+def test_neftune_adds_noise_to_whole_rows_while_training(make, collate, kind):
+    """Uniform within alpha / sqrt(tokens of a row x width), as its paper has it."""
+    alpha, seen = 5.0, []
+    trainer = make(kind, neftune_noise_alpha=alpha)
+    trainer.model.model.language_model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    batch = collate([{"seed": 0}, {"seed": 1}])
+    trainer.train_dataset = trainer.train_dataset[:2]
+    trainer.args.max_steps, trainer.args.learning_rate = 1, 0.0
+    trainer.train()
+    with torch.no_grad():
+        trainer.model(**batch)  # the noise is gone with the training
+        trainer.model.eval()(**batch)
+    noisy, after, without = (rows.flatten(0, 1) for rows in seen)
+    assert torch.equal(after, without)
+    distances = (noisy[:, None] - without).abs().amax(-1).amin(1)  # the Trainer may have swapped the rows
+    bound = alpha / (seen[0].shape[1] * seen[0].shape[2]) ** 0.5
+    text = distances[distances > 0]
+    assert len(text) > 40
+    assert 0.9 * bound < text.max() <= bound * 1.0001
+
+
 def shapes_that_decay(optimizer):
     return {
         parameter.ndim for group in optimizer.param_groups if group["weight_decay"] for parameter in group["params"]

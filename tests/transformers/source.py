@@ -8,6 +8,7 @@ import importlib.util
 import subprocess
 import sys
 import tarfile
+import tempfile
 import types
 from pathlib import Path
 
@@ -33,9 +34,10 @@ def fetch() -> Path:
             raise RuntimeError(
                 f"the source package of {name} cannot be downloaded; " + REMEDY.format(FOLDER, transformers.__version__)
             )
-    with tarfile.open(archive) as file:
+    with tempfile.TemporaryDirectory(dir=FOLDER) as partial, tarfile.open(archive) as file:
         wanted = [member for member in file.getmembers() if member.name.startswith(f"{name}/tests/")]
-        file.extractall(FOLDER, wanted, filter="data")
+        file.extractall(partial, wanted, filter="data")
+        (Path(partial) / name).rename(FOLDER / name)  # whole, or not there
     return tests
 
 
@@ -72,3 +74,7 @@ def stand_in(name: str, **contents: object) -> None:
     module = sys.modules[name] = types.ModuleType(name)
     module.__path__ = []
     vars(module).update(contents)
+
+
+if __name__ == "__main__":  # once before several processes want it
+    print(fetch())

@@ -22,6 +22,7 @@ from ..loading import find_model
 from ..processes import Ranks, Share, files_of, launched
 from ..progress import progress_bars
 from . import watching
+from .data import parse_share
 
 if TYPE_CHECKING:
     from ..evaluation.run import Answer, Found
@@ -48,20 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions of a video at once")
     parser.add_argument("--by-likelihood", action="store_true", help="multiple choice: take the likeliest letter")
     parser.add_argument("--resume", action="store_true", help="go on after the answers that stand in the output")
-    parser.add_argument("--shard", type=_share, metavar="I/N", help="only the I-th part of the videos, dealt by length")
+    parser.add_argument(
+        "--shard", type=parse_share, metavar="I/N", help="only the I-th part of the videos, dealt by length"
+    )
     judge = parser.add_argument_group("free answers")
     judge.add_argument("--judge", metavar="URL", help="an OpenAI-compatible address; the key is $OPENAI_API_KEY")
     judge.add_argument("--judge-model", default="gpt-3.5-turbo-0125", help="default: the paper's, gpt-3.5-turbo-0125")
     niah = parser.add_argument_group("niah")
     niah.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 15, 60, 120, 240])
     niah.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
-
-
-def _share(text: str) -> Share:
-    try:
-        return Share.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -173,7 +169,7 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path,
         write_found(output, found)
     ranks.after_first("questions")
     found = read_found(output)
-    videos = share.of(found.durations_s)
+    videos = share.of(found.durations_s) if share.count > 1 else None
     judge = _judge(args, output) if ranks.is_first and share.count == 1 and task.read_answer is None else None
     model, processor = watching.load_model_and_processor(args)
     with progress_bars() as show:
@@ -188,13 +184,16 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path,
         _report(task, found, answers, settings, judge, output)
     else:
         whole = f"video-ma2mba eval merge {output.parent}"
-        print(f"shard {share}: {len(answers)} questions about {len(videos)} videos; when all are done: {whole}")
+        print(f"shard {share}: {len(answers)} questions about {len(videos or ())} videos; when all are done: {whole}")
 
 
 def _merge(args: argparse.Namespace) -> None:
     from ..evaluation.run import ANSWERS, collect, read_found
     from ..evaluation.tasks import TASKS
 
+    for name in ("task", "data", "media_root", "adapter", "fps", "frames", "limit", "by_likelihood", "resume", "shard"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for the runs of the shards, which are over; leave it out")
     places = args.folders or ([args.output] if args.output else [])
     shards = [shard for place in places for shard in sorted(place.glob("shard-*-of-*"))]
     if not shards:

@@ -30,7 +30,7 @@ KINDS = {"_cap_": "caption", "_oe_": "open_ended", "_mc_": "multiple_choice"}
 def llava(source: Path) -> Iterator[Record | Problem]:
     """`{"id", "image" | "video", "conversations": [{"from", "value"}, ...]}`, in a list or a line each."""
     kind = next((kind for mark, kind in KINDS.items() if mark in source.name), "chat")
-    return each(source, lambda item: [_from_conversations(item, kind)])
+    return each(source, lambda item: [from_conversations(item, kind)])
 
 
 def messages(source: Path) -> Iterator[Record | Problem]:
@@ -38,7 +38,8 @@ def messages(source: Path) -> Iterator[Record | Problem]:
     return each(source, lambda item: [_from_messages(item)])
 
 
-def _from_conversations(item: Item, kind: str) -> Record:
+def from_conversations(item: Item, kind: str) -> Record:
+    """The record of an item with `conversations`."""
     record = item.value
     if not isinstance(record.get("conversations"), list):
         raise Malformed("a record needs a list under 'conversations'")
@@ -78,7 +79,7 @@ def _span(value: dict[str, Any]) -> dict[str, float]:
         start_s, end_s = value.get(first), value.get(last)
         if start_s is None and end_s is None:
             continue
-        if not all(isinstance(border, int | float) for border in (start_s, end_s)):
+        if not isinstance(start_s, int | float) or not isinstance(end_s, int | float):
             raise Malformed(f"a clip needs both {first} and {last}, in seconds: {start_s!r} and {end_s!r}")
         return {"start_s": float(start_s), "end_s": float(end_s)}
     return {}

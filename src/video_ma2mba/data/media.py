@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ..files import read_lines
 from ..processes import Share, files_of, in_threads
+from ..processing.media_location import locate
+from ..processing.picture_source import check_picture
 from ..processing.video_reader import probe_video
 
 
@@ -134,9 +136,9 @@ class MediaIndex:
         if known is not None and known[:2] == (stat.st_size, stat.st_mtime_ns):
             return known
         try:
-            duration_s = probe_video(path).duration_s if kind == "video" else _check_image(path)
+            duration_s = probe_video(path).duration_s if kind == "video" else _check_picture(path)
             return stat.st_size, stat.st_mtime_ns, duration_s, ""
-        except (ValueError, OSError, SyntaxError) as error:  # SyntaxError: what PIL says of a broken PNG
+        except (ValueError, OSError) as error:
             return stat.st_size, stat.st_mtime_ns, 0.0, str(error) or type(error).__name__
 
     def _take(self, key: Key, look: Look) -> None:
@@ -150,9 +152,6 @@ class MediaIndex:
         self._file.flush()
 
 
-def _check_image(path: Path) -> float:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        image.verify()
+def _check_picture(path: Path) -> float:
+    check_picture(locate(path))
     return 0.0

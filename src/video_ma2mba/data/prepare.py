@@ -256,7 +256,7 @@ class _FrameStore:
 
     def __call__(self, videos: Iterable[str], total: int) -> tuple[int, dict[str, str]]:
         """The number of frames, and what is wrong with videos that do not decode."""
-        if self.cache is None:
+        if (cache := self.cache) is None:
             return 0, {}
         stop = threading.Event()
         # alone, a decoder takes all cores; of several, each has its part of them
@@ -264,9 +264,7 @@ class _FrameStore:
 
         def write(video: str) -> int | str:
             try:
-                return write_frames(
-                    self.root, video, self.folder, **self.cache, num_threads=num_threads, stop=stop.is_set
-                )
+                return write_frames(self.root, video, self.folder, **cache, num_threads=num_threads, stop=stop.is_set)
             except (ValueError, OSError) as error:
                 return str(error)
 

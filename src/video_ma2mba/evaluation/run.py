@@ -195,16 +195,19 @@ def answer_all(
             stream.flush()
             show(len(asked[video]))
     ranks.finish(show)
-    return collect([file], found, asked, file) if ranks.is_first else []
+    if not ranks.is_first:
+        return []
+    # of a shard the files stay as they are: they also say what could not be read, to whoever merges them
+    return collect([file], found, asked, file if videos is None else None)
 
 
-def collect(files: Sequence[Path], found: Found, videos: Collection[str], output: Path) -> list[Answer]:
+def collect(files: Sequence[Path], found: Found, videos: Collection[str], output: Path | None) -> list[Answer]:
     """The answers of all processes, put together.
 
     Args:
         files: `answers.jsonl` of every folder there is; what stands beside one counts too.
         videos: Those that must be done.
-        output: The `answers.jsonl` to write.
+        output: The `answers.jsonl` to write, if any.
 
     Returns:
         As `answer_all`.
@@ -234,7 +237,8 @@ def collect(files: Sequence[Path], found: Found, videos: Collection[str], output
             del found.by_video[video]
             found.problems.extend(Problem(q.where, "unreadable medium", unreadable[video], q.id) for q in questions)
     done = {video: done[video] for video in asked if video in done}
-    _write_answers(output, done)
+    if output is not None:
+        _write_answers(output, done)
     return [answer for answers in done.values() for answer in answers]
 
 

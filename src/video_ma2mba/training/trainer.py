@@ -41,6 +41,7 @@ class VideoMa2mbaTrainer(Trainer):
     - samples that `VideoChatCollator(with_info=True)` left out are counted, warned of and written to
       `skipped_samples.jsonl`; an error names the samples and videos of its batch;
     - a loss that is not finite stops the training, with the batch saved;
+    - an evaluation without metrics asks for no logits;
     - the log has tokens and samples per second, and the part of the tokens that is supervised;
     - a checkpoint counts only when it is whole: see `last_checkpoint`.
 
@@ -150,11 +151,13 @@ class VideoMa2mbaTrainer(Trainer):
             inputs = for_label_smoothing(inputs, all_logits=return_outputs and not self._loss_only)
             if num_items_in_batch is not None:
                 num_items_in_batch = max(num_items_in_batch, 1)  # nothing supervised: a loss of zero
+        elif self._loss_only and not self.model.training and "labels" in inputs:
+            inputs = {"logits_to_keep": torch.arange(0), **inputs}  # no logits, however long the video
         states = self.initial_states if self.model.training else None
         base = next(module for module in self.model.modules() if isinstance(module, VideoMa2mbaModel))
         if states is not None:  # the model moves the cache on in place
-            ids, dtype = inputs["input_ids"], base.get_input_embeddings().weight.dtype
-            inputs["cache"] = states.begin(base.language_model.new_cache(len(ids), ids.device, dtype))
+            ids = inputs["input_ids"]
+            inputs["cache"] = states.begin(base.language_model.new_cache(len(ids), ids.device))
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if states is not None:
             states.end(inputs.pop("cache"))
