@@ -29,7 +29,7 @@ help:
 	@echo "make test-kernels run the tests of the GPU kernels on the CPU, in Triton's interpreter"
 	@echo "make test-lmms-eval run the tests of the adapter for lmms-eval, in an environment of its own"
 	@echo "make test-install build the wheel and the sdist, and use each in an empty environment"
-	@echo "make studies      run the studies and the needle in a haystack again: some 45 minutes on a CPU"
+	@echo "make studies      run the studies and the needle in a haystack again: some two hours on a CPU"
 	@echo "make torture      mutated inputs, and commands killed at random moments: some 15 minutes"
 	@echo "make gpu          test and measure on a GPU, into one JSON: WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
 	@echo "make lint         check the style with ruff, and the types with mypy"
@@ -84,7 +84,7 @@ test-install: .venv/.ready
 	done
 
 studies: .venv/.ready
-	for study in backbone fps intervals max-length stability; do .venv/bin/video-ma2mba bench study $$study \
+	for study in backbone fps intervals length max-length stability; do .venv/bin/video-ma2mba bench study $$study \
 		-o examples/studies/$$study.json --plot examples/studies/$$study.png || exit 1; done
 	rm -rf out/niah
 	.venv/bin/video-ma2mba eval model_cards/video-ma2mba-tiny --task niah -o out/niah

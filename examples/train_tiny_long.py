@@ -1,4 +1,4 @@
-"""Teach the tiny Video-Ma²mba to remember for hours: carried states, on stories of up to 24,000 seconds.
+"""Teach the tiny Video-Ma²mba to remember for hours: carried states, on stories of up to 30,000 seconds.
 
     python examples/train_tiny_long.py --model long                   # from model_cards/video-ma2mba-tiny, resumable
     python examples/train_tiny.py --evaluate-only --model long --beyond 2880 14400
@@ -36,7 +36,7 @@ NEW_LAYERS = (1, 4)  # their places among the six
 HALF_LIVES = (2000.0, 8000.0, 30000.0, 120000.0)  # of the new heads, in tokens, at the time step they begin with
 TIME_STEP = 0.03
 BANK_STORY_S, BANK_SEED, STREAM_SEED = 24, 3 * 10**8, 10**10
-NUM_STREAMS, STREAM_S = 8, (400, 24_000)
+NUM_STREAMS, STREAMS_S = 8, ((0.7, 400, 24_000), (0.3, 8_000, 30_000))  # share of the streams, seconds from, to
 WINDOWS = ((0.35, 128, 8), (0.3, 256, 6), (0.2, 512, 4), (0.15, 1024, 2))  # share of the steps, frames, streams
 SHORT = ((0.25, 3, 30, 24), (0.6, 8, 180, 8), (0.15, 180, 480, 3))  # share of the steps, seconds from, to, videos
 WATCHED_AT_A_TIME = 2048
@@ -162,10 +162,10 @@ class Tape:
         seen = [name for name, debut in self.debuts.items() if debut < second and name != self.circle]
         unseen = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in seen]
         asked = []
-        if self.debuts[self.circle] < second:
-            asked.append(Question("circle_colour", "What colour was the circle?", self.circle.split()[0]))
+        if self.debuts[self.circle] < second:  # what was shown once counts more: it is asked for several times
+            asked += 4 * [Question("circle_colour", "What colour was the circle?", self.circle.split()[0])]
         if first != self.circle:
-            asked.append(Question("first_shape", "Which shape came first of all?", first.split()[1]))
+            asked += 2 * [Question("first_shape", "Which shape came first of all?", first.split()[1])]
         if last != self.circle:
             asked.append(Question("last_shape", "Which shape came last of all?", last.split()[1]))
         for number in range(repeats):
@@ -235,7 +235,8 @@ class Teacher:
         return Tape(self.next_seed, duration_s, self.bank, self.rng, needle=self.rng.random() < 0.2)
 
     def _new_stream(self, at_least_s: int) -> dict:
-        low, high = np.log([max(STREAM_S[0], at_least_s + 30), STREAM_S[1]])
+        _, low, high = STREAMS_S[self.rng.choice(len(STREAMS_S), p=[part[0] for part in STREAMS_S])]
+        low, high = np.log([max(low, at_least_s + 30), high])
         tape = self._new_tape(int(np.exp(self.rng.uniform(low, high))))
         with torch.no_grad():
             return {"tape": tape, "at": 0, "cache": self._begin(1)}

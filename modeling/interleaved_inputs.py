@@ -41,7 +41,7 @@ class InterleavedInputs:
             if pixels is None:
                 refuse_placeholders(is_placeholder, name)
                 continue
-            counts = model.frames_per_row(is_placeholder, pixels, name)
+            counts = model._frames_per_row(is_placeholder, pixels, name)
             frames = pixels.flatten(0, 1)
             if min(counts) < pixels.shape[1]:
                 frames = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
@@ -71,7 +71,7 @@ class InterleavedInputs:
                 if mask.any():
                     with torch.set_grad_enabled(builds_graph and torch.is_grad_enabled()):
                         parts.append((mask, self._encode(frames, numbers[mask], to_host)))
-        return self.model.interleave(self.input_ids[:, span], None, parts, to_host)
+        return self.model._interleave(self.input_ids[:, span], None, parts, to_host)
 
     def _encode(self, frames, numbers, to_host):
         """The tokens `numbers` (tokens,) of the frames, each frame encoded once: (tokens, hidden)."""

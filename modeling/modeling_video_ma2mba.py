@@ -1,7 +1,6 @@
 """Video-Ma2mba: a vision tower, a projector and a Mamba-2 backbone that reads every frame (arXiv 2411.19460)."""
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -104,21 +103,21 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
 
     def _watch_and_train(self, inputs, cache, mask, rows, chunk_size, plan, windows):
         """What comes before all windows is watched, a chunk at a time; the rest goes through the plan."""
+        dtype, first = self.get_input_embeddings().weight.dtype, windows.first
         step = chunk_size or self.language_model.prefill_chunk_size
-        num_tokens = windows.first + windows.live.shape[1]
-        borders = [*range(0, windows.first, step), windows.first, num_tokens]
-        for span in (slice(a, b) for a, b in pairwise(borders)):
-            trains = span.start == windows.first
-            how = (plan.offload, windows.live) if trains else ()
-            with torch.set_grad_enabled(trains):
-                embeds = inputs.embed(span, *how)
-                if cache is None:
-                    cache = self.language_model.new_cache(len(windows.live), inputs.device, embeds.dtype)
-                here = (None if tensor is None else tensor[:, span] for tensor in (mask, rows))
-                how = (None, plan, None, windows) if trains else ()
-                embeds = embeds if trains else embeds.to(cache.layers[0][0].device)
-                hidden_states = self.language_model(embeds, cache, *here, *how)
-        return hidden_states, cache
+        if cache is None:
+            cache = self.language_model.new_cache(len(windows.live), inputs.device, dtype)
+
+        def at(span):
+            return (None if tensor is None else tensor[:, span] for tensor in (mask, rows))
+
+        with torch.no_grad():
+            for span in (slice(start, min(start + step, first)) for start in range(0, first, step)):
+                embeds = inputs.embed(span).to(cache.layers[0][0].device)
+                self.language_model(embeds, cache, *at(span))
+        span = slice(first, first + windows.live.shape[1])
+        embeds = inputs.embed(span, plan.offload, windows.live)
+        return self.language_model(embeds, cache, *at(span), plan=plan, windows=windows), cache
 
     @can_return_tuple
     @cache_under_old_names
@@ -192,8 +191,10 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
         plan = self.checkpoint_plan(batch, num_tokens, num_tokens - first) if checkpoints else None
         pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
         if windows is not None and inputs_embeds is None:
-            inputs = InterleavedInputs(self, input_ids, pixels, order)
-            hidden_states, cache = self._watch_and_train(inputs, cache, mask, rows, prefill_chunk_size, plan, windows)
+            frames_and_text = InterleavedInputs(self, input_ids, pixels, order)
+            hidden_states, cache = self._watch_and_train(
+                frames_and_text, cache, mask, rows, prefill_chunk_size, plan, windows
+            )
         else:
             if inputs_embeds is None or pixel_values_videos is not None or pixel_values is not None:
                 inputs_embeds = self._embed(input_ids, inputs_embeds, pixels, plan is not None and plan.offload)
@@ -206,8 +207,8 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
             if windows is None:
                 hidden_states = self.language_model(inputs_embeds, cache, mask, rows, *how, every_layer)
             else:
-                inputs = WholeEmbeddings(inputs_embeds)
-                hidden_states, cache = self._watch_and_train(inputs, cache, mask, rows, *how, windows)
+                whole = WholeEmbeddings(inputs_embeds)
+                hidden_states, cache = self._watch_and_train(whole, cache, mask, rows, *how, windows)
         if order is not None:
             back = order.argsort(dim=1)[..., None]
             if keep is None:

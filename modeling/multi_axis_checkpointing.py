@@ -44,7 +44,9 @@ class MultiAxisCheckpointing:
             gradient_horizon: gradients flow through the last so many tokens of a row, and each window of as many before
                 that has a supervised token, counted from the row's own end; None: through all. States are carried
                 over every border, so the loss is that of the whole. What no window holds runs once, also the frames,
-                and keeps nothing: compute and memory are those of watching.
+                and keeps nothing: compute and memory are those of watching. In data-parallel training a batch may so
+                leave the tower without a gradient: `VideoMa2mbaTrainer` gives it zeros, with the stock Trainer set
+                ddp_find_unused_parameters.
             every_n_layers: transformers' name for `layer_interval`; 1 leaves it alone.
 
         Raises:

@@ -187,12 +187,12 @@ class VisualFeatures:
                 if input_ids is not None:
                     refuse_placeholders(is_placeholder, name)
                 continue
-            counts = self.frames_per_row(is_placeholder, pixels, name, input_ids is None)
+            counts = self._frames_per_row(is_placeholder, pixels, name, input_ids is None)
             frames = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
             parts.append((is_placeholder, self._encode(frames, to_host=to_host).flatten(0, 1)))
-        return self.interleave(input_ids, inputs_embeds, parts, to_host)
+        return self._interleave(input_ids, inputs_embeds, parts, to_host)
 
-    def interleave(self, input_ids, inputs_embeds, parts, to_host):
+    def _interleave(self, input_ids, inputs_embeds, parts, to_host):
         """Text, as ids or embeddings, with other embeddings in the places of their masks: (batch, tokens, hidden).
 
         Args:
@@ -226,7 +226,7 @@ class VisualFeatures:
         whole = torch.empty(shape, dtype=text.dtype, device=values[-1].device, pin_memory=text.is_cuda)
         return _Interleave.apply(whole, True, masks, *values)
 
-    def frames_per_row(self, is_placeholder, pixels, name, by_embedding=False):
+    def _frames_per_row(self, is_placeholder, pixels, name, by_embedding=False):
         """How many real frames each row has, as its placeholders say. Raises ValueError where they do not fit."""
         if pixels.ndim != 5:
             raise ValueError(f"{name} must be (batch, frames, 3, height, width), got shape {tuple(pixels.shape)}")

@@ -102,6 +102,10 @@ def test_fps_takes_the_backbones_that_were_trained(backbone):
     assert rows[48, "2 FPS", "mamba2"]["num_frames"] == 96
     assert rows[48, "2 FPS", "attention"]["memory_bytes"] == 12 * rows[48, "8 frames", "attention"]["memory_bytes"]
     assert len({row["memory_bytes"] for (_, _, name), row in rows.items() if name == "mamba2"}) == 1
+    hour = result["hour"]
+    assert set(hour["accuracy"]) == {"every second", "few frames", "attention, few frames"}
+    assert hour["accuracy"]["every second"]["all"] >= 0.8  # the tiny model, at lengths of its training
+    assert hour["num_few_frames"] <= hour["video_s"]
     for same in result["same_memory"]:
         assert same["attention"]["memory_bytes"] <= same["mamba2"]["memory_bytes"]
 
