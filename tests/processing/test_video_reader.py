@@ -18,7 +18,7 @@ from video_ma2mba.processing import VideoReadError, probe_video, read_frames, vi
 
 from .videos import decode_everything, frame_number, shown_at, write_audio, write_video
 
-# Matroska stores whole milliseconds: a time is off by half of one, and a frame counts as shown up to one early (rule 3).
+# Matroska stores milliseconds: times are off by half of one, and a frame counts as shown up to one early (rule 3).
 _ROUNDING = Fraction(3, 2000)
 # Presentation times in milliseconds of a clip with a varying frame rate: bursts and long pauses.
 _UNEVEN_MS = [0, 40, 80, 700, 733, 1500, 1501, 1999, 2000, 2400, 3600, 3640, 3999, 4001, 4600, 4900]
