@@ -10,15 +10,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import ask, bench, chat, convert, data, evaluate, plan, share, train, ui, watch
+from . import ask, bench, chat, convert, data, evaluate, plan, serve, share, train, ui, watch
 
 COMMANDS = {
     "ask": ask, "bench": bench, "chat": chat, "convert": convert, "data": data, "eval": evaluate,
-    "plan": plan, "share": share, "train": train, "ui": ui, "watch": watch,
+    "plan": plan, "serve": serve, "share": share, "train": train, "ui": ui, "watch": watch,
 }  # fmt: skip
 # Packages that only some commands need, and the extra that brings each.
 EXTRAS = {"datasets": "train", "peft": "train", "tensorboard": "train", "matplotlib": "train", "evaluate": "eval",
-          "gradio": "ui"}  # fmt: skip
+          "gradio": "ui", "fastapi": "serve", "uvicorn": "serve", "python_multipart": "serve"}  # fmt: skip
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
