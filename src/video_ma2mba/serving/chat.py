@@ -166,6 +166,7 @@ class Chat:
                 self.top_p if request.top_p is None else request.top_p,
                 None if request.seed is None else (request.seed + index) % 2**63,
                 (request.top_logprobs or 0) if request.logprobs else None,
+                request.ignore_eos,
             )
             row = Row(prompt.ids, prompt.cache, sampling, deadline, each, self.deliveries.listener(queue))
             answers.append(Answer(index, row, queue, Transcript(self.processor.tokenizer, request.stops)))

@@ -32,6 +32,7 @@ class Sampling:
         temperature: 0 takes the likeliest token.
         top_p: sample from the likeliest tokens that together have this probability.
         seed: of the row's own generator; None for any.
+        ignores_end: write on after the end of the turn.
         num_logprobs: give the log-probability of each token, and of so many of the likeliest; None for neither.
     """
 
@@ -40,6 +41,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     num_logprobs: int | None = None
+    ignores_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ class Engine:
                 token = _with_logprobs(logits[place], chosen[place], row.sampling.num_logprobs)
             row.num_tokens += 1
             ending = None
-            if token.id in self._ends:
+            if token.id in self._ends and not row.sampling.ignores_end:
                 ending = "stop"
             elif row.num_tokens >= row.sampling.max_new_tokens:
                 ending = "length"

@@ -82,6 +82,7 @@ class ChatRequest(_Strict):
     max_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    ignore_eos: bool = False  # as vLLM has it: the answer is as long as it may be
     # what says nothing about the answer
     user: str | None = None
     metadata: dict[str, Any] | None = None
