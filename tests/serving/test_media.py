@@ -45,7 +45,14 @@ def test_a_path_is_read_under_an_allowed_folder_alone(place):
         for url in (f"{place}/{name}", f"file://{place}/{name}"):
             with pytest.raises(Forbidden, match="--allow-media"):
                 rules.bring(url, kept)
-    for url in ("clip.mp4", "file://elsewhere/clip.mp4", "ftp://127.0.0.1/x", "concat:/etc/passwd", f"{place}/a\0b", ""):
+    for url in (
+        "clip.mp4",
+        "file://elsewhere/clip.mp4",
+        "ftp://127.0.0.1/x",
+        "concat:/etc/passwd",
+        f"{place}/a\0b",
+        "",
+    ):
         with pytest.raises(Forbidden):
             rules.bring(url, kept)
     with pytest.raises(Forbidden):
@@ -117,7 +124,7 @@ def test_images_are_taken_up_to_their_bound(place, kind, monkeypatch):
     Image.new("RGB", (64, 48)).save(path, kind)
     check(path, "image", 1)
     monkeypatch.setattr(media, "MAX_PIXELS", 64 * 48 - 1)
-    with pytest.raises(ValueError, match="pixels|not a"):
+    with pytest.raises(ValueError, match=r"pixels|not a"):
         check(path, "image", 1)
 
 
@@ -146,7 +153,7 @@ class Site(http.server.BaseHTTPRequestHandler):
 
     files: dict = {}  # noqa: RUF012 - each test has its own class
 
-    def do_GET(self):  # noqa: N802 - so named by the library
+    def do_GET(self):
         kind, _, rest = self.path.lstrip("/").partition("/")
         if kind == "to":
             self.send_response(302)

@@ -1,14 +1,20 @@
 """Serve a model over HTTP: videos are watched once and remembered, questions of all users are answered together.
 
+--engine vllm hands the model to vLLM instead, with the options after --.
+
 It speaks as OpenAI's API does: POST /v1/chat/completions, with parts of the types text, image_url, video_url and
 memory; POST and GET /v1/memories; /v1/models, /health and /metrics.
 """
 
 import argparse
+import importlib.util
+import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
+from ..loading import find_model
 from . import watching
 
 HELP = "serve a model over HTTP"
@@ -18,6 +24,8 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    parser.add_argument("--engine", choices=("memory", "vllm"), default="memory", help="default: memory, this server")
+    parser.add_argument("options", nargs="*", metavar="...", help="after --: options of vLLM's server")
     watching.add_loading_arguments(parser)
     parser.add_argument("--memories", type=Path, metavar="DIR", help="where memories are kept (default: until it ends)")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
@@ -62,7 +70,39 @@ def read_keys(path: Path | None, host: str) -> tuple[str, ...]:
     return keys
 
 
+def vllm_command(args: argparse.Namespace) -> list[str]:
+    """What starts vLLM's own server.
+
+    Raises:
+        ValueError: there are options that vLLM's server has no place for.
+    """
+    unknown = {
+        "memories": "it keeps no memories", "api_key_file": "give --api-key after --", "adapter": "merge it first",
+        "allow_urls": "it fetches URLs unless --allowed-media-domains forbids it",
+        "allow_private_urls": "as --allow-urls",
+    }  # fmt: skip
+    for name, remedy in unknown.items():
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')}: vLLM's server does not know it: {remedy}")
+    if len(args.allow_media) > 1:
+        raise ValueError("--allow-media: vLLM's server takes one folder")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", find_model(args.model)]
+    command += ["--served-model-name", Path(args.model).name, "--host", args.host, "--port", str(args.port)]
+    command += ["--enable-prefix-caching", "--dtype", args.dtype]
+    if args.allow_media:
+        command += ["--allowed-local-media-path", str(args.allow_media[0].resolve())]
+    return command + args.options
+
+
 def run(args: argparse.Namespace) -> None:
+    if args.engine == "vllm":
+        command = vllm_command(args)
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError("--engine vllm needs vLLM, in an environment of its own: pip install 'video-ma2mba[vllm]'")
+        sys.stdout.flush()
+        os.execv(command[0], command)
+    if args.options:
+        raise ValueError(f"{' '.join(args.options)}: options after -- are for --engine vllm")
     for option in ("slots", "max_waiting", "timeout", "max_duration"):
         if not getattr(args, option) > 0:
             raise ValueError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option)}")

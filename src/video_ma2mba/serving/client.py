@@ -137,11 +137,21 @@ class RemoteMemory:
     """
 
     def __init__(self, server: Server, described: dict[str, Any], at_s: float | None = None):
-        self.server, self.id, self.at_s = server, described["id"], at_s
+        self.server, self.at_s = server, at_s
+        self.dialogue: list[dict[str, str]] = []
+        self._is_now(described)
+
+    @classmethod
+    def nothing(cls, server: Server) -> "RemoteMemory":
+        """A memory of nothing yet, to be given a video by `watch`."""
+        empty = {"id": "", "num_frames": 0, "num_tokens": 0, "num_bytes": 0, "duration_s": 0.0, "snapshots_s": []}
+        return cls(server, empty)
+
+    def _is_now(self, described: dict[str, Any]) -> None:
+        self.id = described["id"]
         self.num_frames, self.num_tokens = described["num_frames"], described["num_tokens"]
         self.num_bytes, self.duration_s = described["num_bytes"], described["duration_s"]
         self.snapshot_times_s, self._described = described["snapshots_s"], described
-        self.dialogue: list[dict[str, str]] = []
 
     def __str__(self) -> str:
         until = f", as it was at {self.at_s:g} s" if self.at_s is not None else ""
@@ -152,6 +162,12 @@ class RemoteMemory:
     def at(self, seconds: float) -> "RemoteMemory":
         """As `VideoMemory.at`."""
         return RemoteMemory(self.server, self._described, seconds)
+
+    def watch(
+        self, video: str | Path, fps: float | None = None, *, progress: Callable[[int, int | None], None] | None = None
+    ) -> None:
+        """Send a video to the server, and wait until it is watched."""
+        self._is_now(self.server.wait(self.server.upload(video, fps)["id"], progress=progress))
 
     def chat(self, message: str, *, stream: bool, max_new_tokens: int) -> Iterator[str]:
         """As `VideoMemory.chat`, streamed."""

@@ -1,5 +1,6 @@
 """How vLLM reads videos for this model: every frame at the processor's rate, in items of a few frames each."""
 
+import hashlib
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,7 @@ class Processor(BaseMultiModalProcessor[Info]):
             frames = processor.load(array).frames
             return prefix_hash("frames", [{"hash": _hash_of(frames)}]), frames
         fps = (metadata or {}).get("fps") or processor.fps
-        digest = prefix_hash("file", [{"hash": _hash_of(torch.from_numpy(array)), "fps": fps}])
+        digest = prefix_hash("file", [{"hash": hashlib.sha256(array).hexdigest(), "fps": fps}])
         if digest not in self._decoded:
             with tempfile.NamedTemporaryFile() as file:
                 array.tofile(file)
@@ -167,6 +168,4 @@ class Processor(BaseMultiModalProcessor[Info]):
 
 
 def _hash_of(values: torch.Tensor) -> str:
-    import hashlib
-
-    return hashlib.sha256(np.ascontiguousarray(values.numpy()).tobytes()).hexdigest()
+    return hashlib.sha256(values.contiguous().numpy()).hexdigest()
