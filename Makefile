@@ -70,7 +70,8 @@ studies: .venv/.ready
 	cp out/niah/report.png examples/studies/niah.png
 
 torture: .venv/.ready
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/torture/torture.py
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/torture/torture.py tests/torture/torture_serving.py
+	SERVING_BODIES=1000 OMP_NUM_THREADS=1 .venv/bin/pytest tests/serving/test_server.py -k random_bodies
 
 # Needs no network and no set-up but the Python that is there: it has torch, triton, transformers, peft and pytest.
 DEVICE ?= cuda

@@ -117,14 +117,10 @@ def test_half_watched_videos_are_gone_on_with(store, story, model, processor, mo
     assert sorted(path.name for path in (second.folder / memory_id).iterdir()) == ["lock", "memory", "record.json"]
 
 
-# Where a server is killed: while a record, an unfinished memory and a memory are written, while it watches, while it
-# answers.
+# Where a server is killed; `make torture` kills it at random moments.
 PLACES = {
-    "record": ("video_ma2mba.files:os.replace", 0),
-    "watching": ("video_ma2mba:VideoMemory._absorb", 2),
-    "unfinished": ("video_ma2mba.modeling.video_memory_files:save_file", 0),
-    "renaming": ("pathlib:Path.replace", 2),
-    "memory": ("video_ma2mba:VideoMemory.save_pretrained", 3),
+    "watching": ("video_ma2mba:VideoMemory._absorb", 3),
+    "saving": ("pathlib:Path.replace", 3),
     "answering": ("video_ma2mba.serving.engine:Engine._write_step", 1),
 }
 SERVE = f"""

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import json
+import os
 import random
 import socket
 import subprocess
@@ -187,7 +188,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(server, memory_id):
-    body = json.dumps({**asked(memory_id, "Why?", max_tokens=2000, stream=True), "ignore_eos": True, "logprobs": True,
+    body = json.dumps({**asked(memory_id, "Why?", max_tokens=200, stream=True), "ignore_eos": True, "logprobs": True,
                        "top_logprobs": 20}).encode()  # fmt: skip
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -229,7 +230,11 @@ FIELDS = ["messages", "n", "stop", "seed", "temperature", "top_p", "stream", "lo
           "model", "tools", "user", "frames", "path", "live", "fps", "snapshots_s"]  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=int(os.environ.get("SERVING_BODIES", "40")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=6), st.booleans(), st.randoms(use_true_random=False))
 def test_random_bodies_are_answered_or_refused(server, memory_id, body, is_good, chance):
     body = {**asked(memory_id, "Why?", max_tokens=2), **body} if is_good else body

@@ -14,6 +14,7 @@ os.environ |= {
 import numpy as np
 import pytest
 import torch
+
 from tests.tiny import byte_tokenizer, tiny_config
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
 from video_ma2mba.data.synthetic import make_story

@@ -166,7 +166,9 @@ class Memories:
             KeyError: there is none of that id. ValueError: it is not whole yet, damaged, or has no such snapshot.
         """
         if (saved := self._saved_at(memory_id)) is None:
-            raise ValueError(f"the memory {memory_id} is not ready, it is {self.describe(memory_id)['status']}")
+            described = self.describe(memory_id)
+            why = described["error"] or f"it is {described['status']}"
+            raise ValueError(f"the memory {memory_id} is not ready: {why}")
         with self._lock:
             loaded = self._loaded.get(memory_id)
             if loaded is not None:
