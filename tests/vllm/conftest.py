@@ -85,21 +85,26 @@ def stories(tmp_path_factory):
     ]
 
 
-def request(processor, content):
+def talk(content, system=None):
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": content}]
+
+
+def request(processor, content, system=None):
     """A request to vLLM of the parts of a user's message."""
     files = [np.fromfile(part["path"], np.uint8) for part in content if part["type"] == "video"]
     images = [part["image"] for part in content if part["type"] == "image"]
     data = ({"video": [(file, {"fps": None}) for file in files]} if files else {}) | (
         {"image": images} if images else {}
     )
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = processor.apply_chat_template(talk(content, system), add_generation_prompt=True)
     return {"prompt": text, "multi_modal_data": data}
 
 
-def expected(model, processor, content):
+def expected(model, processor, content, system=None):
     """Ids of the prompt and of the answer, from `generate`."""
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_tensors="pt"
+        talk(content, system), add_generation_prompt=True, tokenize=True, return_tensors="pt"
     )
     ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)[0]
     start = inputs["input_ids"].shape[1]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.vllm.conftest import BLOCK, answers, expected, request
+from tests.vllm.conftest import BLOCK, answers, expected, request, talk
 from video_ma2mba.serving import vllm_videos
+from video_ma2mba.serving.prompts import prompt_pieces
 
 
 def text(words):
@@ -50,17 +51,21 @@ def test_another_question_about_a_video_reads_none_of_its_frames(llm, model, pro
     """Ten minutes, cut so that the frames end with a block; vLLM keeps states at the ends of blocks alone."""
     from video_ma2mba.data.synthetic import make_story
 
-    head = expected(model, processor, [text("?")])[0].index(processor.tokenizer("?")["input_ids"][0])
-    seconds = next(one for one in range(600, 700) if (head + one * model.config.tokens_per_frame) % BLOCK == 0)
-    path = str(make_story(seed=9, duration_s=seconds).render(tmp_path / "long.mp4"))
+    frames = 600 * model.config.tokens_per_frame
+
+    def end_of_video(system):
+        first, *_ = prompt_pieces(processor, talk([{"type": "video"}, text("?")], system))
+        return len(first) + frames
+
+    system = next(words for words in ("y" * n for n in range(1, 99)) if end_of_video(words) % BLOCK == 0)
+    path = str(make_story(seed=9, duration_s=600).render(tmp_path / "long.mp4"))
     for turn, words in enumerate(("Why?", "What came before?")):
         content = [{"type": "video", "path": path}, text(words)]
-        (answer,) = answers(llm, [request(processor, content)])
-        prompt, ids = expected(model, processor, content)
+        (answer,) = answers(llm, [request(processor, content, system)])
+        prompt, ids = expected(model, processor, content, system)
         assert list(answer.prompt_token_ids) == prompt
         assert list(answer.outputs[0].token_ids) == ids
-        frames = head + seconds * model.config.tokens_per_frame
-        assert answer.num_cached_tokens == (frames if turn else 0)
+        assert answer.num_cached_tokens == (end_of_video(system) if turn else 0)
 
 
 def test_a_video_is_sampled_by_fps_alone():

@@ -13,12 +13,19 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..loading import find_model
 from . import watching
 
 HELP = "serve a model over HTTP"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# options that vLLM's server has no place for, and their defaults
+OWN: dict[str, Any] = {
+    "memories": None, "api_key_file": None, "adapter": None, "device": "auto", "allow_urls": False,
+    "allow_private_urls": False, "max_upload": 2 * 10**9, "max_duration": 86400.0, "slots": 32, "max_waiting": 256,
+    "timeout": 300.0,
+}  # fmt: skip
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -76,14 +83,9 @@ def vllm_command(args: argparse.Namespace) -> list[str]:
     Raises:
         ValueError: there are options that vLLM's server has no place for.
     """
-    unknown = {
-        "memories": "it keeps no memories", "api_key_file": "give --api-key after --", "adapter": "merge it first",
-        "allow_urls": "it fetches URLs unless --allowed-media-domains forbids it",
-        "allow_private_urls": "as --allow-urls",
-    }  # fmt: skip
-    for name, remedy in unknown.items():
-        if getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')}: vLLM's server does not know it: {remedy}")
+    if given := [name for name, default in OWN.items() if getattr(args, name) != default]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{options}: for the memory server alone; vLLM's server has options of its own, after --")
     if len(args.allow_media) > 1:
         raise ValueError("--allow-media: vLLM's server takes one folder")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", find_model(args.model)]

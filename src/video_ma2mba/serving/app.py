@@ -4,6 +4,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -28,6 +29,8 @@ from .memories import Memories, Stopped, TooManyVideos
 from .metrics import metrics_text
 from .schema import ChatRequest, FramesRequest, MemoryRequest
 
+FETCHES = 16  # URLs and files at once
+THREADS = 64  # for what is short: loading memories, writing records
 POLL_S = 0.2  # between looks at a video that is being watched
 _BLOCK = 2**20
 
@@ -65,15 +68,27 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
     def translate(error: BaseException) -> ApiError:
         return as_api_error(error, memories.folder)
 
+    fetchers = ThreadPoolExecutor(FETCHES, "fetching")  # of their own: slow sites hold up nobody but each other
+
+    async def bring(url: str) -> Medium:
+        fetching = asyncio.get_running_loop().run_in_executor(fetchers, rules.bring, url, memories.folder)
+        try:
+            return await asyncio.shield(fetching)
+        except asyncio.CancelledError:  # the client went away; the thread does not
+            fetching.add_done_callback(_discard)
+            raise
+
     chat = Chat(
-        settings.name, model, processor, engine, memories, rules, deliveries, settings.timeout_s,
+        settings.name, model, processor, engine, memories, bring, deliveries, settings.timeout_s,
         settings.max_new_tokens, translate,
     )  # fmt: skip
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         deliveries.loop = asyncio.get_running_loop()
+        deliveries.loop.set_default_executor(ThreadPoolExecutor(THREADS, "requests"))
         yield
+        fetchers.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(memories.close)
         await asyncio.to_thread(engine.close)
 
@@ -146,8 +161,7 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
             if wanted.live:
                 memory_id = await asyncio.to_thread(memories.begin_live, wanted.name or "live")
                 return JSONResponse(memories.describe(memory_id), 201)
-            source = wanted.url if wanted.url is not None else wanted.path
-            medium = await asyncio.to_thread(rules.bring, source, memories.folder)
+            medium = await bring(wanted.url or wanted.path or "")
         else:
             raise ApiError(415, "send application/json, or the file as multipart/form-data under `file`")
         name = wanted.name or (wanted.path or wanted.url or "").rpartition("/")[2][:200] or "video"
@@ -272,6 +286,11 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
         return Response(metrics_text(guard, chat, engine, memories), media_type="text/plain; version=0.0.4")
 
     return guard
+
+
+def _discard(fetching: "asyncio.Future[Medium]") -> None:
+    if not fetching.cancelled() and fetching.exception() is None:
+        fetching.result().discard()
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,12 @@ from ..modeling.video_memory_answers import MAX_QUESTION_TOKENS
 from .answers import Answer, Deliveries, Transcript, event, logprobs_object, usage_object
 from .engine import Engine, Row, Sampling
 from .guard import ApiError
-from .media import MediaRules, Medium
+from .media import Medium
 from .memories import Memories
 from .prompts import Piece, prompt_pieces
 from .schema import ChatRequest, ImagePart, MemoryPart
+
+Bring = Callable[[str], Awaitable[Medium]]
 
 LONG_TEXT = 10_000  # characters that are tokenised in a thread of their own
 
@@ -39,17 +41,18 @@ class Chat:
 
     Args:
         name: of the model, as clients know it.
+        bring: the medium of a URL, as `MediaRules.bring` has it.
         timeout_s: seconds that a request may take.
         max_new_tokens: of an answer where the request does not say.
         translate: turns an exception into an `ApiError`.
     """
 
     def __init__(
-        self, name: str, model: Any, processor: Any, engine: Engine, memories: Memories, rules: MediaRules,
+        self, name: str, model: Any, processor: Any, engine: Engine, memories: Memories, bring: Bring,
         deliveries: Deliveries, timeout_s: float, max_new_tokens: int, translate: Callable[[BaseException], ApiError],
     ):  # fmt: skip
         self.name, self.model, self.processor, self.engine = name, model, processor, engine
-        self.memories, self.rules, self.deliveries = memories, rules, deliveries
+        self.memories, self.bring, self.deliveries = memories, bring, deliveries
         self.timeout_s, self.max_new_tokens, self.translate = timeout_s, max_new_tokens, translate
         config = model.generation_config
         self.temperature = (1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0
@@ -128,7 +131,7 @@ class Chat:
                     continue
                 part = piece["part"]
                 url = part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
-                medium: Medium = await asyncio.to_thread(self.rules.bring, url, self.memories.folder)
+                medium = await self.bring(url)
                 media[len(group)] = medium
                 group.append({"type": piece["type"], "sha256": medium.sha256, "path": medium.source})
                 if isinstance(part, ImagePart):

@@ -1,4 +1,7 @@
-"""A memory server from the other side: what `chat --server`, the page and the benchmark speak with."""
+"""A memory server from the other side: what `chat --server`, the page and the benchmark speak with.
+
+It needs neither torch nor a package that the library does not need.
+"""
 
 import http.client
 import json
@@ -10,8 +13,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
-
-from ..modeling.checkpoint_plan import format_bytes
 
 POLL_S = 0.1
 TIMEOUT_S = 600.0
@@ -154,10 +155,9 @@ class RemoteMemory:
         self.snapshot_times_s, self._described = described["snapshots_s"], described
 
     def __str__(self) -> str:
-        until = f", as it was at {self.at_s:g} s" if self.at_s is not None else ""
-        return (
-            f"{self.num_frames} frames, {self.num_tokens} tokens, {format_bytes(self.num_bytes)}{until}; id {self.id}"
-        )
+        until = "" if self.at_s is None else f", as it was at {self.at_s:g} s"
+        size = f"{self.num_bytes / 2**20:.1f} MiB"
+        return f"{self.num_frames} frames, {self.num_tokens} tokens, {size}{until}; id {self.id}"
 
     def at(self, seconds: float) -> "RemoteMemory":
         """As `VideoMemory.at`."""

@@ -1,11 +1,13 @@
 """How vLLM reads videos for this model: every frame at the processor's rate, in items of a few frames each."""
 
 import hashlib
+import math
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
+from .media import check
 from .prompts import prefix_hash
 from .vllm_plugin import ServedConfig
 
@@ -124,6 +127,7 @@ class Processor(BaseMultiModalProcessor[Info]):
             with tempfile.NamedTemporaryFile() as file:
                 array.tofile(file)
                 file.flush()
+                check(Path(file.name), "video", math.inf)
                 self._decoded[digest] = processor.load(file.name, fps=fps).frames
             while len(self._decoded) > 1 and sum(one.nbytes for one in self._decoded.values()) > MAX_KEPT_BYTES:
                 self._decoded.popitem(last=False)
