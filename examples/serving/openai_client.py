@@ -6,27 +6,31 @@ python examples/serving/openai_client.py story.mp4 "What colour was the circle?"
 
 import argparse
 import time
+from pathlib import Path
 
-import httpx
 from openai import OpenAI
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("video")
+parser.add_argument("video", type=Path)
 parser.add_argument("questions", nargs="+")
 parser.add_argument("--server", default="http://127.0.0.1:8000")
 parser.add_argument("--key", default="none", help="where the server asks for one")
 args = parser.parse_args()
 
-http = httpx.Client(base_url=args.server, headers={"Authorization": f"Bearer {args.key}"}, timeout=600)
-with open(args.video, "rb") as file:
-    memory = http.post("/v1/memories", files={"file": file}).raise_for_status().json()
+client = OpenAI(base_url=f"{args.server}/v1", api_key=args.key)
+memory = client.post(
+    "/memories",
+    cast_to=dict,
+    body={},
+    files={"file": (args.video.name, args.video.read_bytes())},
+    options={"headers": {"Content-Type": "multipart/form-data"}},
+)
 while memory["status"] not in ("ready", "failed"):
     time.sleep(0.2)
-    memory = http.get(f"/v1/memories/{memory['id']}").json()
+    memory = client.get(f"/memories/{memory['id']}", cast_to=dict)
 if memory["status"] == "failed":
     raise SystemExit(memory["error"])
 
-client = OpenAI(base_url=f"{args.server}/v1", api_key=args.key)
 name = client.models.list().data[0].id
 for question in args.questions:
     content = [{"type": "memory", "id": memory["id"]}, {"type": "text", "text": question}]

@@ -1,5 +1,10 @@
 """The benchmark of the server, and the page in the browser when a server watches and answers."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import gradio as gr
 import pytest
 
@@ -11,8 +16,6 @@ from video_ma2mba.ui import Page
 
 
 def test_bench_serve_prints_what_it_measured(capsys):
-    import json
-
     options = "--clients 1 2 --requests 4 --minutes 1 2 --repeats 2 --tokens 3 --attention-requests 2"
     assert main(["bench", "serve", *options.split()]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -44,6 +47,20 @@ def test_the_page_shows_what_a_server_watches_and_answers(server, video, model, 
     ):  # fmt: skip
         with pytest.raises(gr.Error, match=said):
             press()
+
+
+@pytest.mark.parametrize("example", ["openai_client.py", "curl.sh"])
+def test_the_examples_ask_a_server(server, video, model, processor, example):
+    command = [sys.executable] if example.endswith(".py") else ["sh"]
+    where = ["--server", server.url] if example.endswith(".py") else [server.url]
+    script = Path(__file__).resolve().parents[2] / "examples" / "serving" / example
+    done = subprocess.run([*command, str(script), video, 'Why "this"?', *where], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    alone = VideoMemory(model, processor)
+    alone.watch(video)
+    answer = alone.ask('Why "this"?', max_new_tokens=64)
+    said = done.stdout.decode()
+    assert (said.strip() if example.endswith(".py") else json.loads(said)["choices"][0]["message"]["content"]) == answer
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path, capsys, video):

@@ -31,7 +31,12 @@ def memory_id(server, video):
 
 def head_of(body):
     """The head of a question that is sent by hand."""
-    fields = {"Host": "x", "Connection": "close", "Content-Type": "application/json", "Content-Length": len(body)}
+    fields = {
+        "Host": "localhost",
+        "Connection": "close",
+        "Content-Type": "application/json",
+        "Content-Length": len(body),
+    }
     lines = ["POST /v1/chat/completions HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
@@ -118,7 +123,12 @@ def test_media_that_may_not_be_read_are_refused(server, tmp_path, video):
 def test_keys_are_asked_for(model, processor, tmp_path, video):
     with serving(model, processor, tmp_path / "memories", keys=("first", "second")) as server:
         assert server.http.get("/health").json() == {"status": "ok"}
-        for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "first"}, {"authorization": "Bearer "}):
+        for header in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "first"},
+            {"authorization": "Basic first"},
+        ):
             answer = server.http.get("/v1/models", headers=header)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
@@ -137,6 +147,8 @@ def test_pages_of_other_sites_are_not_answered(server):
         ("http://[", 403),
     ):
         assert server.http.get("/v1/models", headers={"origin": origin}).status_code == status
+    for host, status in (("evil.example", 403), ("localhost", 200), ("[::1]:80", 200), ("", 403)):
+        assert server.http.get("/v1/models", headers={"host": host}).status_code == status
 
 
 def test_too_many_questions_are_told_to_come_back(model, processor, tmp_path, video):
@@ -182,7 +194,7 @@ def test_a_client_that_goes_away_frees_its_slot(server, memory_id):
 def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
     monkeypatch.setattr(guard, "BODY_TIMEOUT_S", 0.2)
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
-        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         client.sendall(b"Content-Length: 100\r\n\r\n{")
         client.settimeout(20)
         assert b" 408 " in client.recv(4096).partition(b"\r\n")[0]

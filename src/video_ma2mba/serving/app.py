@@ -338,9 +338,12 @@ def as_api_error(error: BaseException, folder: Path) -> ApiError:
 
 
 def _invalid(errors: Any) -> ApiError:
-    """What is wrong with a request, from what pydantic found first."""
-    first = errors[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    """What is wrong with a request, from what pydantic found deepest in it: where a value may be of several kinds, that
+    is the kind that was meant."""
+    first = max(errors, key=lambda error: len(error["loc"]))
+    kinds = ("body", "str")
+    parts = [str(part) for part in first["loc"] if part not in kinds and not str(part).startswith("list[")]
+    place = ".".join(parts) or None
     message = "is not one of the fields that this server knows" if first["type"] == "extra_forbidden" else first["msg"]
     message = message.removeprefix("Value error, ")
     return ApiError(400, message if place is None else f"{place}: {message}", param=place)

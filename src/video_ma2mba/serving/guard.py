@@ -95,10 +95,11 @@ class Guard:
 
     def _stranger(self, headers: dict[str, str]) -> ApiError | None:
         if not self.digests:
-            # a page of another site, open in a browser on this machine, is not asked for
-            origin = headers.get("origin")
-            if origin is not None and _host(origin) not in LOCAL_NAMES:
-                return ApiError(403, "this server has no keys, and answers no pages of other sites", code="origin")
+            # a page of another site, open in a browser on this machine, may send requests, under a name of its own too
+            for name, place in (("origin", headers.get("origin")), ("host", f"//{headers.get('host', '')}")):
+                if place is not None and _host(place) not in LOCAL_NAMES:
+                    message = f"this server has no keys, and answers nobody who does not call it localhost ({name})"
+                    return ApiError(403, message, "permission_error", code=name)
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode()).digest()
