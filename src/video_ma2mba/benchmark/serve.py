@@ -10,10 +10,8 @@ another, each with an answer of exactly --tokens tokens:
 """
 
 import argparse
-import asyncio
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,13 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ..data.synthetic import make_story
 from ..loading import TINY_MODEL
 from .machine import describe
 
 QUESTIONS = ("What colour was the circle?", "Which shape came first of all?", "Did a red square ever appear?")
+CLIENTS = Path(__file__).with_name("serve_clients.py")
 LONGER = 60.0  # seconds that a server may take to start, or to watch a minute of video
 
 
@@ -100,58 +98,13 @@ def _remembered(url: str, video: Path, minutes: int) -> str:
 
 def _clients(url: str, ids: list[str], tokens: int, clients: int, requests: int) -> dict[str, Any]:
     """What clients in a process of their own measured."""
-    task = json.dumps({"url": url, "ids": ids, "tokens": tokens, "clients": clients, "requests": requests})
-    done = subprocess.run([sys.executable, "-m", __name__, task], capture_output=True, text=True)
+    task = json.dumps({
+        "url": url, "ids": ids, "questions": QUESTIONS, "tokens": tokens, "clients": clients, "requests": requests,
+    })  # fmt: skip
+    done = subprocess.run([sys.executable, "-P", str(CLIENTS), task], capture_output=True, text=True)
     if done.returncode != 0:
         raise OSError(f"the clients failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-async def _load(url: str, ids: list[str], tokens: int, clients: int, requests: int) -> dict[str, Any]:
-    """Clients that ask one question after another over connections that stay; as little of a client as can be."""
-    address, left = urlsplit(url), iter(range(requests))
-    first_tokens: dict[str, list[float]] = {one: [] for one in ids}
-
-    async def client() -> None:
-        reader, writer = await asyncio.open_connection(address.hostname, address.port)
-        for number in left:
-            memory = ids[number % len(ids)]
-            content = [
-                {"type": "memory", "id": memory},
-                {"type": "text", "text": QUESTIONS[number // len(ids) % len(QUESTIONS)]},
-            ]
-            body = json.dumps({
-                "messages": [{"role": "user", "content": content}], "stream": True, "ignore_eos": True,
-                "max_completion_tokens": tokens,
-            }).encode()  # fmt: skip
-            begin = time.perf_counter()
-            writer.write(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                + f"Content-Length: {len(body)}\r\n\r\n".encode()
-                + body
-            )
-            head = await reader.readuntil(b"\r\n\r\n")
-            if b" 200 " not in head.partition(b"\r\n")[0]:
-                raise OSError(head.decode() + (await reader.read(2000)).decode())
-            seen = 0
-            while size := int(await reader.readline(), 16):
-                chunk = await reader.readexactly(size + 2)
-                seen += chunk.count(b"data: ")
-                if seen >= 2 and begin:  # the first event says only who speaks
-                    first_tokens[memory].append(time.perf_counter() - begin)
-                    begin = 0.0
-            await reader.readline()
-        writer.close()
-
-    begin = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
-    seconds = time.perf_counter() - begin
-    every = [one for some in first_tokens.values() for one in some]
-    return {
-        "requests_per_s": requests / seconds,
-        "first_token_s": statistics.median(every),
-        "by_memory": {memory: statistics.median(some) for memory, some in first_tokens.items()},
-    }
 
 
 def _without_http(args: argparse.Namespace, video: Path) -> dict[str, Any]:
@@ -203,7 +156,3 @@ def _attention(attention: Any, cache: Any, ids: Any, tokens: int, clients: int, 
                 logits = attention(step, past_key_values=own, use_cache=True, logits_to_keep=1).logits
                 step = logits[:, -1:].argmax(-1)
     return turns * clients / (time.perf_counter() - begin)
-
-
-if __name__ == "__main__":
-    print(json.dumps(asyncio.run(_load(**json.loads(sys.argv[1])))))
