@@ -16,8 +16,10 @@ from tests.serving.conftest import asked, serving
 from video_ma2mba import VideoMemory
 from video_ma2mba.data.synthetic import make_story
 from video_ma2mba.serving import memories as memories_module
+from video_ma2mba.serving import watching
 from video_ma2mba.serving.media import MediaRules
-from video_ma2mba.serving.memories import Memories, TooManyVideos
+from video_ma2mba.serving.memories import Memories
+from video_ma2mba.serving.watching import TooManyVideos
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_over_restarts_too(model, processor, story, tmp_path, monkeypatch):
 
 def test_half_watched_videos_are_gone_on_with(store, story, model, processor, monkeypatch):
     """The first server is closed in the middle, and what it kept is where the second begins."""
-    monkeypatch.setattr(memories_module, "FRAMES_BETWEEN_SAVES", 8)
+    monkeypatch.setattr(watching, "FRAMES_BETWEEN_SAVES", 8)
     calls, real = count_watching(monkeypatch), VideoMemory.save_pretrained
     first = store()
 
@@ -101,7 +103,7 @@ def test_half_watched_videos_are_gone_on_with(store, story, model, processor, mo
     monkeypatch.setattr(VideoMemory, "save_pretrained", save)
     memory_id = ensure(first, story)
     job = first.job(memory_id)
-    with pytest.raises(memories_module.Stopped):
+    with pytest.raises(watching.Stopped):
         job.future.result(60)
     assert first.describe(memory_id)["status"] == "queued"
     monkeypatch.setattr(VideoMemory, "save_pretrained", real)
@@ -124,8 +126,8 @@ PLACES = {
     "answering": ("video_ma2mba.serving.engine:Engine._write_step", 1),
 }
 SERVE = f"""
-import video_ma2mba.serving.memories
-video_ma2mba.serving.memories.FRAMES_BETWEEN_SAVES = 8
+import video_ma2mba.serving.watching
+video_ma2mba.serving.watching.FRAMES_BETWEEN_SAVES = 8
 {CODE}"""
 
 
@@ -180,7 +182,7 @@ def test_two_servers_share_a_folder(store, story, monkeypatch):
 
 
 def test_deleted_while_it_is_watched(store, story, monkeypatch):
-    monkeypatch.setattr(memories_module, "YIELD_S", 0.05)
+    monkeypatch.setattr(watching, "YIELD_S", 0.05)
     one = store()
     one.wait_for_turn = time.sleep
     memory_id = ensure(one, story, fps=8.0)
@@ -188,7 +190,7 @@ def test_deleted_while_it_is_watched(store, story, monkeypatch):
     while job.done == 0:
         time.sleep(0.01)
     one.delete(memory_id)
-    with pytest.raises(memories_module.Stopped):
+    with pytest.raises(watching.Stopped):
         job.future.result(60)
     assert not (one.folder / memory_id).exists()
     with pytest.raises(KeyError):
@@ -212,9 +214,9 @@ def test_a_video_that_cannot_be_watched_fails_for_good(store, story, tmp_path):
 
 
 def test_a_video_longer_than_it_declares_is_stopped(store, story, monkeypatch):
-    monkeypatch.setattr(memories_module, "check", lambda *args: None)
+    monkeypatch.setattr(watching, "check", lambda *args: None)
     one = store(max_duration_s=10.0)
-    with pytest.raises(memories_module.TooLarge, match="longer than the 10 s"):
+    with pytest.raises(watching.TooLarge, match="longer than the 10 s"):
         finish(one, ensure(one, story))
 
 
@@ -292,7 +294,7 @@ def test_progress_is_told_as_events(server, tmp_path):
 
 
 def test_the_place_to_wait_is_bounded(store, story, monkeypatch):
-    monkeypatch.setattr(memories_module, "MAX_WAITING", 2)
+    monkeypatch.setattr(watching, "MAX_WAITING", 2)
     one = store()
     one.wait_for_turn = time.sleep
     for fps in (1.0, 2.0):

@@ -20,9 +20,9 @@ from video_ma2mba.loading import TINY_MODEL
 QUESTION = "What colour was the circle?"
 OPENING = """
 import sys
-import video_ma2mba.serving.memories
+import video_ma2mba.serving.watching
 from video_ma2mba.cli import main
-video_ma2mba.serving.memories.FRAMES_BETWEEN_SAVES = 64
+video_ma2mba.serving.watching.FRAMES_BETWEEN_SAVES = 64
 sys.exit(main(sys.argv[1:]))"""
 
 

@@ -25,9 +25,10 @@ from .chat import Chat
 from .engine import Engine, TooManyWaiting
 from .guard import ApiError, Guard, busy
 from .media import Forbidden, MediaRules, Medium, TooLarge, check
-from .memories import Memories, Stopped, TooManyVideos
+from .memories import Memories
 from .metrics import metrics_text
 from .schema import ChatRequest, FramesRequest, MemoryRequest
+from .watching import Stopped, TooManyVideos
 
 FETCHES = 16  # URLs and files at once
 THREADS = 64  # for what is short: loading memories, writing records
