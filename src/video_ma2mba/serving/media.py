@@ -280,7 +280,7 @@ def check(path: Path, kind: str, max_duration_s: float) -> None:
     bounds = {"max_pixels": str(MAX_PIXELS)}
     try:
         with av.open(
-            str(path), metadata_errors="ignore", stream_options=[bounds] * 16,
+            str(path), metadata_errors="ignore", stream_options=[bounds] * 16,  # type: ignore[list-item]  # a dict each
             options={"format_whitelist": ",".join(demuxers), "protocol_whitelist": "file", **bounds},
         ) as container:  # fmt: skip
             for stream in container.streams.video:
@@ -291,7 +291,8 @@ def check(path: Path, kind: str, max_duration_s: float) -> None:
             if not container.streams.video:
                 raise ValueError(f"there are no pictures in the {kind}")
             lasts = [container.duration / av.time_base] if container.duration else []
-            lasts += [float(one.duration * one.time_base) for one in container.streams.video if one.duration]
+            declared = ((stream.duration, stream.time_base) for stream in container.streams.video)
+            lasts += [float(ticks * base) for ticks, base in declared if ticks and base]
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"this is not a {kind} that this server reads: {error.strerror}") from error
     if kind == "video" and max(lasts, default=0.0) > max_duration_s:

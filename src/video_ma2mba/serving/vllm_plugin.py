@@ -49,19 +49,19 @@ def register() -> None:
 
 
 def _split_where_media_end(self: Any, request: Any, num_new_tokens: int, *computed: int, **named: int) -> int:
-    """End a chunk of a prompt at the last block before the text that follows the last medium.
+    """Keep the states at the last block before the text that follows a medium, for other questions about the same.
 
-    vLLM keeps the states at the end of a chunk, so another question about the same video goes on from here. Left to
-    itself it keeps those at the end of the whole prompt, which no other question shares.
+    vLLM keeps states where it has seen that prompts part ways, and at the end of a prompt, which no other question
+    shares: without this the second question about a video reads all of it again, and the third does not.
     """
-    num_new_tokens = self._without_video_ma2mba(request, num_new_tokens, *computed, **named)
-    if request.mm_features and num_new_tokens:
-        start = request.num_computed_tokens + sum(computed) + sum(named.values())
-        place = max(one.mm_position.offset + one.mm_position.length for one in request.mm_features)
-        place = place // self.cache_config.block_size * self.cache_config.block_size
-        if start < place < start + num_new_tokens:
-            return place - start
-    return num_new_tokens
+    start = request.num_computed_tokens + sum(computed) + sum(named.values())
+    if request.shared_prefix_boundary <= start:
+        block, places = self.cache_config.block_size, [one.mm_position for one in request.mm_features]
+        # a long video is several items, one right behind another
+        ends = {one.offset + one.length for one in places} - {one.offset for one in places}
+        ahead = [end // block * block for end in ends if end // block * block > start]
+        request.shared_prefix_boundary = min(ahead, default=request.shared_prefix_boundary)
+    return self._without_video_ma2mba(request, num_new_tokens, *computed, **named)
 
 
 def _without_states_inside_a_chunk() -> None:
