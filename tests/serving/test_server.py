@@ -315,7 +315,7 @@ def test_the_command_refuses_what_cannot_be_served(model_folder, tmp_path, capsy
     for options, said in (
         (["--host", "0.0.0.0"], "--api-key-file"), (["--api-key-file", str(empty)], "a key a line"),
         (["--allow-media", str(tmp_path / "none")], "no such folder"), (["--slots", "0"], "--slots"),
-        (["--", "--max-model-len", "9"], "for --engine vllm"),
+        (["--engine-options=--max-model-len 9"], "for --engine vllm"),
         (["--engine", "vllm", "--slots", "3"], "--slots: for the"),
         (["--engine", "vllm"], "video-ma2mba[vllm]"),
     ):  # fmt: skip

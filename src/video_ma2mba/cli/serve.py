@@ -1,6 +1,6 @@
 """Serve a model over HTTP: videos are watched once and remembered, questions of all users are answered together.
 
---engine vllm hands the model to vLLM instead, with the options after --.
+--engine vllm hands the model to vLLM's own server instead.
 
 It speaks as OpenAI's API does: POST /v1/chat/completions, with parts of the types text, image_url, video_url and
 memory; POST and GET /v1/memories; /v1/models, /health and /metrics.
@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import os
 import re
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -32,7 +33,12 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
     parser.add_argument("--engine", choices=("memory", "vllm"), default="memory", help="default: memory, this server")
-    parser.add_argument("options", nargs="*", metavar="...", help="after --: options of vLLM's server")
+    parser.add_argument(
+        "--engine-options",
+        default="",
+        metavar="TEXT",
+        help="for vLLM's server: --engine-options='--max-model-len 100000'",
+    )
     watching.add_loading_arguments(parser)
     parser.add_argument("--memories", type=Path, metavar="DIR", help="where memories are kept (default: until it ends)")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
@@ -85,7 +91,7 @@ def vllm_command(args: argparse.Namespace) -> list[str]:
     """
     if given := [name for name, default in OWN.items() if getattr(args, name) != default]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{options}: for the memory server alone; vLLM's server has options of its own, after --")
+        raise ValueError(f"{options}: for the memory server alone; vLLM's server has its own: --engine-options")
     if len(args.allow_media) > 1:
         raise ValueError("--allow-media: vLLM's server takes one folder")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", find_model(args.model)]
@@ -93,7 +99,7 @@ def vllm_command(args: argparse.Namespace) -> list[str]:
     command += ["--enable-prefix-caching", "--dtype", args.dtype]
     if args.allow_media:
         command += ["--allowed-local-media-path", str(args.allow_media[0].resolve())]
-    return command + args.options
+    return command + shlex.split(args.engine_options)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -103,8 +109,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError("--engine vllm needs vLLM, in an environment of its own: pip install 'video-ma2mba[vllm]'")
         sys.stdout.flush()
         os.execv(command[0], command)
-    if args.options:
-        raise ValueError(f"{' '.join(args.options)}: options after -- are for --engine vllm")
+    if args.engine_options:
+        raise ValueError("--engine-options: they are for --engine vllm")
     for option in ("slots", "max_waiting", "timeout", "max_duration"):
         if not getattr(args, option) > 0:
             raise ValueError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option)}")

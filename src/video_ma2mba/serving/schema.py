@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-MAX_MEDIA = 64  # of a request
+MAX_MEDIA = 256  # of a request
 MAX_TEXT = 2**19  # characters of a conversation: more than the tokens that are read could say
 MAX_ANSWERS = 16
 MAX_NEW_TOKENS = 8192
