@@ -21,16 +21,8 @@ def url(folder):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "video_ma2mba.cli", "serve", str(folder), "--engine", "vllm", "--port", str(port)]
-    command += [
-        "--dtype",
-        "float32",
-        "--",
-        "--enforce-eager",
-        "--max-model-len",
-        "4096",
-        "--max-num-batched-tokens",
-        "512",
-    ]
+    options = "--enforce-eager --max-model-len 4096 --max-num-batched-tokens 512"
+    command += ["--dtype", "float32", f"--engine-options={options}"]
     served = subprocess.Popen(command, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     until = time.monotonic() + 900
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
