@@ -25,12 +25,15 @@ def register() -> None:
     from transformers import AutoConfig, AutoProcessor
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
+    from vllm.transformers_utils.processor import VIDEO_PROCESSOR_MAPPING_NAMES
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from . import vllm_videos  # noqa: F401 - registers how videos are read
 
     AutoConfig.register(ServedConfig.model_type, ServedConfig, exist_ok=True)
     AutoProcessor.register(ServedConfig, VideoMa2mbaProcessor, exist_ok=True)
+    # by this name its server finds `vllm_videos.Undecoded`; it does not look into processor_config.json
+    VIDEO_PROCESSOR_MAPPING_NAMES[ServedConfig.model_type] = "VideoMa2mbaVideoProcessor"
     ModelRegistry.register_model(ARCHITECTURE, "video_ma2mba.serving.vllm_model:VideoMa2mbaServed")
 
     class StatesInFloat32(MambaModelConfig):
