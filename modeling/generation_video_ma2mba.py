@@ -32,7 +32,7 @@ class VideoMa2mbaGeneration:
         The ids may then be the new ones alone, or the whole conversation again, of which the part that `cache` has seen
         is left out, with its frames. Whole is what is longer than the past while no mask says that it is only the new.
         """
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # of `GenerationMixin`, as below
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # transformers would build an attention cache here and, asked for a chunked prefill, cut the ids but not the
@@ -51,7 +51,7 @@ class VideoMa2mbaGeneration:
         length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         model_kwargs["mask_length"] = length
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # before 5.24 the cache is called otherwise
+    def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, attention_mask=None, cache=None, use_cache=None,
         is_first_iteration=False, next_sequence_length=None, **kwargs,
     ):  # fmt: skip
@@ -87,7 +87,7 @@ class VideoMa2mbaGeneration:
             model_inputs[name] = pad_sequence(left, batch_first=True) if any(map(len, left)) else None
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
         for processor in processors:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
                 if generation_config.num_beams > 1:

@@ -102,7 +102,7 @@ def _parts(cache):
 register_pytree_node(
     Mamba2Cache,
     _parts,
-    lambda parts, _: Mamba2Cache([LayerState(*layer) for layer in parts[1:]], parts[0]),
+    lambda parts, _: Mamba2Cache([LayerState(*layer) for layer in list(parts)[1:]], next(iter(parts))),
     serialized_type_name=f"{__name__}.Mamba2Cache",
     flatten_with_keys_fn=lambda cache: ([(SequenceKey(i), part) for i, part in enumerate(_parts(cache)[0])], None),
 )
@@ -205,7 +205,7 @@ class Mamba2Mixer(nn.Module):
 
         `device`, `dtype`: of the tokens; None for those of D, which may lie where nothing is computed.
         """
-        where = {
+        where: Any = {
             "device": self.D.device if device is None else device,
             "dtype": torch.promote_types(self.D.dtype if dtype is None else dtype, torch.float32),
         }

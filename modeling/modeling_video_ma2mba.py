@@ -1,6 +1,7 @@
 """Video-Ma2mba: a vision tower, a projector and a Mamba-2 backbone that reads every frame (arXiv 2411.19460)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
                 init.zeros_(module.bias)
 
 
-class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
+class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ignore[misc]  # as above
     """The model without a head: frames and text in, hidden states and recurrent states out (paper, section 3.1).
 
     Args:
@@ -168,7 +169,7 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
         device = (input_ids if inputs_embeds is None else inputs_embeds).device
         checkpoints = self.is_checkpointing() and torch.is_grad_enabled()
         layers_wanted = hidden_states_wanted(output_hidden_states, self.config, checkpoints)
-        every_layer = [] if layers_wanted else None
+        every_layer: list | None = [] if layers_wanted else None
         rows = None
         if keep is not None:
             keep = keep.cpu()
@@ -223,7 +224,9 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
         )
 
 
-class VideoMa2mbaForConditionalGeneration(VideoMa2mbaGeneration, VideoMa2mbaPreTrainedModel, GenerationMixin):
+class VideoMa2mbaForConditionalGeneration(  # type: ignore[misc]  # as above
+    VideoMa2mbaGeneration, VideoMa2mbaPreTrainedModel, GenerationMixin
+):
     """Video-Ma2mba with its language head: answers questions about videos and images.
 
     `torch.compile(fullgraph=True)` and `torch.export` take the prefill of text and the decode step. Eager stay frames,
@@ -313,7 +316,8 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaGeneration, VideoMa2mbaPreT
         }  # fmt: skip
         wanted = self._logits_wanted(logits_to_keep, batch, num_tokens, targets is not None)
         all_wanted = isinstance(wanted, slice) and len(range(num_tokens)[wanted]) == num_tokens
-        keep = rows_of = None
+        keep: Any = None
+        rows_of: Any = None
         # a graph has one shape for all masks: there all hidden states are given out
         if not all_wanted and not (targets is None and torch.compiler.is_compiling()):
             keep = torch.zeros(batch, num_tokens, dtype=torch.bool) if targets is None else (targets != -100).cpu()

@@ -66,9 +66,9 @@ class VideoMa2mbaTextKwargs(TextKwargs, total=False):
 class VideoMa2mbaProcessorKwargs(ProcessingKwargs, total=False):
     """Every keyword of `VideoMa2mbaProcessor`, by modality; all may also be given flat."""
 
-    text_kwargs: VideoMa2mbaTextKwargs
+    text_kwargs: VideoMa2mbaTextKwargs  # type: ignore[misc]  # with keys of our own, as below
     images_kwargs: ImagesKwargs
-    videos_kwargs: VideoMa2mbaVideosKwargs  # type: ignore[misc]  # with keys of our own
+    videos_kwargs: VideoMa2mbaVideosKwargs  # type: ignore[misc]
 
 
 NAMES: dict[str, frozenset[str]] = {

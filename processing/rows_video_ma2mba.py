@@ -79,7 +79,7 @@ class RowSettings:
                 name: [row[part] for row, part in zip(rows, parts, strict=True)] for name, rows in columns.items()
             }
         longest = max(map(len, columns["input_ids"]))
-        if self.truncation is None and self.strict and longest > self.max_length:
+        if self.truncation is None and self.strict and self.max_length is not None and longest > self.max_length:
             raise ValueError(
                 f"A row has {longest} tokens, more than max_length={self.max_length}. Say truncation=True to cut it, "
                 "or truncation=False to keep it."

@@ -299,9 +299,9 @@ def _pick(source: VideoSource | PictureSource, targets: Iterator[int], seek: boo
 def _pick_in_order(
     source: VideoSource | PictureSource, target: int | None, targets: Iterator[int]
 ) -> Iterator[tuple[int, Any]]:
-    shown = None
+    shown: Any = None
     for frame in source.frames_from(target):
-        while frame.pts > target:
+        while target is not None and frame.pts > target:
             yield target, frame if shown is None else shown
             target = next(targets, None)
             if target is None:

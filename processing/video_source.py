@@ -63,7 +63,8 @@ class VideoSource:
         self.num_threads = num_threads
         self.location, self.path, self.name = location, location.path, location.name
         self.holes: list[tuple[int, int]] = []
-        self.origin = self.end = 0
+        self.origin: Any = 0
+        self.end: Any = 0
         self.container = open_container(self.location)
         try:
             self._take_stream()
@@ -87,6 +88,45 @@ class VideoSource:
 
     def close(self) -> None:
         self.container.close()
+
+    # --- opening ---
+
+    def _reset(self) -> None:
+        """The demuxer stands somewhere else."""
+        self._clock: int | None = None
+        self._shift = self._joints = 0
+        self._line_end = -(1 << 62)
+        self._places = PacketPlaces(self.container, self.stream.index)
+        self._lost, self._waits_for_key = False, getattr(self, "_must_decode_from_key", True)
+        self._dropped = self._lost_before = False
+        self._shown_until: int | None = None
+        self._numbers: list[int] = []
+
+    def _take_stream(self) -> None:
+        """The default video stream of the container just opened, or its first."""
+        self.stream = video_stream(self.container, self.name)
+        codec, container = self.stream.codec_context, self.container
+        codec.options = {"max_pixels": str(_MAX_PIXELS)}
+        if self.num_threads is not None:
+            codec.thread_count = self.num_threads
+        if av.format.Flags.no_timestamps.value & container.format.flags:
+            raise VideoReadError(
+                f"{self.name}: the frames carry no times. Put them into a container: "
+                "ffmpeg -framerate RATE -i INPUT -c copy OUTPUT.mp4"
+            )
+        anew = bool(av.format.Flags.ts_discont.value & container.format.flags)
+        self._leap_s: float = _LEAP_S if anew else math.inf
+        self._step_back_s = 0 if anew else _STEP_BACK_S
+        self._listed: dict[int | None, int] = {}
+        # AVI has no times but counts its packets, in the order of decoding: frames get these numbers as they come out.
+        self._counted = container.format.name == "avi"
+        if self._counted:
+            self._listed = {entry.pos + 8: entry.timestamp for entry in self.stream.index_entries}  # behind its header
+        self._fresh = True  # nothing read yet: the beginning needs no seek
+        self._landing: int | None = None
+        self._same_landings = 0
+        self._reached_s = 0.0
+        self._reset()
 
     # --- times ---
 
@@ -378,8 +418,7 @@ class VideoSource:
             step = (clock - self._clock) * self.time_base
             if step < -self._step_back_s or step > self._leap_s:
                 self._joints += 1
-                time = clock if packet.pts is None else packet.pts
-                self._shift = self._line_end - time
+                self._shift = self._line_end - (clock if packet.pts is None else packet.pts)
             elif skipped and step * 2 > 3 * self.frame_ticks * self.time_base:
                 self._lose()
         self._clock = clock if clock is not None else self._clock
@@ -425,44 +464,6 @@ class VideoSource:
         self._take_stream()
         self.stream.thread_type = thread_type
 
-    def _reset(self) -> None:
-        """The demuxer stands somewhere else."""
-        self._clock: int | None = None
-        self._shift = self._joints = 0
-        self._line_end = -(1 << 62)
-        self._places = PacketPlaces(self.container, self.stream.index)
-        self._lost, self._waits_for_key = False, getattr(self, "_must_decode_from_key", True)
-        self._dropped = self._lost_before = False
-        self._shown_until: int | None = None
-        self._numbers: list[int] = []
-
-    # --- opening ---
-
-    def _take_stream(self) -> None:
-        """The default video stream of the container just opened, or its first."""
-        self.stream = video_stream(self.container, self.name)
-        codec, container = self.stream.codec_context, self.container
-        codec.options = {"max_pixels": str(_MAX_PIXELS)}
-        if self.num_threads is not None:
-            codec.thread_count = self.num_threads
-        if av.format.Flags.no_timestamps.value & container.format.flags:
-            raise VideoReadError(
-                f"{self.name}: the frames carry no times. Put them into a container: "
-                "ffmpeg -framerate RATE -i INPUT -c copy OUTPUT.mp4"
-            )
-        anew = bool(av.format.Flags.ts_discont.value & container.format.flags)
-        self._leap_s, self._step_back_s = (_LEAP_S, 0) if anew else (math.inf, _STEP_BACK_S)
-        self._listed: dict[int | None, int] = {}
-        # AVI has no times but counts its packets, in the order of decoding: frames get these numbers as they come out.
-        self._counted = container.format.name == "avi"
-        if self._counted:
-            self._listed = {entry.pos + 8: entry.timestamp for entry in self.stream.index_entries}  # behind its header
-        self._fresh = True  # nothing read yet: the beginning needs no seek
-        self._landing: int | None = None
-        self._same_landings = 0
-        self._reached_s = 0.0
-        self._reset()
-
     # --- the end ---
 
     def _tail_end(self) -> int | None:
@@ -482,7 +483,7 @@ class VideoSource:
         return end
 
     def _last_packet_end(self) -> int | None:
-        ends = []
+        ends: list[int] = []
         for packet in self._packets():
             if packet is not None:
                 time = packet.dts if packet.pts is None else packet.pts

@@ -102,7 +102,7 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
         raise ValueError(f"{name}: there is no such folder, and the Hub does not give it; check the name") from error
 
 
-def load_model(name: str, dtype: "torch.dtype", adapter: str | None) -> Any:
+def load_model(name: str, dtype: "torch.dtype | str", adapter: str | None) -> Any:
     """The model in eval mode; LoRA adapters are merged into its weights.
 
     Raises:

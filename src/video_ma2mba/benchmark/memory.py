@@ -211,7 +211,9 @@ def count(
             hidden_states = backbone.norm_f(hidden_states[None])[0]
         cache = _ = None  # training hands on no states
         targets = torch.empty(batch_size * num_kept, dtype=torch.int64, device="meta")
-        head = torch.nn.Linear(*reversed(backbone.embeddings.weight.shape), bias=False, device="meta")
+        head = torch.nn.Linear(
+            backbone.embeddings.embedding_dim, backbone.embeddings.num_embeddings, bias=False, device="meta"
+        )
         head.weight = backbone.embeddings.weight
         loss = head_loss(head, hidden_states, targets, config.loss_chunk_size)
         del hidden_states

@@ -111,7 +111,7 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
         return translate(error).response()
 
     for known in (ApiError, ValueError, OSError, TooManyWaiting, TooManyVideos, Stopped, Overdue, ClientGone):
-        app.add_exception_handler(known, failed)  # type: ignore[arg-type]
+        app.add_exception_handler(known, failed)
 
     # --- answers -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-Piece = list[int] | dict[str, Any]
+Piece = Any  # list[int], or a dict of a medium
 
 
 def prompt_pieces(processor: Any, messages: Sequence[dict]) -> list[Piece]:

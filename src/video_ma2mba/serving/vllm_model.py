@@ -132,6 +132,12 @@ class VideoMa2mbaServed(nn.Module, SupportsMultiModal, HasInnerState, IsAttentio
         self.logits_processor = LogitsProcessor(text.vocab_size)
 
     # tower and projector are ours, and so is what is done with them
+    _mark_tower_model: Any  # of vLLM's base classes, as the next
+    _mark_language_model: Any
+    vision_tower: Any
+    language_model: Any
+    lm_head: Any
+    multi_modal_projector: Any
     _see, _pool, _pooled_features = VisualFeatures._see, VisualFeatures._pool, VisualFeatures._pooled_features
 
     def embed_multimodal(self, **pixels: Any) -> list[torch.Tensor]:

@@ -122,7 +122,7 @@ class Processor(BaseMultiModalProcessor[Info]):
             frames = processor.load(array).frames
             return prefix_hash("frames", [{"hash": _hash_of(frames)}]), frames
         fps = (metadata or {}).get("fps") or processor.fps
-        digest = prefix_hash("file", [{"hash": hashlib.sha256(array).hexdigest(), "fps": fps}])
+        digest = prefix_hash("file", [{"hash": hashlib.sha256(array.data).hexdigest(), "fps": fps}])
         if digest not in self._decoded:
             with tempfile.NamedTemporaryFile() as file:
                 array.tofile(file)
@@ -172,4 +172,4 @@ class Processor(BaseMultiModalProcessor[Info]):
 
 
 def _hash_of(values: torch.Tensor) -> str:
-    return hashlib.sha256(values.contiguous().numpy()).hexdigest()
+    return hashlib.sha256(values.contiguous().numpy().data).hexdigest()

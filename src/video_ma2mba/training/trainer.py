@@ -75,7 +75,7 @@ class VideoMa2mbaTrainer(Trainer):
             return self.optimizer
         model = self.model if model is None else model
         given = self.optimizer_cls_and_kwargs
-        make, options = given or self.get_optimizer_cls_and_kwargs(self.args, model)
+        make, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if is_optimizer_factory(make) or not OWN_GROUPS.isdisjoint(options):
             if self.vision_learning_rate is not None:
                 raise ValueError(
