@@ -16,6 +16,8 @@ Rules:
        once.
     3. Only tokens that the caller asked for leave the loop.
     4. The executor knows blocks and states (see `run_layers`), not Mamba-2.
+    5. Parameters that are sharded over processes are gathered once for the forward pass and once for the backward pass
+       (see `sharded_parameters`); hooks on blocks run once per cell, and again where it is computed again.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -26,6 +28,7 @@ from torch import nn
 
 from .autocast import autocast_dtype, autocast_to
 from .run_layers import kept_tokens, run_layers
+from .sharded_parameters import engine_hooks_aside, run_gathered
 
 
 def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, store=None):
@@ -43,14 +46,19 @@ def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, 
     Returns:
         (kept, hidden), or (batch, tokens, hidden) where `keep` is None, and the list of final states.
     """
-    device = next(blocks[0].parameters()).device
-    if store is None:
-        store = HostStore(device) if plan.offload else DeviceStore()
-    names = _trainable(blocks)
-    run = _Run(blocks, plan, mask, keep, store, device, [len(state) for state in states], names)
-    flat_states = [tensor for state in states for tensor in state]
-    params = [module._parameters[name] for owners in names for module, name in owners[:1]]
-    out, *final = _Checkpointed.apply(run, inputs_embeds, *flat_states, *params)
+    run: Any = None
+
+    def run_all(inputs_embeds, *flat_states):
+        nonlocal run, store
+        device = next(blocks[0].parameters()).device
+        if store is None:
+            store = HostStore(device) if plan.offload else DeviceStore()
+        names = _trainable(blocks)
+        run = _Run(blocks, plan, mask, keep, store, device, [len(state) for state in states], names)
+        params = [module._parameters[name] for owners in names for module, name in owners[:1]]
+        return _Checkpointed.apply(run, inputs_embeds, *flat_states, *params)
+
+    out, *final = run_gathered(blocks, run_all, inputs_embeds, *(tensor for state in states for tensor in state))
     return out, run.unflatten(final)
 
 
@@ -275,7 +283,7 @@ class _Checkpointed(torch.autograd.Function):
             )
         if grad_out is None:
             grad_out = torch.zeros(ctx.out_shape, dtype=ctx.out_dtype, device=run.device)
-        with run.summed_gradients() as sums:
+        with engine_hooks_aside(run.blocks), run.summed_gradients() as sums:
             grad_embeds, grad_states = run.backward(
                 inputs_embeds, grad_out, run.unflatten(grad_states), ctx.needs_input_grad[1]
             )

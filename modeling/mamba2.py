@@ -146,10 +146,11 @@ class Mamba2Mixer(nn.Module):
 
     def new_state(self, batch_size):
         """The state before the first token: zeros, in float32 or better."""
-        zero = self.D.new_zeros((), dtype=torch.promote_types(self.D.dtype, torch.float32))
+        # not made from D itself, which may be sharded
+        options: Any = {"dtype": torch.promote_types(self.D.dtype, torch.float32), "device": self.D.device}
         return LayerState(
-            zero.new_zeros(batch_size, self.conv_kernel - 1, self.conv_dim),
-            zero.new_zeros(batch_size, self.num_heads, self.head_dim, self.state_size),
+            torch.zeros(batch_size, self.conv_kernel - 1, self.conv_dim, **options),
+            torch.zeros(batch_size, self.num_heads, self.head_dim, self.state_size, **options),
         )
 
     def forward(self, hidden_states, state, mask=None):
