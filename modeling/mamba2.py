@@ -19,6 +19,7 @@ from .recompute import recompute_segments, saved_as_recipe
 from .run_layers import kept_tokens, run_layers
 from .scan_backends import choose_backends
 from .segment_sizes import SEGMENT
+from .sharded_parameters import run_gathered
 from .ssd import causal_conv1d, ssd_scan, ssd_step
 from .ssd_kernels import CoreShape, kernel_core
 
@@ -146,8 +147,9 @@ class Mamba2Mixer(nn.Module):
 
     def new_state(self, batch_size):
         """The state before the first token: zeros, in float32 or better."""
-        # not made from D itself, which may be sharded
-        options: Any = {"dtype": torch.promote_types(self.D.dtype, torch.float32), "device": self.D.device}
+        # Plain, not made from a parameter, which may be sharded; nor is one asked for by name, which would gather it.
+        own = next(self.parameters(recurse=False))
+        options: Any = {"dtype": torch.promote_types(own.dtype, torch.float32), "device": own.device}
         return LayerState(
             torch.zeros(batch_size, self.conv_kernel - 1, self.conv_dim, **options),
             torch.zeros(batch_size, self.num_heads, self.head_dim, self.state_size, **options),
@@ -278,8 +280,12 @@ class Mamba2Backbone(nn.Module):
         return self.norm_f(hidden_states if keep is None else hidden_states[None]).view_as(hidden_states)
 
     def _loop(self, inputs_embeds, cache, mask, keep, chunk_size):
+        if torch.is_grad_enabled():
+            return self._chunks(inputs_embeds, cache, mask, keep, inputs_embeds.shape[1])
+        return run_gathered(self.layers, lambda: self._chunks(inputs_embeds, cache, mask, keep, chunk_size))
+
+    def _chunks(self, inputs_embeds, cache, mask, keep, step):
         num_tokens = inputs_embeds.shape[1]
-        step = num_tokens if torch.is_grad_enabled() else chunk_size
         kept, kept_rows = [], []
         for start in range(0, num_tokens, step):
             span = slice(start, start + step)

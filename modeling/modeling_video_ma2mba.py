@@ -21,6 +21,7 @@ from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .recompute import recompute_segments
+from .sharded_parameters import engine_hooks_aside, others_wait_for, run_gathered
 
 # `generate` finds the cache in a model's output, and reorders it for beams, by these names; before 5.24 `cache` is none.
 if "cache" not in ALL_CACHE_NAMES:
@@ -139,24 +140,38 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         pixels = pixel_values_videos.flatten(0, -4)
         if pixels.shape[1] != 3:
             raise ValueError(f"frames must be (..., 3, height, width), got shape {tuple(pixel_values_videos.shape)}")
-        features = []
-        for chunk in pixels.split(self.config.vision_chunk_size):
-            if any(param.requires_grad for param in self.vision_tower.parameters()):
-                encoded = self._again_in_backward(self._encode_frames, chunk)
-            else:
-                with torch.no_grad():
-                    pooled = self._pooled_features(chunk)
-                encoded = self._again_in_backward(self._project, pooled.cpu() if to_host else pooled)
-            features.append(encoded.cpu() if to_host else encoded)
-        return BaseModelOutputWithPooling(pooler_output=torch.cat(features))
+        trains_tower = any(param.requires_grad for param in self.vision_tower.parameters())
+
+        def encode(pixels):
+            features = []
+            for chunk in pixels.split(self.config.vision_chunk_size):
+                if trains_tower:
+                    encoded = self._again_in_backward(self._encode_frames, chunk)
+                else:
+                    with torch.no_grad():
+                        pooled = self._pooled_features(chunk)
+                    encoded = self._again_in_backward(self._project, pooled.cpu() if to_host else pooled)
+                features.append(encoded.cpu() if to_host else encoded)
+            return (torch.cat(features),)
+
+        (features,) = run_gathered(self._vision, encode, pixels)
+        return BaseModelOutputWithPooling(pooler_output=features)
+
+    @property
+    def _vision(self):
+        return self.vision_tower, self.multi_modal_projector
 
     def get_image_features(self, pixel_values, to_host=False, **kwargs):
         """As `get_video_features` of `pixel_values`: an image is a video of one frame."""
         return self.get_video_features(pixel_values, to_host)
 
     def _again_in_backward(self, fn, inputs):
+        def run(inputs):
+            with engine_hooks_aside(self._vision):  # the engine's part is done once for all micro-batches
+                return fn(inputs)
+
         if self.is_checkpointing() and torch.is_grad_enabled():
-            return checkpoint(fn, inputs, use_reentrant=False)
+            return checkpoint(run, inputs, use_reentrant=False)
         return fn(inputs)
 
     def _encode_frames(self, pixels):
@@ -209,6 +224,10 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             parts.append((is_placeholder, encode(frames, to_host=to_host).pooler_output.flatten(0, 1)))
             is_text &= ~is_placeholder
         text = table(input_ids[is_text])
+        if not parts and others_wait_for(self._vision):
+            side = self.config.vision_config.image_size
+            black = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=text.device)
+            text = text + self.get_video_features(black).pooler_output[:0].sum()  # zero, and so are its gradients
         if not parts and not to_host:
             return text.view(*input_ids.shape, -1)
         parts.append((is_text, text.cpu() if to_host else text))
@@ -401,12 +420,13 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
 
         if targets.numel() == 0:
             return self.lm_head(hidden_states).float().sum()  # nothing supervised: a zero in which all takes part
-        losses, _, _ = recompute_segments(
-            token_losses,
-            self.config.loss_chunk_size,
-            (hidden_states[None], targets[None]),
-            params=(self.lm_head.weight,),
-        )
+        def all_losses(hidden_states):
+            sequence = hidden_states[None], targets[None]
+            return recompute_segments(
+                token_losses, self.config.loss_chunk_size, sequence, params=(self.lm_head.weight,)
+            )[:1]
+
+        (losses,) = run_gathered((self.lm_head,), all_losses, hidden_states)
         return losses.sum() / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
 
     # --- generation -------------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ def run_gathered(modules, run, *tensors):
     Raises:
         ValueError: a kind of sharding under which the results could not be exact.
     """
+    if not several_processes():
+        return run(*tensors)
     modules = list(modules)
     units = [*_fsdp_units(modules), *_zero3_units(modules)]
     for unit in units:
@@ -50,6 +52,19 @@ def run_gathered(modules, run, *tensors):
     for unit in reversed(units):
         outputs = unit.leave(outputs)
     return outputs
+
+
+def several_processes():
+    """Whether this process is one of a group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def others_wait_for(modules):
+    """Whether this process has to use `modules` in each pass since others may: for their gradients, or to gather them."""
+    if not several_processes() or torch.distributed.get_world_size() == 1:
+        return False
+    trains = torch.is_grad_enabled() and any(p.requires_grad for module in modules for p in module.parameters())
+    return trains or bool(_fsdp_units(modules) or _zero3_units(modules))
 
 
 @contextmanager
@@ -121,21 +136,23 @@ def _has_float32(module):
 
 
 class _Zero3Unit:
-    """The partitioned parameters of DeepSpeed's ZeRO-3; gathered once for all of them."""
+    """Parameters partitioned by DeepSpeed's ZeRO-3; gathered in one call for all of them."""
 
-    def __init__(self, parameters, gathered_parameters):
-        self.parameters, self.gathered_parameters = parameters, gathered_parameters
-        self.now = None
+    def __init__(self, parameters):
+        self.parameters, self.gathered = parameters, []
 
     def gather(self):
-        if self.now is None:
-            self.now = self.gathered_parameters(self.parameters)
-            self.now.__enter__()
+        if not self.gathered:  # what is whole already is the engine's to let go of
+            self.gathered = [p for p in self.parameters if p.ds_status.name == "NOT_AVAILABLE"]
+            if self.gathered:
+                self.gathered[0].all_gather(param_list=self.gathered)
 
     def let_go(self):
-        if self.now is not None:
-            self.now.__exit__(None, None, None)
-            self.now = None
+        # a shared one may be in use elsewhere by now: it goes with that
+        free = [p for p in self.gathered if not p.ds_active_sub_modules and p.ds_status.name == "AVAILABLE"]
+        if free:
+            free[0].partition(param_list=free)
+        self.gathered = []
 
     def enter(self, tensors):
         self.gather()
@@ -164,13 +181,7 @@ class _GatheredInBackward(torch.autograd.Function):
 
 def _zero3_units(modules):
     parameters = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
-    if not parameters:
-        return []
-    try:
-        from deepspeed.zero import GatheredParameters
-    except ImportError as error:
-        raise ValueError("these parameters are sharded by DeepSpeed, which cannot be imported any more") from error
-    return [_Zero3Unit(list(dict.fromkeys(parameters)), GatheredParameters)]
+    return [_Zero3Unit(list(dict.fromkeys(parameters)))] if parameters else []
 
 
 def _refuse_what_is_still_sharded(modules):
