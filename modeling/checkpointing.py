@@ -31,7 +31,7 @@ from .run_layers import kept_tokens, run_layers
 from .sharded_parameters import engine_hooks_aside, run_gathered
 
 
-def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, store=None):
+def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, store=None, neighbours=None):
     """Run all `blocks` on all tokens as `plan` says; the result and all gradients are those of `run_layers`.
 
     Args:
@@ -42,6 +42,7 @@ def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, 
         mask: (batch, tokens) bool or None.
         keep: (batch, tokens) int64 on the CPU, the row of the result that a token becomes, -1 for none; None for all.
         store: where borders wait; None for what `plan.offload` says.
+        neighbours: `SequenceGroup` whose ranks hold the tokens before and after; None where all are here.
 
     Returns:
         (kept, hidden), or (batch, tokens, hidden) where `keep` is None, and the list of final states.
@@ -54,9 +55,15 @@ def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, 
         if store is None:
             store = HostStore(device) if plan.offload else DeviceStore()
         names = _trainable(blocks)
-        run = _Run(blocks, plan, mask, keep, store, device, [len(state) for state in states], names)
+        pipelined = neighbours and neighbours.executor(plan.order)
+        run = (pipelined or _Run)(blocks, plan, mask, keep, store, device, [len(state) for state in states], names)
         params = [module._parameters[name] for owners in names for module, name in owners[:1]]
-        return _Checkpointed.apply(run, inputs_embeds, *flat_states, *params)
+        if neighbours is None or pipelined:
+            run.neighbours = neighbours
+            return _Checkpointed.apply(run, inputs_embeds, *flat_states, *params)
+        flat_states = neighbours.receive(flat_states)
+        out, *final = _Checkpointed.apply(run, inputs_embeds, *flat_states, *params)
+        return neighbours.send(out, final), *final
 
     out, *final = run_gathered(blocks, run_all, inputs_embeds, *(tensor for state in states for tensor in state))
     return out, run.unflatten(final)
@@ -168,8 +175,7 @@ class _Run:
             yield
 
     def forward(self, inputs_embeds, states):
-        batch, num_tokens, _ = inputs_embeds.shape
-        out = None
+        num_tokens, out = inputs_embeds.shape[1], None
         for time, span in enumerate(self.spans(num_tokens)):
             self.left_borders.append([[self.store.put(tensor) for tensor in state] for state in states])
             hidden_states = self.fetch(inputs_embeds[:, span])
@@ -180,15 +186,20 @@ class _Run:
                     lower.append(self.store.put(hidden_states))
                 hidden_states, states[group] = self.cell(time, group, hidden_states, states[group], span)
             self.lower_borders.append(lower)
-            if out is None:
-                shape = (batch, num_tokens) if self.keep is None else (int(self.keep.max()) + 1,)
-                out = hidden_states.new_empty(*shape, hidden_states.shape[-1])
-            if self.keep is None:
-                out[:, span] = hidden_states
-            else:
-                positions, rows = (index.to(self.device) for index in kept_tokens(self.keep, span))
-                out[rows] = hidden_states.flatten(0, 1)[positions]
+            out = self.keep_wanted(out, hidden_states, span, num_tokens)
         return out, states
+
+    def keep_wanted(self, out, hidden_states, span, num_tokens):
+        """The result, None at first, with what the caller asked for of a time block's last hidden states."""
+        if out is None:
+            shape = (len(hidden_states), num_tokens) if self.keep is None else (int(self.keep.max()) + 1,)
+            out = hidden_states.new_empty(*shape, hidden_states.shape[-1])
+        if self.keep is None:
+            out[:, span] = hidden_states
+        else:
+            positions, rows = (index.to(self.device) for index in kept_tokens(self.keep, span))
+            out[rows] = hidden_states.flatten(0, 1)[positions]
+        return out
 
     def backward(self, inputs_embeds, grad_out, grad_states, needs_grad_embeds):
         grad_embeds: Any = self.store.empty_like(inputs_embeds) if needs_grad_embeds else None
@@ -201,25 +212,30 @@ class _Run:
             coming = self._fetch_borders(inputs_embeds, spans, time - 1) if time else None
             lower = [hidden_states, *(lower or self._lower_borders_again(time, span, hidden_states, states))]
             del hidden_states
-            grad_hidden = self._grad_out(grad_out, span, lower[-1])
+            grad_hidden = self.grad_of_wanted(grad_out, span, lower[-1])
             for group in reversed(self.groups):
-                entering = lower.pop().detach().requires_grad_(group.start > 0 or needs_grad_embeds)
-                entering_states = [tuple(t.detach().requires_grad_() for t in state) for state in states[group]]
-                with torch.enable_grad():
-                    leaving, leaving_states = self.cell(time, group, entering, entering_states, span)
-                outputs = [leaving, *(t for state in leaving_states for t in state)]
-                gradients = [grad_hidden, *(g for grads in grad_states[group] for g in grads)]
-                # the last chunk's final states have no gradient, unless the caller uses them
-                used = [i for i, gradient in enumerate(gradients) if gradient is not None]
-                torch.autograd.backward([outputs[i] for i in used], [gradients[i] for i in used])
-                grad_hidden = entering.grad
-                grad_states[group] = [tuple(t.grad for t in state) for state in entering_states]
-                del outputs, gradients, leaving, leaving_states, entering, entering_states
+                grad_hidden, grad_states[group] = self.cell_backward(
+                    time, group, span, lower.pop(), states[group], grad_hidden, grad_states[group],
+                    group.start > 0 or needs_grad_embeds,
+                )  # fmt: skip
             if needs_grad_embeds:
                 grad_embeds[:, span].copy_(grad_hidden, non_blocking=True)
         if self.device.type == "cuda" and needs_grad_embeds and grad_embeds.device != self.device:
             torch.cuda.synchronize(self.device)  # the copies must be done before the host reads them
         return grad_embeds, grad_states
+
+    def cell_backward(self, time, group, span, hidden_states, states, grad_hidden, grad_states, needs_grad_hidden):
+        """Compute a cell again and go back through it: the gradients of what entered, None of what needs none."""
+        entering = hidden_states.detach().requires_grad_(needs_grad_hidden)
+        entering_states = [tuple(t.detach().requires_grad_() for t in state) for state in states]
+        with torch.enable_grad():
+            leaving, leaving_states = self.cell(time, group, entering, entering_states, span)
+        outputs = [leaving, *(t for state in leaving_states for t in state)]
+        gradients = [grad_hidden, *(g for grads in grad_states for g in grads)]
+        # the last chunk's final states have no gradient, unless the caller uses them
+        used = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        torch.autograd.backward([outputs[i] for i in used], [gradients[i] for i in used])
+        return entering.grad, [tuple(t.grad for t in state) for state in entering_states]
 
     def _fetch_borders(self, inputs_embeds, spans, time):
         """What enters a time block from the left and, as far as it was kept, from below. It is let go of here."""
@@ -236,7 +252,7 @@ class _Run:
                 lower.append(hidden_states)
         return lower
 
-    def _grad_out(self, grad_out, span, like):
+    def grad_of_wanted(self, grad_out, span, like):
         """The gradient that reaches the last layer's hidden states of a time block from the result."""
         if self.keep is None:
             return grad_out[:, span]

@@ -250,6 +250,7 @@ class Mamba2Backbone(nn.Module):
     def __init__(self, config, prefill_chunk_size, scan_backend="auto"):
         super().__init__()
         self.prefill_chunk_size = prefill_chunk_size
+        self.neighbours: Any = None  # `SequenceGroup` that holds the tokens before and after, while it trains
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers: Any = nn.ModuleList([Mamba2Block(config, scan_backend) for _ in range(config.num_hidden_layers)])
         self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -257,6 +258,10 @@ class Mamba2Backbone(nn.Module):
     def new_cache(self, batch_size):
         """The `Mamba2Cache` before the first token."""
         return Mamba2Cache([layer.mixer.new_state(batch_size) for layer in self.layers])
+
+    def planned_tokens(self, num_tokens):
+        """For how many tokens a checkpoint plan is made: those here, or of the longest span over all ranks."""
+        return num_tokens if self.neighbours is None else self.neighbours.longest(num_tokens)
 
     def forward(self, inputs_embeds, cache, mask=None, keep=None, chunk_size=None, plan=None):
         """
@@ -273,16 +278,31 @@ class Mamba2Backbone(nn.Module):
             (kept, hidden), or (batch, tokens, hidden) where `keep` is None: after the final norm.
         """
         if plan is not None:
-            hidden_states, cache.layers = run_checkpointed(self.layers, plan, inputs_embeds, cache.layers, mask, keep)
+            hidden_states, cache.layers = run_checkpointed(
+                self.layers, plan, inputs_embeds, cache.layers, mask, keep, neighbours=self.neighbours
+            )
         else:
             hidden_states = self._loop(inputs_embeds, cache, mask, keep, chunk_size or self.prefill_chunk_size)
         cache.num_tokens += inputs_embeds.shape[1]
         return self.norm_f(hidden_states if keep is None else hidden_states[None]).view_as(hidden_states)
 
     def _loop(self, inputs_embeds, cache, mask, keep, chunk_size):
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            (hidden_states,) = run_gathered(
+                self.layers, lambda: (self._chunks(inputs_embeds, cache, mask, keep, chunk_size),)
+            )
+            return hidden_states
+        if self.neighbours is None:
             return self._chunks(inputs_embeds, cache, mask, keep, inputs_embeds.shape[1])
-        return run_gathered(self.layers, lambda: self._chunks(inputs_embeds, cache, mask, keep, chunk_size))
+
+        def run_span(inputs_embeds):
+            states = iter(self.neighbours.receive([tensor for state in cache.layers for tensor in state]))
+            cache.layers = [LayerState(next(states), next(states)) for _ in self.layers]
+            out = self._chunks(inputs_embeds, cache, mask, keep, inputs_embeds.shape[1])
+            return (self.neighbours.send(out, [tensor for state in cache.layers for tensor in state]),)
+
+        (hidden_states,) = run_gathered(self.layers, run_span, inputs_embeds)
+        return hidden_states
 
     def _chunks(self, inputs_embeds, cache, mask, keep, step):
         num_tokens = inputs_embeds.shape[1]

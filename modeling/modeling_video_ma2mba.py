@@ -23,7 +23,7 @@ from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .recompute import recompute_segments
 from .sharded_parameters import engine_hooks_aside, others_wait_for, run_gathered
 
-# `generate` finds the cache in a model's output, and reorders it for beams, by these names; before 5.24 `cache` is none.
+# `generate` finds the cache of an output, and reorders it for beams, by these names; before 5.24 `cache` is not one.
 if "cache" not in ALL_CACHE_NAMES:
     ALL_CACHE_NAMES.append("cache")
 
@@ -285,7 +285,9 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
-        plan = self.checkpoint_plan(batch, num_tokens) if self.is_checkpointing() and torch.is_grad_enabled() else None
+        plan = None
+        if self.is_checkpointing() and torch.is_grad_enabled():
+            plan = self.checkpoint_plan(batch, self.language_model.planned_tokens(num_tokens))
         if inputs_embeds is None:
             pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
             inputs_embeds = self._embed(input_ids, pixels, to_host=plan is not None and plan.offload)
@@ -368,6 +370,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         logits_to_keep=0,
         prefill_chunk_size=None,
         num_items_in_batch=None,
+        shift_labels=None,
         **kwargs,
     ):
         """
@@ -377,6 +380,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             logits_to_keep: int, the last so many tokens (0 for all), or a 1-D int64 tensor of positions.
             num_items_in_batch: divide the summed loss by this instead of by the supervised tokens (the Trainer's count
                 over an accumulation window).
+            shift_labels: (batch, tokens) int64, in the place of labels: what each token is to predict.
             The others: as `VideoMa2mbaModel.forward`.
 
         Returns:
@@ -391,10 +395,12 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             "use_cache": use_cache, "prefill_chunk_size": prefill_chunk_size,
         }  # fmt: skip
         batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
-        if labels is not None:
-            if labels.shape != (batch, num_tokens):
-                raise ValueError(f"labels are {tuple(labels.shape)}, the inputs {(batch, num_tokens)}: they must match")
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # token t predicts token t + 1
+        given = labels if shift_labels is None else shift_labels
+        if given is not None:
+            if given.shape != (batch, num_tokens):
+                raise ValueError(f"labels are {tuple(given.shape)}, the inputs {(batch, num_tokens)}: they must match")
+            # token t predicts token t + 1
+            targets = F.pad(given[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
             keep = targets != -100
             outputs = self.model(**inputs, keep=keep)
             loss = self._loss(outputs.last_hidden_state, targets[keep], num_items_in_batch)
@@ -420,6 +426,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
 
         if targets.numel() == 0:
             return self.lm_head(hidden_states).float().sum()  # nothing supervised: a zero in which all takes part
+
         def all_losses(hidden_states):
             sequence = hidden_states[None], targets[None]
             return recompute_segments(

@@ -1,9 +1,9 @@
 """The one seam to engines that shard parameters over processes: FSDP2, and ZeRO-3 of DeepSpeed.
 
-Such an engine gathers the parameters of a module before each use of it and, once the backward pass has left the module,
-reduces their gradients and lets go of them again. That fits modules that are used once per pass. Here some are used many
-times, and not equally often by all processes: the blocks (cells of the grid, chunks of a prefill) and the vision tower
-(micro-batches of frames). As gathering and reducing are work of all processes at once, other counts would hang them.
+Such an engine gathers the parameters of a module before each use of it and, once the backward pass has left it, reduces
+their gradients and lets go of them again. That fits modules that are used once per pass. Here some are used many times,
+and not equally often by all processes: the blocks (cells of the grid, chunks of a prefill) and the vision tower (micro-
+batches of frames). As gathering and reducing are work of all processes at once, other counts would hang them.
 
 So for these modules the engine's part is done once per pass, whatever happens inside:
 
@@ -60,7 +60,7 @@ def several_processes():
 
 
 def others_wait_for(modules):
-    """Whether this process has to use `modules` in each pass since others may: for their gradients, or to gather them."""
+    """Whether `modules` must be used in each pass, as other processes may: for their gradients, or to gather them."""
     if not several_processes() or torch.distributed.get_world_size() == 1:
         return False
     trains = torch.is_grad_enabled() and any(p.requires_grad for module in modules for p in module.parameters())

@@ -1,8 +1,8 @@
 """One training step's worth of every engine, against one process: run by `launch` in several processes.
 
-Each cell (an engine, a way of checkpointing, all weights or adapters, batches accumulated) trains a tiny model for three
-steps of SGD. What is reported is the worst relative error of any tensor's gradient and weight over the steps: of the
-engine and of one process, both against one process in float64; and how far the engine is from that one process.
+Each cell (an engine, a way of checkpointing, all weights or adapters, batches accumulated) trains a tiny model for
+three steps of SGD. What is reported is the worst relative error of any tensor's gradient and weight over the steps: of
+the engine and of one process, both against one process in float64; and how far the engine is from that one process.
 
 As a command, under `torch.distributed.run`: the cells as JSON on the command line; one line of JSON per cell comes out.
 """
@@ -62,7 +62,7 @@ def make_model(trains="all", mode="off", dtype=torch.float32, tie=True):
 
 
 def make_batch(number, rank):
-    """Batch `number` of a process: text alone for the odd ranks at every third one, and longer videos on higher ranks."""
+    """Batch `number` of a process: of another length on each; every third one is text alone on odd ranks."""
     draw = torch.Generator().manual_seed(1000 * number + rank)
     ids = torch.randint(2, 40, (1, TOKENS + 7 * rank), generator=draw)
     labels = ids.clone()
@@ -77,7 +77,7 @@ def make_batch(number, rank):
 
 @functools.cache
 def one_process(trains, mode, accumulated, world, dtype=torch.float32, tie=True):
-    """What the others are measured by: the mean over the batches of all ranks; one (loss, gradients, weights) a step."""
+    """What engines are measured by: the mean over the batches of all ranks; (loss, gradients, weights) of each step."""
     model = make_model(trains, mode, dtype, tie)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     history = []
@@ -99,6 +99,8 @@ def one_process(trains, mode, accumulated, world, dtype=torch.float32, tie=True)
 
 class Plain:
     """DDP, and what all engines have in common."""
+
+    ranks = 1  # that share a batch
 
     def __init__(self, model, accumulated):
         self.bare, self.accumulated = model, accumulated
@@ -179,6 +181,7 @@ class Zero(Plain):
             "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulated,
             "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9,
+            "gradient_clipping": 0.0,
         }  # fmt: skip
         self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.found = {}
@@ -216,10 +219,57 @@ class Zero3(Zero):
     stage = 3
 
 
+class Sequence(Plain):
+    """Each video over `ranks` processes, and DDP over all of them."""
+
+    ranks = 2
+
+    def wrap(self, model):
+        from video_ma2mba.modeling.sequence_parallel import SequenceGroup, set_sequence_group
+
+        firsts = range(0, dist.get_world_size(), self.ranks)
+        groups = [dist.new_group(range(first, first + self.ranks)) for first in firsts]
+        self.neighbours = SequenceGroup(groups[dist.get_rank() // self.ranks])
+        set_sequence_group(model, self.neighbours)
+        return super().wrap(model)
+
+    def backward(self, batch, last):
+        from video_ma2mba.modeling.sequence_parallel import cut_span
+
+        placeholders = {"pixel_values": 46, "pixel_values_videos": 47}
+        span, _ = cut_span(batch, self.neighbours.rank, self.ranks, 4, placeholders)
+        span["num_items_in_batch"] = (batch["labels"][:, 1:] != -100).sum() / self.ranks  # DDP takes the mean
+        return super().backward(span, last)
+
+
+class Sequence4(Sequence):
+    ranks = 4
+
+
+class SequenceFSDP2(Sequence):
+    """Each video over two processes, with sharded parameters."""
+
+    def wrap(self, model):
+        super().wrap(model)
+        return FSDP2.wrap(FSDP2.__new__(FSDP2), model)
+
+    def without_sync(self):
+        self.model.set_requires_gradient_sync(False)
+        return nullcontext()
+
+
 ENGINES = {
-    "ddp": Plain, "fsdp2": FSDP2, "fsdp2, one group": FSDP2OneGroup, "hsdp": HSDP, "zero1": Zero, "zero2": Zero2,
+    "ddp": Plain,
+    "zero1": Zero,
+    "zero2": Zero2,
     "zero3": Zero3,
-}  # fmt: skip
+    "fsdp2": FSDP2,
+    "fsdp2, one group": FSDP2OneGroup,
+    "hsdp": HSDP,
+    "sequence 2": Sequence,
+    "sequence 4": Sequence4,
+    "sequence 2, fsdp2": SequenceFSDP2,
+}
 
 
 def whole(tensor):
@@ -249,22 +299,25 @@ def run(cell):
     """One cell: {"engine", "mode", "trains", "accumulated", "tie"} -> the same with what was measured."""
     engine, mode, trains, accumulated = (cell[key] for key in ("engine", "mode", "trains", "accumulated"))
     tie = cell.get("tie", True)
-    world = dist.get_world_size()
+    ranks = ENGINES[engine].ranks
+    world = dist.get_world_size() // ranks
     trained = ENGINES[engine](make_model(trains, mode, tie=tie), accumulated)
     history = []
     for step in range(STEPS):
         numbers = range(step * accumulated, (step + 1) * accumulated)
-        losses = [trained.backward(make_batch(n, dist.get_rank()), last=n == numbers[-1]) for n in numbers]
+        losses = [trained.backward(make_batch(n, dist.get_rank() // ranks), last=n == numbers[-1]) for n in numbers]
         loss = torch.stack(losses).mean()
         dist.all_reduce(loss)
         gradients = trained.gradients()
         trained.step()
-        history.append((loss.item() / world, gradients, trained.weights()))
+        history.append((loss.item() / world / ranks, gradients, trained.weights()))
     if dist.get_rank():
         return None
     exact = one_process(trains, "off", accumulated, world, torch.float64, tie)
     alone = one_process(trains, mode, accumulated, world, tie=tie)
-    own, error, apart = worst(exact, alone), worst(exact, history), worst(alone, history)
+    plain = one_process(trains, "off", accumulated, world, tie=tie)
+    own = [max(pair) for pair in zip(worst(exact, alone), worst(exact, plain), strict=True)]
+    error, apart = worst(exact, history), worst(alone, history)
     return {**cell, "own": own, "error": error, "to_the_bit": apart[1:] == [0, 0], "apart": apart}
 
 
@@ -274,9 +327,9 @@ def main(cells):
     if any(cell["engine"].startswith("zero") for cell in cells):
         import deepspeed
 
-        deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
+        deepspeed.init_distributed("gloo", timeout=timedelta(seconds=300))
     else:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     for cell in cells:
         start = time.perf_counter()
         result = run(cell)
