@@ -21,7 +21,7 @@ from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .recompute import recompute_segments
-from .sharded_parameters import engine_hooks_aside, others_wait_for, run_gathered
+from .sharded_parameters import as_unsharded_class, engine_hooks_aside, others_wait_for, run_gathered
 
 # `generate` finds the cache of an output, and reorders it for beams, by these names; before 5.24 `cache` is not one.
 if "cache" not in ALL_CACHE_NAMES:
@@ -73,8 +73,9 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
     _supports_flash_attn = True  # in the tower, the only place with attention
     _is_stateful = True
 
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers; a folder saved with its code names it for every Auto class, not only for this one's."""
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+        """As in transformers; a folder saved with its code names it for every Auto class, not only for this one's, and
+        is the same whatever engine held the weights."""
         if self._auto_class is not None:
             here = "modeling_video_ma2mba."
             self.config.auto_map = {
@@ -83,7 +84,13 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
                 "AutoModelForImageTextToText": here + "VideoMa2mbaForConditionalGeneration",
                 "AutoModelForMultimodalLM": here + "VideoMa2mbaForConditionalGeneration",
             }
-        super().save_pretrained(*args, **kwargs)
+        if state_dict is not None:  # gathered by an engine, which writes out a tied tensor twice
+            tied = self._tied_weights_keys or {} if self.config.text_config.tie_word_embeddings else {}
+            state_dict = {
+                name: tensor for name, tensor in state_dict.items() if not (name in tied and tied[name] in state_dict)
+            }
+        with as_unsharded_class(self):
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

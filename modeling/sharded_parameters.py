@@ -89,6 +89,19 @@ def engine_hooks_aside(modules):
             hooks.update(left)
 
 
+@contextmanager
+def as_unsharded_class(module):
+    """Inside, `module` is of the class it was before FSDP2 gave it one of its own, whose file would be saved as its."""
+    kept = type(module)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+        module.__class__ = next(cls for cls in kept.__mro__ if not issubclass(cls, fsdp.FSDPModule))
+    try:
+        yield
+    finally:
+        module.__class__ = kept
+
+
 def _is_of_engine(hook):
     return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith(ENGINES)
 

@@ -224,13 +224,16 @@ class Sequence(Plain):
 
     ranks = 2
 
-    def wrap(self, model):
+    def share(self, model):
         from video_ma2mba.modeling.sequence_parallel import SequenceGroup, set_sequence_group
 
         firsts = range(0, dist.get_world_size(), self.ranks)
         groups = [dist.new_group(range(first, first + self.ranks)) for first in firsts]
         self.neighbours = SequenceGroup(groups[dist.get_rank() // self.ranks])
         set_sequence_group(model, self.neighbours)
+
+    def wrap(self, model):
+        self.share(model)
         return super().wrap(model)
 
     def backward(self, batch, last):
@@ -250,12 +253,12 @@ class SequenceFSDP2(Sequence):
     """Each video over two processes, with sharded parameters."""
 
     def wrap(self, model):
-        super().wrap(model)
+        self.share(model)
         return FSDP2.wrap(FSDP2.__new__(FSDP2), model)
 
-    def without_sync(self):
-        self.model.set_requires_gradient_sync(False)
-        return nullcontext()
+    def backward(self, batch, last):
+        self.model.set_requires_gradient_sync(last)
+        return super().backward(batch, last=True)
 
 
 ENGINES = {

@@ -215,7 +215,7 @@ def test_the_stock_trainer_takes_the_same_data(model_folder, stories, tmp_path):
 def test_the_shipped_configurations_for_many_devices_are_taken(changes, monkeypatch):
     from accelerate import FullyShardedDataParallelPlugin
 
-    from video_ma2mba.training.run import DISTRIBUTED, find_distributed
+    from video_ma2mba.training.engines import DISTRIBUTED, find_distributed
 
     zero = json.loads(Path(find_distributed("zero1")).read_text())
     assert zero["zero_optimization"]["stage"] == 1
@@ -227,8 +227,10 @@ def test_the_shipped_configurations_for_many_devices_are_taken(changes, monkeypa
     )  # fmt: skip
     plugin.set_auto_wrap_policy(prepare_run(read_recipe("finetune", changes())).model)
     assert plugin.auto_wrap_policy is not None  # it knows the class of the blocks
-    assert sorted(path.stem for path in DISTRIBUTED.glob("*.json")) == ["fsdp2", "zero1"]
-    with pytest.raises(ValueError, match=r"no such configuration; shipped are fsdp2, zero1"):
+    assert sorted(path.stem for path in DISTRIBUTED.glob("*.json")) == [
+        "fsdp2", "hsdp", "zero1", "zero2", "zero3",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"no such configuration; shipped are fsdp2, hsdp, zero1, zero2, zero3"):
         find_distributed("zero9")
 
 

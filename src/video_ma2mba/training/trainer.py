@@ -43,6 +43,7 @@ class VideoMa2mbaTrainer(Trainer):
     """
 
     model: Any  # of `Trainer`, which declares that it may be missing
+    autocast_dtype: torch.dtype | None = None  # in which to compute where the engine would cast the weights for it
 
     def __init__(self, *args: Any, vision_learning_rate: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -106,16 +107,15 @@ class VideoMa2mbaTrainer(Trainer):
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss, *rest = result if isinstance(result, tuple) else (result,)
-        if self.model.training:
-            if not torch.isfinite(loss):
-                raise NonFiniteLoss(self._save_batch(inputs, loss))
-            if "pixel_values_videos" not in inputs and "pixel_values" not in inputs and self.args.world_size > 1:
-                # processes wait for a gradient of every parameter; a batch of text alone has none of the tower
-                parameters = [
-                    p for n, p in self.model.named_parameters() if p.requires_grad and "language_model" not in n
-                ]
-                loss = loss + sum(0.0 * parameter.sum() for parameter in parameters)
+        if self.model.training and not torch.isfinite(loss):
+            raise NonFiniteLoss(self._save_batch(inputs, loss))
         return (loss, *rest) if rest else loss
+
+    def compute_loss_context_manager(self) -> Any:
+        context = super().compute_loss_context_manager()
+        if self.autocast_dtype is not None:
+            context.enter_context(torch.autocast(self.args.device.type, self.autocast_dtype))
+        return context
 
     @property
     def _folder(self) -> Path:
