@@ -377,7 +377,6 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         logits_to_keep=0,
         prefill_chunk_size=None,
         num_items_in_batch=None,
-        shift_labels=None,
         **kwargs,
     ):
         """
@@ -387,7 +386,8 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             logits_to_keep: int, the last so many tokens (0 for all), or a 1-D int64 tensor of positions.
             num_items_in_batch: divide the summed loss by this instead of by the supervised tokens (the Trainer's count
                 over an accumulation window).
-            shift_labels: (batch, tokens) int64, in the place of labels: what each token is to predict.
+            kwargs: `shift_labels` (batch, tokens) int64, in the place of labels: what each token is to predict. (As in
+                transformers, which would take an argument of that name for a second kind of labels.)
             The others: as `VideoMa2mbaModel.forward`.
 
         Returns:
@@ -402,6 +402,7 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             "use_cache": use_cache, "prefill_chunk_size": prefill_chunk_size,
         }  # fmt: skip
         batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
+        shift_labels = kwargs.get("shift_labels")
         given = labels if shift_labels is None else shift_labels
         if given is not None:
             if given.shape != (batch, num_tokens):

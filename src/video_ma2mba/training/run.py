@@ -85,6 +85,11 @@ def read_data(folders: tuple[str, ...], recipe: Recipe, processor: VideoMa2mbaPr
     return datasets.concatenate_datasets(parts).map(estimate, batched=True)
 
 
+def computes_in_bfloat16(recipe: Recipe) -> bool:
+    """Whether products are computed in bfloat16, with weights as they are."""
+    return recipe.bf16 and torch.cuda.is_available()
+
+
 def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
     """The Trainer of a recipe."""
     recipe, model = prepared.recipe, prepared.model
@@ -96,7 +101,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         checkpointing = {name: True, f"{name}_kwargs": dict(recipe.gradient_checkpointing)}
     config: Any = model.config
-    engine = engine_arguments(recipe, num_devices, bf16=recipe.bf16 and on_gpu)
+    engine = engine_arguments(recipe, num_devices, computes_in_bfloat16(recipe))
     arguments = TrainingArguments(
         output_dir=str(Path(recipe.output) / CHECKPOINTS),
         learning_rate=recipe.learning_rate,
@@ -149,7 +154,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         processing_class=prepared.processor, vision_learning_rate=recipe.vision_learning_rate,
     )  # fmt: skip
     check_engine(trainer, recipe)
-    if recipe.fsdp_config and recipe.bf16 and on_gpu:
+    if recipe.fsdp_config and computes_in_bfloat16(recipe):
         trainer.autocast_dtype = torch.bfloat16
     return trainer
 

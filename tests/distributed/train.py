@@ -1,0 +1,82 @@
+"""Run `video-ma2mba train` several times in the same processes: started by `launch`, under `torch.distributed.run`.
+
+The runs are JSON on the command line, each {"name", "arguments", "bf16"}. One line of JSON per run comes out of rank 0:
+its exit code, and the dtypes in which the mixers saw their parameters.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+
+from video_ma2mba.cli import main
+from video_ma2mba.modeling.mamba2 import Mamba2Mixer
+from video_ma2mba.training import run as training
+
+
+def fsdp_on_a_cpu():
+    """Let Accelerate take an FSDP plugin also where there is no accelerator: it would go on with DDP."""
+    init = AcceleratorState.__init__
+
+    def patched(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = patched
+    torch.cuda.current_device = lambda: torch.device("cpu")
+
+
+def record_dtypes():
+    """The set, filled by every mixer that runs, of (name, dtype) of its parameters and of what a projection gives."""
+    seen = set()
+    forward, core = Mamba2Mixer.forward, Mamba2Mixer._run_core
+
+    def recorded(self, *args):
+        seen.update((name, str(getattr(self, name).dtype)) for name in ("A_log", "D", "dt_bias"))
+        return forward(self, *args)
+
+    def recorded_core(self, projected, *args):
+        seen.add(("projected", str(projected.dtype)))
+        return core(self, projected, *args)
+
+    Mamba2Mixer.forward, Mamba2Mixer._run_core = recorded, recorded_core
+    return seen
+
+
+def run_all(runs):
+    torch.set_num_threads(1)
+    seen = record_dtypes()
+    for one in runs:
+        start = time.perf_counter()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        training.computes_in_bfloat16 = lambda recipe, bf16=one.get("bf16", False): bf16
+        seen.clear()
+        try:
+            code = main(one["arguments"])
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        if os.environ["RANK"] == "0":
+            result = {"name": one["name"], "code": code, "seen": sorted(seen)}
+            print("RUN " + json.dumps({**result, "wall_s": round(time.perf_counter() - start, 1)}), flush=True)
+        if code:
+            sys.exit(code)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if os.environ.get("FSDP_ON_A_CPU"):
+        fsdp_on_a_cpu()
+    run_all(json.loads(sys.argv[1]))
