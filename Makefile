@@ -11,7 +11,7 @@ MAMBA_SSM := mamba-ssm==2.3.2.post1
 LMMS_EVAL := lmms-eval==0.7.2
 LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow
 
-.PHONY: help demo test test-oldest test-kernels test-lmms-eval test-install studies torture gpu lint cards clean
+.PHONY: help demo test test-oldest test-kernels test-lmms-eval test-install studies torture gpu lint cards clean test-distributed test-distributed-slice
 
 help:
 	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
@@ -20,6 +20,8 @@ help:
 	@echo "make test-kernels run the tests of the GPU kernels on the CPU, in Triton's interpreter"
 	@echo "make test-lmms-eval run the tests of the adapter for lmms-eval, in an environment of its own"
 	@echo "make test-install build the wheel and the sdist, and use each in an empty environment"
+	@echo "make test-distributed run the tests of several processes, in an environment of its own: some 12 minutes"
+	@echo "make test-distributed-slice run the part of them that CI runs"
 	@echo "make studies      run the studies and the needle in a haystack again: some 45 minutes on a CPU"
 	@echo "make torture      mutated inputs, and commands killed at random moments: some 15 minutes"
 	@echo "make gpu          test and measure on a GPU, into one JSON: WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
@@ -85,7 +87,7 @@ cards:
 		--base-model state-spaces/mamba2-$${size#*:} --base-model openai/clip-vit-large-patch14-336; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-kernels .venv-lmms-eval .venv-install .ruff_cache .coverage* build *.egg-info
+	rm -rf .venv .venv-oldest .venv-kernels .venv-lmms-eval .venv-distributed .venv-install .ruff_cache .coverage* build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call.
@@ -123,3 +125,17 @@ clean:
 	grep -v -e '^transformers==' -e '^huggingface_hub==' $< > $@
 	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> $@
 	echo 'huggingface_hub==1.33.0' >> $@
+
+# Several processes on a CPU, with gloo. DeepSpeed is built without its ops for GPUs; it pins nothing that others need.
+DEEPSPEED := deepspeed==0.19.8
+test-distributed: .venv-distributed/.deepspeed
+	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -p no:randomly tests/distributed
+
+test-distributed-slice: .venv-distributed/.deepspeed
+	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -p no:randomly -m slice tests/distributed
+
+.venv-distributed/.ready: constraints.txt
+.venv-distributed/.deepspeed: .venv-distributed/.ready
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-distributed/bin/python -m pip install --quiet --no-build-isolation setuptools wheel ninja
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-distributed/bin/python -m pip install --quiet --no-build-isolation $(DEEPSPEED)
+	touch $@

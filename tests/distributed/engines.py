@@ -143,6 +143,8 @@ class FSDP2(Plain):
 
         for unit in self.units(model):
             fully_shard(unit, mesh=self.mesh)
+        if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
+            fully_shard(model.get_output_embeddings(), mesh=self.mesh)
         return fully_shard(model, mesh=self.mesh)
 
     def backward(self, batch, last):

@@ -16,10 +16,18 @@ def launch(module, *arguments, processes=2, timeout_s=300, **environment):
         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    return subprocess.run(
-        [*command, "-m", module, *map(str, arguments)],
-        env={**os.environ, **fixed, **environment}, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s,
-    )  # fmt: skip
+    command += ["-m", module, *map(str, arguments)]
+    with subprocess.Popen(
+        command, env={**os.environ, **fixed, **environment}, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as started:  # fmt: skip
+        try:
+            out, err = started.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            started.terminate()  # it ends those that it started, which a kill would leave behind
+            out, err = started.communicate()
+            err += f"\nstill running after {timeout_s} s"
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
 def lines(done, mark):

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from functools import partial
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -52,14 +53,20 @@ def record_dtypes():
     return seen
 
 
+def wants_bfloat16(one, recipe):
+    return one.get("bf16", False)
+
+
 def run_all(runs):
     torch.set_num_threads(1)
-    seen = record_dtypes()
+    seen, environment = record_dtypes(), dict(os.environ)
     for one in runs:
         start = time.perf_counter()
+        os.environ.clear()  # the Trainer leaves the settings of its engine there
+        os.environ.update(environment)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        training.computes_in_bfloat16 = lambda recipe, bf16=one.get("bf16", False): bf16
+        training.computes_in_bfloat16 = partial(wants_bfloat16, one)
         seen.clear()
         try:
             code = main(one["arguments"])
