@@ -145,7 +145,8 @@ class PipelinedRun(_Run):
 
     def backward(self, inputs_embeds, grad_out, grad_states, needs_grad_embeds):
         spans = self.spans(inputs_embeds.shape[1])
-        grads = [None] * len(spans)
+        grads = [None] * len(spans)  # of the hidden states between two layer blocks
+        grad_embeds = self.store.empty_like(inputs_embeds) if needs_grad_embeds else None
         for number, group in reversed(list(enumerate(self.groups))):
             left, entering = self.left_borders.pop(), self.lower_borders.pop()
             carried = [tuple(None for _ in state) for state in left[-1]]
@@ -157,18 +158,19 @@ class PipelinedRun(_Run):
                     is_first = entering is None
                     source = self.fetch(inputs_embeds[:, span]) if is_first else self.store.get(entering[turn])
                     states = [tuple(self.store.get(kept) for kept in state) for state in left.pop()]
+                    grad = None if grads[turn] is None else self.store.get(grads[turn])
                     self.store.wait()
-                    if grads[turn] is None:
-                        grads[turn] = self.grad_of_wanted(grad_out, span, source)
-                    grads[turn], carried = self.cell_backward(
-                        turn, group, span, source, states, grads[turn], carried, needs_grad_embeds or not is_first
+                    if grad is None:
+                        grad = self.grad_of_wanted(grad_out, span, source)
+                    grad, carried = self.cell_backward(
+                        turn, group, span, source, states, grad, carried, needs_grad_embeds or not is_first
                     )
+                    if not is_first:
+                        grads[turn] = self.store.put(grad)
+                    elif needs_grad_embeds:
+                        grads[turn] = None
+                        grad_embeds[:, span].copy_(grad)
             self.neighbours.put(_flat(carried), self.neighbours.left)
-        grad_embeds = None
-        if needs_grad_embeds:
-            grad_embeds = self.store.empty_like(inputs_embeds)
-            for span, grad in zip(spans, grads, strict=True):
-                grad_embeds[:, span].copy_(grad)
         return grad_embeds, [tuple(None for _ in range(size)) for size in self.state_sizes]
 
     @staticmethod
