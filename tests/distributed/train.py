@@ -6,6 +6,7 @@ its exit code, and the dtypes in which the mixers saw their parameters.
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from accelerate.utils import DistributedType
 from video_ma2mba.cli import main
 from video_ma2mba.modeling.mamba2 import Mamba2Mixer
 from video_ma2mba.training import run as training
+from video_ma2mba.training.trainer import VideoMa2mbaTrainer
 
 
 def fsdp_on_a_cpu():
@@ -53,6 +55,18 @@ def record_dtypes():
     return seen
 
 
+def kill(rank, step):
+    """Let a process die at the beginning of a step, as one does whose machine is gone."""
+    training_step = VideoMa2mbaTrainer.training_step
+
+    def deadly(self, *args, **kwargs):
+        if self.args.process_index == rank and self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(self, *args, **kwargs)
+
+    VideoMa2mbaTrainer.training_step = deadly
+
+
 def wants_bfloat16(one, recipe):
     return one.get("bf16", False)
 
@@ -86,4 +100,6 @@ def run_all(runs):
 if __name__ == "__main__":
     if os.environ.get("FSDP_ON_A_CPU"):
         fsdp_on_a_cpu()
+    if os.environ.get("KILL"):
+        kill(*map(int, os.environ["KILL"].split(":")))
     run_all(json.loads(sys.argv[1]))
