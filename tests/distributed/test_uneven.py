@@ -1,4 +1,4 @@
-"""Ranks that see different things: text alone, other numbers of frames, a sample that cannot be read, a short last batch."""
+"""Ranks that see different things: text alone, other numbers of frames, an unreadable sample, a short last batch."""
 
 import json
 import shutil
