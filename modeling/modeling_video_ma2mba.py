@@ -230,11 +230,13 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
             frames = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
             parts.append((is_placeholder, encode(frames, to_host=to_host).pooler_output.flatten(0, 1)))
             is_text &= ~is_placeholder
-        text = table(input_ids[is_text])
         if not parts and others_wait_for(self._vision):
+            # in the order of a batch with frames, as engines add up gradients in the order in which they come
             side = self.config.vision_config.image_size
-            black = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=text.device)
-            text = text + self.get_video_features(black).pooler_output[:0].sum()  # zero, and so are its gradients
+            black = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=input_ids.device)
+            unused = self.get_video_features(black, to_host=to_host).pooler_output.flatten(0, 1)[:0]
+            parts.append((torch.zeros_like(is_text), unused))
+        text = table(input_ids[is_text])
         if not parts and not to_host:
             return text.view(*input_ids.shape, -1)
         parts.append((is_text, text.cpu() if to_host else text))
@@ -432,9 +434,6 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             logits = (hidden[0].to(dtype) @ params[0].to(dtype).T).float()
             return F.cross_entropy(logits, target[0], reduction="none")[None], states
 
-        if targets.numel() == 0:
-            return self.lm_head(hidden_states).float().sum()  # nothing supervised: a zero in which all takes part
-
         def all_losses(hidden_states):
             sequence = hidden_states[None], targets[None]
             return recompute_segments(
@@ -442,6 +441,8 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             )[:1]
 
         (losses,) = run_gathered((self.lm_head,), all_losses, hidden_states)
+        if targets.numel() == 0:
+            return losses.sum()  # nothing supervised: a zero in which all takes part
         return losses.sum() / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
 
     # --- generation -------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Command:
         """Run them in the same processes; returns what is known of each, or the standard error of one that fails."""
         environment = {"FSDP_ON_A_CPU": "1", **environment}
         done = launch("tests.distributed.train", json.dumps(wanted), processes=processes, timeout_s=600, **environment)
-        assert (done.returncode != 0) == fails, done.stderr[-4000:]
+        assert (done.returncode != 0) == fails, done.stderr[-20000:]
         return done.stderr if fails else {one["name"]: one for one in lines(done, "RUN")}
 
     def report(self, name):
