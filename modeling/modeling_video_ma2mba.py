@@ -19,6 +19,7 @@ from .autocast import autocast_dtype
 from .checkpoint_plan import CheckpointOptions
 from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
+from .interleave import Interleave
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .recompute import recompute_segments
 from .sharded_parameters import as_unsharded_class, engine_hooks_aside, others_wait_for, run_gathered
@@ -242,7 +243,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         parts.append((is_text, text.cpu() if to_host else text))
         masks, values = zip(*parts, strict=True)
         masks = tuple(mask.to(values[-1].device) for mask in masks)
-        return _Interleave.apply(masks, text.dtype, to_host and text.is_cuda, *values)
+        return Interleave.apply(masks, text.dtype, to_host and text.is_cuda, *values)
 
     def _frames_per_row(self, is_placeholder, pixels, name):
         if pixels.ndim != 5:
@@ -475,25 +476,6 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
             model_inputs["input_ids"] = input_ids if first_or_uncached else input_ids[:, -1:]
         model_inputs["attention_mask"] = attention_mask if first_or_uncached else None  # a new token is never padding
         return {**model_inputs, "cache": cache if use_cache else None, "use_cache": use_cache}
-
-
-class _Interleave(torch.autograd.Function):
-    """Rows of several tensors into one sequence: `out[masks[i]] = values[i]`, each position in exactly one mask."""
-
-    @staticmethod
-    def forward(ctx, masks, dtype, pin_memory, *values):
-        ctx.masks, ctx.dtypes = masks, [value.dtype for value in values]
-        shape, device = (*masks[0].shape, values[0].shape[-1]), values[0].device
-        out = torch.empty(shape, dtype=dtype, device=device, pin_memory=pin_memory)
-        for mask, value in zip(masks, values, strict=True):
-            out[mask] = value.to(dtype)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        wanted = zip(ctx.masks, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
-        return None, None, None, *(grad[mask].to(dtype) if need else None for mask, dtype, need in wanted)
 
 
 def _batch_and_tokens(input_ids, inputs_embeds):

@@ -1,4 +1,4 @@
-"""Print the table of `examples/distributed/README.md`: `.venv-distributed/bin/python -P -m tests.distributed.table`.
+"""Print the table of `examples/distributed/README.md`: `.venv-distributed/bin/python -m tests.distributed.table`.
 
 Arguments: `--all` for every combination instead of a cover of all pairs; names of engines for those alone.
 """
