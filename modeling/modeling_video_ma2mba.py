@@ -18,8 +18,8 @@ from transformers.utils import ModelOutput
 from .autocast import autocast_dtype
 from .checkpoint_plan import CheckpointOptions
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .interleave import Interleave
+from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .recompute import recompute_segments
 from .sharded_parameters import as_unsharded_class, engine_hooks_aside, others_wait_for, run_gathered
