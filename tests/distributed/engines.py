@@ -311,7 +311,7 @@ def run(cell):
     for step in range(STEPS):
         numbers = range(step * accumulated, (step + 1) * accumulated)
         losses = [trained.backward(make_batch(n, dist.get_rank() // ranks), last=n == numbers[-1]) for n in numbers]
-        loss = torch.stack(losses).mean()
+        loss = torch.stack(losses).double().mean()
         dist.all_reduce(loss)
         gradients = trained.gradients()
         trained.step()
