@@ -2,27 +2,36 @@
 PYTHON ?= python3
 TORCH := $(shell grep '^torch==' constraints.txt)
 OLDEST_TRANSFORMERS := 5.17.0
+# the last before 5.24, which renames the cache of every output
+BEFORE_TRANSFORMERS := 5.23.0
 
 # the Triton kernels, for their tests in Triton's interpreter
 TRITON := triton==3.9.0
 MAMBA_SSM := mamba-ssm==2.3.2.post1
 
-# lmms-eval pins other versions, and asks for torchvision and some hundred packages, of which its evaluator needs these
+TRL := trl==1.16.0
+
+# lmms-eval asks for an older PyAV, which reads many colours wrong, for torchvision and for some hundred packages, of which
+# its evaluator needs these: it is installed without what it asks for
 LMMS_EVAL := lmms-eval==0.7.2
 LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow
 
-.PHONY: help demo test test-oldest test-kernels test-lmms-eval test-install studies torture gpu lint cards clean test-distributed test-distributed-slice
+.PHONY: help demo test test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-install test-distributed test-distributed-slice studies torture gpu lint cards clean
 
 help:
 	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
 	@echo "make test         run all tests on the pinned versions, in random order, and list what they do not cover"
 	@echo "make test-oldest  run them on transformers $(OLDEST_TRANSFORMERS), the oldest that is supported"
+	@echo "make test-before  run them on transformers $(BEFORE_TRANSFORMERS)"
+	@echo "make test-contract run on both of these what others ask of a model: generation, losses, processors, trainers"
+	@echo "make test-transformers run transformers' own tests of a model and a processor over ours, of its two newest versions"
+	@echo "make test-trl     train with TRL's trainers, in an environment of its own"
 	@echo "make test-kernels run the tests of the GPU kernels on the CPU, in Triton's interpreter"
 	@echo "make test-lmms-eval run the tests of the adapter for lmms-eval, in an environment of its own"
 	@echo "make test-install build the wheel and the sdist, and use each in an empty environment"
 	@echo "make test-distributed run the tests of several processes, in an environment of its own: some 12 minutes"
 	@echo "make test-distributed-slice run the part of them that CI runs"
-	@echo "make studies      run the studies and the needle in a haystack again: some 45 minutes on a CPU"
+	@echo "make studies      run the studies and the needle in a haystack again: some two hours on a CPU"
 	@echo "make torture      mutated inputs, and commands killed at random moments: some 15 minutes"
 	@echo "make gpu          test and measure on a GPU, into one JSON: WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
 	@echo "make lint         check the style with ruff, and the types with mypy"
@@ -38,26 +47,46 @@ test: .venv/.ready
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/pytest -n 2
 
+test-before: .venv-before/.ready
+	.venv-before/bin/pytest -n 2
+
+test-contract: .venv-oldest/.ready .venv-before/.ready
+	for versions in .venv-oldest .venv-before; do $$versions/bin/pytest -n 2 \
+		tests/modeling tests/processing tests/training/test_lora.py tests/training/test_trainer_options.py \
+		tests/package/test_remote_code.py tests/package/test_public_names.py || exit 1; done
+
+# The source package, which holds the tests, is downloaded once and kept in build/.
+test-transformers: .venv/.ready .venv-before/.ready
+	for versions in .venv .venv-before; do \
+		$$versions/bin/python tests/transformers/source.py && \
+		$$versions/bin/pytest -n 2 -p no:randomly -W ignore::pytest.PytestUnknownMarkWarning \
+			tests/transformers/model_common.py tests/transformers/processor_common.py || exit 1; done
+
+test-trl: .venv-trl/.ready
+	.venv-trl/bin/pytest tests/trl
+
 test-kernels: .venv-kernels/.ready
 	TRITON_INTERPRET=1 .venv-kernels/bin/pytest tests/kernels
 
 test-lmms-eval: .venv-lmms-eval/.ready
 	.venv-lmms-eval/bin/pytest tests/lmms_eval
 
-# The wheel and the sdist, each in an environment that has only what it asks for, run where the repository is not.
+# The wheel, and the sdist with the extra that training needs: each in an environment of its own, where the repository
+# is not.
 test-install: .venv/.ready
 	rm -rf build/dist .venv-install
 	.venv/bin/python -m build --outdir build/dist
-	for package in build/dist/*.whl build/dist/*.tar.gz; do \
+	for package in "$$(ls build/dist/*.whl)" "$$(ls build/dist/*.tar.gz)[train]"; do \
 		$(PYTHON) -m venv --clear .venv-install && \
 		.venv-install/bin/python -m pip install --quiet $(TORCH) && \
-		.venv-install/bin/python -m pip install --quiet --constraint constraints.txt $$package && \
-		rm -rf build/elsewhere && mkdir build/elsewhere && cp -r model_cards/video-ma2mba-tiny build/elsewhere/model && \
-		(cd build/elsewhere && ../../.venv-install/bin/python -P ../../tests/install/check_installed.py model) || exit 1; \
+		.venv-install/bin/python -m pip install --quiet --constraint constraints.txt "$$package" && \
+		rm -rf build/elsewhere && mkdir build/elsewhere && \
+		(cd build/elsewhere && ../../.venv-install/bin/python -P ../../tests/install/check_installed.py \
+			$$(case "$$package" in *train*) echo --train;; esac)) || exit 1; \
 	done
 
 studies: .venv/.ready
-	for study in backbone fps intervals max-length stability; do .venv/bin/video-ma2mba bench study $$study \
+	for study in backbone fps intervals length max-length stability; do .venv/bin/video-ma2mba bench study $$study \
 		-o examples/studies/$$study.json --plot examples/studies/$$study.png || exit 1; done
 	rm -rf out/niah
 	.venv/bin/video-ma2mba eval model_cards/video-ma2mba-tiny --task niah -o out/niah
@@ -87,12 +116,13 @@ cards:
 		--base-model state-spaces/mamba2-$${size#*:} --base-model openai/clip-vit-large-patch14-336; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-kernels .venv-lmms-eval .venv-distributed .venv-install .ruff_cache .coverage* build *.egg-info
+	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-distributed .venv-install .ruff_cache .coverage* build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call.
 .venv/.ready: constraints.txt
 .venv-oldest/.ready: .venv-oldest/constraints.txt
+.venv-before/.ready: .venv-before/constraints.txt
 
 # torch goes first and alone: left to the resolver, a range may bring a build of several gigabytes for another device.
 %/.ready: pyproject.toml
@@ -112,10 +142,16 @@ clean:
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE .venv-kernels/bin/python -m pip install --quiet --no-build-isolation --no-deps $(MAMBA_SSM)
 	touch $@
 
+.venv-trl/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet $(TORCH)
+	.venv-trl/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train]' pytest $(TRL)
+	touch $@
+
 .venv-lmms-eval/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lmms-eval
 	.venv-lmms-eval/bin/python -m pip install --quiet $(TORCH)
-	.venv-lmms-eval/bin/python -m pip install --quiet --editable . pytest "av<16" $(LMMS_EVAL_NEEDS)
+	.venv-lmms-eval/bin/python -m pip install --quiet --editable . pytest $(LMMS_EVAL_NEEDS)
 	.venv-lmms-eval/bin/python -m pip install --quiet --no-deps $(LMMS_EVAL)
 	touch $@
 
@@ -126,16 +162,22 @@ clean:
 	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> $@
 	echo 'huggingface_hub==1.33.0' >> $@
 
+.venv-before/constraints.txt: constraints.txt
+	mkdir -p $(@D)
+	grep -v '^transformers==' $< > $@
+	echo 'transformers==$(BEFORE_TRANSFORMERS)' >> $@
+
 # Several processes on a CPU, with gloo. DeepSpeed is built without its ops for GPUs; it pins nothing that others need.
 DEEPSPEED := deepspeed==0.19.8
-test-distributed: .venv-distributed/.deepspeed
+test-distributed: .venv-distributed/.ready
 	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -p no:randomly tests/distributed
 
-test-distributed-slice: .venv-distributed/.deepspeed
+test-distributed-slice: .venv-distributed/.ready
 	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -p no:randomly -m slice tests/distributed
 
-.venv-distributed/.ready: constraints.txt
-.venv-distributed/.deepspeed: .venv-distributed/.ready
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-distributed/bin/python -m pip install --quiet --no-build-isolation setuptools wheel ninja
+.venv-distributed/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-distributed
+	.venv-distributed/bin/python -m pip install --quiet $(TORCH)
+	.venv-distributed/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' setuptools wheel ninja
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-distributed/bin/python -m pip install --quiet --no-build-isolation $(DEEPSPEED)
 	touch $@

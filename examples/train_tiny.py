@@ -41,6 +41,7 @@ from video_ma2mba import (
     VideoMa2mbaForConditionalGeneration,
     VideoMa2mbaProcessor,
     VideoMa2mbaVideoProcessor,
+    VideoMemory,
 )
 from video_ma2mba.data.synthetic import QUESTION_KINDS, Question, Story, make_story
 
@@ -271,11 +272,12 @@ class Chats(IterableDataset):
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def evaluate(
     model, processor, seed: int, shortest_s: int, longest_s: int, num_questions: int = 200
 ) -> dict[str, float]:
     """Ask fresh questions one by one, each in a prompt of its own, about H.264 videos; same number of each kind.
+
+    A video is watched once, and all that is asked about it is answered from the states it left.
 
     Returns:
         Accuracy per kind of question, and "all".
@@ -284,33 +286,31 @@ def evaluate(
     rng = np.random.default_rng([seed, 3])
     right: dict[str, list[bool]] = {kind: [] for kind in QUESTION_KINDS}
     for i in range(num_questions // len(QUESTION_KINDS)):
+        duration_s = int(rng.integers(shortest_s, longest_s + 1))
+        # hours are encoded at the rate at which they are watched: four times as many pictures would only take longer
         story = make_story(
-            EVALUATION_SEED + seed * 10**6 + longest_s * 1000 + i, int(rng.integers(shortest_s, longest_s + 1))
+            EVALUATION_SEED + seed * 10**6 + longest_s * 1000 + i, duration_s, source_fps=4 if duration_s < 3600 else 1
         )
-        frames = decode_story(story, processor)
-        for kind in QUESTION_KINDS:
-            question = story.question(kind, rng)
-            content = [{"type": "video", "video": frames}, {"type": "text", "text": question.text}]
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True
-            )
-            output = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
-            answer = processor.tokenizer.decode(output, skip_special_tokens=True).strip()
-            right[kind].append(answer == question.answer)
+        questions = [story.question(kind, rng) for kind in QUESTION_KINDS]
+        memory = VideoMemory(model, processor)
+        with tempfile.TemporaryDirectory() as folder:
+            memory.watch(story.render(Path(folder) / "story.mp4"))
+        for question, answer in zip(questions, memory.ask([question.text for question in questions]), strict=True):
+            right[question.kind].append(answer == question.answer)
     accuracy = {kind: float(np.mean(values)) for kind, values in right.items()}
     return accuracy | {"all": float(np.mean([value for values in right.values() for value in values]))}
 
 
-def evaluate_lengths(model, processor, seed: int, longest_s: int = LONGEST_S, num_questions: int = 200) -> dict:
-    """Accuracy at the lengths of the training, from 8 s, and at four times its longest; prints a line for each."""
+def evaluate_lengths(
+    model, processor, seed: int, longest_s: int = LONGEST_S, num_questions: int = 200, beyond_s: Sequence[int] = ()
+) -> dict:
+    """Accuracy at the lengths of the training, from 8 s, at four times its longest, and beyond; prints a line each."""
     results: dict = {"seed": seed, "questions_per_length": num_questions}
-    for name, span_s in (
-        ("training lengths", (8, longest_s)),
-        ("four times the longest", (4 * longest_s, 4 * longest_s)),
-    ):
+    spans = {"training lengths": (8, longest_s), "four times the longest": (4 * longest_s, 4 * longest_s)}
+    for name, span_s in (spans | {f"{video_s} s": (video_s, video_s) for video_s in beyond_s}).items():
         accuracy = evaluate(model, processor, seed, *span_s, num_questions)
         results[name] = {"video_s": span_s, "accuracy": accuracy}
-        print(f"{name}:", ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in (*QUESTION_KINDS, "all")))
+        print(f"{name}:", ", ".join(f"{kind} {accuracy[kind]:.1%}" for kind in (*QUESTION_KINDS, "all")), flush=True)
     return results
 
 
@@ -382,6 +382,7 @@ def save(model, processor, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--evaluate-only", action="store_true", help="do not train; ask the model in --model")
+    parser.add_argument("--beyond", type=int, nargs="*", default=[], metavar="SECONDS", help="ask at these lengths too")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and videos, or of the evaluation's videos")
     parser.add_argument("--steps", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
@@ -411,7 +412,7 @@ def main() -> None:
             model = VideoMa2mbaForConditionalGeneration.from_pretrained(args.continue_from)
         report["training"] = train(model, processor, args)
         save(model, processor, args.model)
-    report["evaluation"] = evaluate_lengths(model, processor, args.seed)
+    report["evaluation"] = evaluate_lengths(model, processor, args.seed, beyond_s=args.beyond)
     name = "evaluation" if args.evaluate_only else "training"
     (args.output / f"{name}_seed{args.seed}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report))

@@ -5,6 +5,8 @@ blocks. A forward and backward pass without recompute takes 3 compute units: one
 and a cell of all layers take one unit more. `sequence_major` with l < L also computes the lower borders of each time
 block again: one more forward pass of all layers but those of the last layer block.
 
+Tokens before a gradient horizon take one unit, and the memory of a chunk that is watched; S is then the rest.
+
 `peak_bytes` follows the executor (see `checkpointing`) to the few moments that can be its worst and adds up what lives
 there. Weights, and the gradients of parameters summed in float32, are not in it.
 """
@@ -34,6 +36,7 @@ class CheckpointPlan:
         predicted_peak_bytes: device memory over the weights and the gradients of parameters. predicted_host_bytes: with
             `offload`.
         recompute_factor: compute units over the 3 of a pass without recompute; 4/3 is one recompute.
+        num_watched_tokens: of each row, those before the gradient horizon, which run once and keep nothing.
     """
 
     order: str
@@ -43,6 +46,7 @@ class CheckpointPlan:
     predicted_peak_bytes: int = 0
     predicted_host_bytes: int = 0
     recompute_factor: float = 4 / 3
+    num_watched_tokens: int = 0
 
     def __str__(self):
         host = f" and {format_bytes(self.predicted_host_bytes)} of host memory" if self.offload else ""
@@ -50,6 +54,7 @@ class CheckpointPlan:
             f"{self.order}{' + offload' if self.offload else ''}, cells of {self.layer_interval} layers x "
             f"{self.sequence_interval} tokens: {format_bytes(self.predicted_peak_bytes)} of activations{host}, "
             f"{self.recompute_factor:.2f} x the compute of no checkpointing"
+            + (f", without a gradient in the first {self.num_watched_tokens} tokens" if self.num_watched_tokens else "")
         )
 
 
@@ -64,6 +69,7 @@ class CheckpointOptions:
     offload: bool = False
     memory_budget_bytes: float | None = None
     host_memory_budget_bytes: float | None = None
+    gradient_horizon: int | None = None
 
     def check(self, num_layers):
         """Refuse nonsense for a model of so many layers.
@@ -78,6 +84,9 @@ class CheckpointOptions:
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive integer, or None to let the planner decide")
+        horizon = self.gradient_horizon
+        if horizon is not None and (not _is_int(horizon) or horizon < 1):
+            raise ValueError(f"gradient_horizon={horizon!r} must be a positive number of tokens, or None for all")
         if self.layer_interval is not None and self.layer_interval > num_layers:
             raise ValueError(f"layer_interval={self.layer_interval} is more than the model's {num_layers} layers")
         if "layer" not in axes and self.layer_interval not in (None, num_layers):
@@ -110,6 +119,7 @@ def plan_checkpoints(
     num_frames=0,
     trains_vision=True,
     scan_backend="torch",
+    num_gradient_tokens=None,
     **options,
 ):
     """The best plan for a batch of this shape.
@@ -127,6 +137,8 @@ def plan_checkpoints(
         num_supervised_tokens: tokens of the batch with a loss; None for one chunk of the loss.
         num_frames: frames of the batch, 0 where embeddings are given. trains_vision: their tower trains.
         scan_backend: "torch" or "mamba_ssm", which keeps the scan's output too and works on longer segments.
+        num_gradient_tokens: columns of the batch from the first that has a gradient on; None for `gradient_horizon`,
+            as where only the end of a row is supervised. The plan cuts these; those before are watched.
         options: the fields of `CheckpointOptions`. axes=("layer",) means one time block and, unless it is given, l = 1;
             ("sequence",) means l = L. A given interval, order or offload is kept.
 
@@ -137,11 +149,15 @@ def plan_checkpoints(
     asked = CheckpointOptions(**options)
     asked.check(config.text_config.num_hidden_layers)
     costs = Costs(
-        config, batch_size, sequence_length, dtype_bytes, num_supervised_tokens, num_frames, trains_vision, scan_backend
-    )
-    if asked.sequence_interval is not None and asked.sequence_interval > sequence_length:
-        interval = asked.sequence_interval
-        raise ValueError(f"sequence_interval={interval} is more than the {sequence_length} tokens of the batch: s > S")
+        config, batch_size, sequence_length, dtype_bytes, num_supervised_tokens, num_frames, trains_vision,
+        scan_backend, asked.gradient_horizon if num_gradient_tokens is None else num_gradient_tokens,
+    )  # fmt: skip
+    if (interval := asked.sequence_interval) is not None:
+        if interval > sequence_length:
+            raise ValueError(
+                f"sequence_interval={interval} is more than the {sequence_length} tokens of the batch: s > S"
+            )
+        asked = replace(asked, sequence_interval=min(interval, costs.num_tokens))
     budget, host_budget = asked.memory_budget_bytes, asked.host_memory_budget_bytes
     best = None
     for candidate in _candidates(config, costs, asked):
@@ -152,7 +168,7 @@ def plan_checkpoints(
         units, peak, num_chunks = (
             costs.units(order, layers),
             costs.peak_bytes(*candidate),
-            -(-sequence_length // tokens),
+            -(-costs.num_tokens // tokens),
         )
         if budget is None:
             # one recompute is all that is asked for, unless the options given need more
@@ -211,7 +227,7 @@ def smallest_intervals(length, step):
 def _why_not(config, costs, asked):
     """What would fit instead."""
     budget, host_budget = asked.memory_budget_bytes, asked.host_memory_budget_bytes
-    problem = f"no plan for {costs.batch_size} x {costs.num_tokens} tokens with the options given fits"
+    problem = f"no plan for {costs.batch_size} x {costs.sequence_length} tokens with the options given fits"
     if budget is not None:
         problem += f" {format_bytes(budget)} of activations"
     if host_budget is not None:
@@ -251,12 +267,16 @@ class Costs:
         num_frames=0,
         trains_vision=True,
         scan_backend="torch",
+        num_gradient_tokens=None,
     ):
         for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
             if not _is_int(value) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
         text, b, e = config.text_config, batch_size, dtype_bytes
-        self.config, self.batch_size, self.num_tokens = config, batch_size, sequence_length
+        self.config, self.batch_size, self.sequence_length = config, batch_size, sequence_length
+        # the tokens that the plan cuts; those before are watched, a chunk at a time
+        self.num_tokens = min(sequence_length, num_gradient_tokens or sequence_length)
+        self.num_watched = sequence_length - self.num_tokens
         self.num_layers = text.num_hidden_layers
         heads, inner, wide = text.num_heads, text.num_heads * text.head_dim, max(4, e)
         conv_dim = inner + 2 * text.n_groups * text.state_size
@@ -300,10 +320,18 @@ class Costs:
         self.kept = supervised * text.hidden_size * (wide if text.residual_in_fp32 else e)  # their gradient stays
         self.loss = head * 4 + max(logits * 3 * 4, logits * e + head * e) + 2 * self.kept
         self.vision = _vision_bytes(config, num_frames, e, trains_vision)
+        # What is watched goes through the tower and the layers a chunk at a time, with the states before and after.
+        self.watching = 0
+        if watched := min(self.num_watched, config.prefill_chunk_size):
+            inner_states = (-(-watched // self.segment) - 1) * self.state
+            forward = watched * self.going_forward + inner_states + self.core(watched)[0]
+            forward = max(forward, _vision_bytes(config, num_frames, e, trains=False))
+            self.watching = watched * self.embedding + 2 * self.num_layers * self.state + forward
 
     def plan(self, order, layer_interval, sequence_interval, offload):
         cut = order, layer_interval, sequence_interval, offload
-        return CheckpointPlan(*cut, self.peak_bytes(*cut), self.host_bytes(*cut), self.units(*cut[:2]) / 3)
+        units = (self.num_watched + self.num_tokens * self.units(*cut[:2])) / self.sequence_length
+        return CheckpointPlan(*cut, self.peak_bytes(*cut), self.host_bytes(*cut), units / 3, self.num_watched)
 
     def core(self, num_tokens):
         """What the core of a mixer (convolution, scan, gated norm) takes for one segment: forward, and backward."""
@@ -374,7 +402,7 @@ class Costs:
         states = L * self.state
         if offload:
             borders = s * self.embedding + states + (lower_of_chunk if keeps_lower else 0)
-            moments = [s * self.embedding + 2 * states + forward, self.loss, self.vision]
+            moments = [s * self.embedding + 2 * states + forward, self.loss, self.vision, self.watching]
             # The last time block, which goes back first: the next one's borders are being fetched; of the states it has
             # gradients only where they came from the layer blocks above. Then the one before it, which has them all.
             blocks = [(n > 1, 0, (L - layer_interval) * self.state)] + [(n > 2, states, states)] * (n > 1)
@@ -390,6 +418,7 @@ class Costs:
         # its first layer block, with those of the time blocks before, and the gradients of the states above
         before = (n - 1) * lower_of_chunk if keeps_lower else 0
         moments.append(kept + before + (L - layer_interval) * self.state + cell_of_first)
+        moments.append(self.watching)
         # the end of the forward pass, and the loss: no gradient of the embeddings yet
         kept += (G - 1) * S * self.stream if keeps_lower else 0
         kept -= S * self.embedding

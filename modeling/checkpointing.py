@@ -6,7 +6,8 @@ at the lower border of each layer block. The backward pass walks the time blocks
 layer blocks from last to first, computes the cell again with a graph, goes back through it, and hands the gradient of
 the hidden states down and the gradient of the states left. In `sequence_major` order the lower borders are not kept
 but computed again, chunk by chunk, so nothing but the states at chunk borders grows with the sequence; with `offload`
-those wait in host memory.
+those wait in host memory. Where `GradientWindows` say so (see `gradient_horizon`), the gradient of the states stops at
+a border, and time blocks without a gradient run once and keep nothing.
 
 Rules:
     1. What crosses a border is kept as it was computed; a cell is computed again with the same cuts, the same autocast,
@@ -21,6 +22,7 @@ Rules:
 """
 
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +33,9 @@ from .run_layers import kept_tokens, run_layers
 from .sharded_parameters import engine_hooks_aside, run_gathered
 
 
-def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, store=None, neighbours=None):
+def run_checkpointed(
+    blocks, plan, inputs_embeds, states, mask=None, keep=None, store=None, device=None, windows=None, neighbours=None
+):
     """Run all `blocks` on all tokens as `plan` says; the result and all gradients are those of `run_layers`.
 
     Args:
@@ -42,21 +46,24 @@ def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, 
         mask: (batch, tokens) bool or None.
         keep: (batch, tokens) int64 on the CPU, the row of the result that a token becomes, -1 for none; None for all.
         store: where borders wait; None for what `plan.offload` says.
+        device: where the blocks compute; None for where the states lie.
+        windows: `GradientWindows` of these tokens, outside of which none has a gradient; None for all.
         neighbours: `SequenceGroup` whose ranks hold the tokens before and after; None where all are here.
 
     Returns:
         (kept, hidden), or (batch, tokens, hidden) where `keep` is None, and the list of final states.
     """
     run: Any = None
+    sizes = [len(state) for state in states]
+    device = states[0][0].device if device is None else device
+    if store is None:
+        store = HostStore(device) if plan.offload else DeviceStore()
 
     def run_all(inputs_embeds, *flat_states):
-        nonlocal run, store
-        device = next(blocks[0].parameters()).device
-        if store is None:
-            store = HostStore(device) if plan.offload else DeviceStore()
+        nonlocal run
         names = _trainable(blocks)
         pipelined = neighbours and neighbours.executor(plan.order)
-        run = (pipelined or _Run)(blocks, plan, mask, keep, store, device, [len(state) for state in states], names)
+        run = (pipelined or _Run)(blocks, plan, mask, keep, store, device, sizes, names, windows)
         params = [module._parameters[name] for owners in names for module, name in owners[:1]]
         if neighbours is None or pipelined:
             run.neighbours = neighbours
@@ -124,9 +131,9 @@ class HostStore:
 class _Run:
     """One forward and backward pass over the grid."""
 
-    def __init__(self, blocks, plan, mask, keep, store, device, state_sizes, names):
+    def __init__(self, blocks, plan, mask, keep, store, device, state_sizes, names, windows):
         self.blocks, self.mask, self.keep, self.store, self.device = list(blocks), mask, keep, store, device
-        self.state_sizes, self.names = state_sizes, names
+        self.state_sizes, self.names, self.windows = state_sizes, names, windows
         num_layers, self.chunk = len(self.blocks), plan.sequence_interval
         self.groups = [
             slice(i, min(i + plan.layer_interval, num_layers)) for i in range(0, num_layers, plan.layer_interval)
@@ -145,7 +152,12 @@ class _Run:
         return [tuple(next(tensors) for _ in range(size)) for size in self.state_sizes]
 
     def spans(self, num_tokens):
-        return [slice(a, min(a + self.chunk, num_tokens)) for a in range(0, num_tokens, self.chunk)]
+        borders = pairwise([0, *(self.windows.cuts if self.windows else ()), num_tokens])
+        return [slice(a, min(a + self.chunk, end)) for start, end in borders for a in range(start, end, self.chunk)]
+
+    def goes_back(self, span):
+        """Whether any token of a time block has a gradient."""
+        return self.windows is None or bool(self.windows.live[:, span].any())
 
     def fetch(self, tensor):
         """A tensor that may lie on the host, on the device."""
@@ -177,15 +189,18 @@ class _Run:
     def forward(self, inputs_embeds, states):
         num_tokens, out = inputs_embeds.shape[1], None
         for time, span in enumerate(self.spans(num_tokens)):
-            self.left_borders.append([[self.store.put(tensor) for tensor in state] for state in states])
+            goes_back = self.goes_back(span)
+            if goes_back:
+                self.left_borders.append([[self.store.put(tensor) for tensor in state] for state in states])
             hidden_states = self.fetch(inputs_embeds[:, span])
             self.store.wait()
             lower = []
             for group in self.groups:
-                if self.keeps_lower_borders and group.start > 0:
+                if goes_back and self.keeps_lower_borders and group.start > 0:
                     lower.append(self.store.put(hidden_states))
                 hidden_states, states[group] = self.cell(time, group, hidden_states, states[group], span)
-            self.lower_borders.append(lower)
+            if goes_back:
+                self.lower_borders.append(lower)
             out = self.keep_wanted(out, hidden_states, span, num_tokens)
         return out, states
 
@@ -203,13 +218,18 @@ class _Run:
 
     def backward(self, inputs_embeds, grad_out, grad_states, needs_grad_embeds):
         grad_embeds: Any = self.store.empty_like(inputs_embeds) if needs_grad_embeds else None
-        spans = self.spans(inputs_embeds.shape[1])
-        coming = self._fetch_borders(inputs_embeds, spans, len(spans) - 1)
-        for time in reversed(range(len(spans))):
-            span = spans[time]
+        every = list(enumerate(self.spans(inputs_embeds.shape[1])))
+        blocks = [(time, span) for time, span in every if self.goes_back(span)]
+        if needs_grad_embeds:
+            for _, span in every:
+                if not self.goes_back(span):
+                    grad_embeds[:, span].zero_()
+        coming = self._fetch_borders(inputs_embeds, blocks, len(blocks) - 1)
+        for index in reversed(range(len(blocks))):
+            time, span = blocks[index]
             self.store.wait()
             hidden_states, states, lower = coming
-            coming = self._fetch_borders(inputs_embeds, spans, time - 1) if time else None
+            coming = self._fetch_borders(inputs_embeds, blocks, index - 1) if index else None
             lower = [hidden_states, *(lower or self._lower_borders_again(time, span, hidden_states, states))]
             del hidden_states
             grad_hidden = self.grad_of_wanted(grad_out, span, lower[-1])
@@ -220,6 +240,9 @@ class _Run:
                 )  # fmt: skip
             if needs_grad_embeds:
                 grad_embeds[:, span].copy_(grad_hidden, non_blocking=True)
+            if self.windows is not None and (stops := self.windows.starts[:, span.start]).any():
+                goes_on = ~stops.to(self.device)
+                grad_states = [tuple(g * goes_on.view(-1, *[1] * (g.ndim - 1)) for g in grads) for grads in grad_states]
         if self.device.type == "cuda" and needs_grad_embeds and grad_embeds.device != self.device:
             torch.cuda.synchronize(self.device)  # the copies must be done before the host reads them
         return grad_embeds, grad_states
@@ -237,11 +260,14 @@ class _Run:
         torch.autograd.backward([outputs[i] for i in used], [gradients[i] for i in used])
         return entering.grad, [tuple(t.grad for t in state) for state in entering_states]
 
-    def _fetch_borders(self, inputs_embeds, spans, time):
+    def _fetch_borders(self, inputs_embeds, blocks, index):
         """What enters a time block from the left and, as far as it was kept, from below. It is let go of here."""
-        states = [tuple(self.store.get(kept) for kept in state) for state in self.left_borders.pop()]
-        lower = [self.store.get(kept) for kept in self.lower_borders.pop()]
-        return self.fetch(inputs_embeds[:, spans[time]]), states, lower
+        left, lower = self.left_borders[index], self.lower_borders[index]
+        states = [tuple(self.store.get(kept) for kept in state) for state in left]
+        lower = [self.store.get(kept) for kept in lower]
+        if any(left):  # blocks without a state left nothing to let go of, and may be gone through again
+            self.left_borders[index] = self.lower_borders[index] = None
+        return self.fetch(inputs_embeds[:, blocks[index][1]]), states, lower
 
     def _lower_borders_again(self, time, span, hidden_states, states):
         """`sequence_major`: the hidden states that enter each layer block but the first, without a graph."""
@@ -292,7 +318,7 @@ class _Checkpointed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, *grad_states):
         run, (inputs_embeds,) = ctx.run, ctx.saved_tensors
-        if not run.left_borders:
+        if None in run.left_borders:
             raise RuntimeError(
                 "the borders kept for this backward pass are used up: a checkpointed forward pass can be gone back "
                 "through once; call the model again instead of using retain_graph=True"

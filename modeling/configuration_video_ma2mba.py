@@ -33,6 +33,7 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         scan_backend: "torch", "mamba_ssm" (kernels for GPUs), or "auto" for these where they run. One that is asked for
             by name never gives way to another in silence.
         loss_chunk_size: supervised tokens that go through the head at a time.
+        eval_logits_bytes: in eval mode, logits are given out beside a loss up to this size; 0 for never.
         tie_word_embeddings: the head is the embedding table, as in the published backbones.
 
     Raises:
@@ -57,6 +58,7 @@ class VideoMa2mbaConfig(PreTrainedConfig):
     vision_chunk_size: int = 8
     prefill_chunk_size: int = 4096
     loss_chunk_size: int = 1024
+    eval_logits_bytes: int = 2 * 2**30
     scan_backend: Literal["auto", "torch", "mamba_ssm"] = "auto"
     tie_word_embeddings: bool = True
 
@@ -106,6 +108,8 @@ class VideoMa2mbaConfig(PreTrainedConfig):
         for name in ("spatial_pool_stride", "vision_chunk_size", "prefill_chunk_size", "loss_chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.eval_logits_bytes < 0:
+            raise ValueError(f"eval_logits_bytes={self.eval_logits_bytes} must not be negative")
 
     @property
     def num_vision_layers(self):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import SequenceKey, register_pytree_node
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
@@ -47,6 +48,19 @@ class Mamba2Cache:
         self.num_tokens = num_tokens
 
     @property
+    def num_tokens(self):
+        """Kept as a tensor, so that a compiled or exported step serves for any length of the past."""
+        return int(self._seen)
+
+    @num_tokens.setter
+    def num_tokens(self, value):
+        self._seen = torch.as_tensor(value, device="cpu")
+
+    def advance(self, num_tokens):
+        """Count so many more tokens as seen."""
+        self._seen = self._seen + num_tokens
+
+    @property
     def is_linear(self):
         """One True per layer: none keeps keys and values."""
         return [True] * len(self.layers)
@@ -57,7 +71,7 @@ class Mamba2Cache:
 
     def copy(self):
         """A cache that can go its own way; the states themselves are never written in place, so they are shared."""
-        return Mamba2Cache(self.layers, self.num_tokens)
+        return Mamba2Cache(self.layers, self._seen)
 
     @staticmethod
     def joined(caches):
@@ -66,7 +80,7 @@ class Mamba2Cache:
             LayerState(*(torch.cat(states) for states in zip(*layer, strict=True)))
             for layer in zip(*(cache.layers for cache in caches), strict=True)
         ]
-        return Mamba2Cache(layers, caches[0].num_tokens)
+        return Mamba2Cache(layers, caches[0]._seen)
 
     def reorder_cache(self, beam_idx):
         """Keep the rows `beam_idx` (beams,) of the batch, in that order, in place."""
@@ -79,6 +93,20 @@ class Mamba2Cache:
     @property
     def num_bytes(self):
         return sum(state.nbytes for layer in self.layers for state in layer)
+
+
+# Lets `torch.export` and torch's other tools take the states apart.
+def _parts(cache):
+    return [cache._seen, *(list(layer) for layer in cache.layers)], None
+
+
+register_pytree_node(
+    Mamba2Cache,
+    _parts,
+    lambda parts, _: Mamba2Cache([LayerState(*layer) for layer in parts[1:]], parts[0]),
+    serialized_type_name=f"{__name__}.Mamba2Cache",
+    flatten_with_keys_fn=lambda cache: ([(SequenceKey(i), part) for i, part in enumerate(_parts(cache)[0])], None),
+)
 
 
 class Mamba2RMSNorm(nn.Module):
@@ -101,12 +129,27 @@ class Mamba2RMSNorm(nn.Module):
 
 
 class Mamba2RMSNormGated(nn.Module):
-    """The weight of the norm at the end of a mixer; the mixer computes it together with the scan."""
+    """The weight of the norm at the end of a mixer, which computes it together with the scan.
+
+    The mixer calls the module for the weight: so what wraps it, or brings its weight from elsewhere, acts.
+    """
 
     def __init__(self, intermediate_size, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(intermediate_size))
         self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        """The weight, (intermediate,); of the mixer's input nothing is used."""
+        return self.weight
+
+
+class Mamba2Conv1d(nn.Conv1d):
+    """The weights of a mixer's convolution, which continues from a state; called as `Mamba2RMSNormGated` is."""
+
+    def forward(self, hidden_states):
+        """weight (channels, 1, width), and bias (channels,) or None."""
+        return self.weight, self.bias
 
 
 class Mamba2Mixer(nn.Module):
@@ -134,8 +177,7 @@ class Mamba2Mixer(nn.Module):
 
         projection_size = self.intermediate_size + self.conv_dim + self.num_heads  # gate, (x, B, C), dt
         self.in_proj = nn.Linear(config.hidden_size, projection_size, bias=config.use_bias)
-        # holds the weights alone: `causal_conv1d` computes
-        self.conv1d = nn.Conv1d(
+        self.conv1d = Mamba2Conv1d(
             self.conv_dim, self.conv_dim, self.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
         )
         # these three decide how fast the state decays: float32 whatever the dtype of the model
@@ -145,14 +187,32 @@ class Mamba2Mixer(nn.Module):
         self.norm = Mamba2RMSNormGated(self.intermediate_size, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
 
-    def new_state(self, batch_size):
-        """The state before the first token: zeros, in float32 or better."""
-        # Plain, not made from a parameter, which may be sharded; nor is one asked for by name, which would gather it.
-        own = next(self.parameters(recurse=False))
-        options: Any = {"dtype": torch.promote_types(own.dtype, torch.float32), "device": own.device}
+    def _apply(self, fn, recurse=True):
+        """As in torch, which moves and casts this way; A_log, D and dt_bias never become narrower than float32."""
+
+        def wide(tensor):
+            moved = fn(tensor)
+            if moved.dtype not in (torch.float16, torch.bfloat16) or moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device, torch.float32)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(wide, recurse=False)
+
+    def new_state(self, batch_size, device=None, dtype=None):
+        """The state before the first token: zeros, in float32 or better.
+
+        `device`, `dtype`: of the tokens; None for those of D, which may lie where nothing is computed.
+        """
+        where = {
+            "device": self.D.device if device is None else device,
+            "dtype": torch.promote_types(self.D.dtype if dtype is None else dtype, torch.float32),
+        }
         return LayerState(
-            torch.zeros(batch_size, self.conv_kernel - 1, self.conv_dim, **options),
-            torch.zeros(batch_size, self.num_heads, self.head_dim, self.state_size, **options),
+            torch.zeros(batch_size, self.conv_kernel - 1, self.conv_dim, **where),
+            torch.zeros(batch_size, self.num_heads, self.head_dim, self.state_size, **where),
         )
 
     def forward(self, hidden_states, state, mask=None):
@@ -166,8 +226,13 @@ class Mamba2Mixer(nn.Module):
             (batch, tokens, hidden) and the new `LayerState`.
         """
         projected = self.in_proj(hidden_states)  # (b, t, intermediate + conv_dim + heads)
+        if type(self.conv1d) is not Mamba2Conv1d and hasattr(self.conv1d, "base_layer"):
+            raise ValueError(
+                "adapters on conv1d cannot act: the mixer takes its weights into the scan; leave conv1d out of "
+                "target_modules, or train it whole with modules_to_save=['conv1d']"
+            )
         params = (
-            self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D, self.norm.weight,
+            *self.conv1d(hidden_states), self.dt_bias, self.A_log, self.D, self.norm(hidden_states),
         )  # fmt: skip
         y, state, again = self._run_core(projected, mask, state, params)
         with saved_as_recipe(y, again):
@@ -213,7 +278,7 @@ class Mamba2Mixer(nn.Module):
         )
 
         y = y.reshape(b, t, self.n_groups, -1) * F.silu(gate.to(wide)).view(b, t, self.n_groups, -1)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.norm.variance_epsilon)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.shape.epsilon)
         return (y.view(b, t, -1) * norm_weight.to(wide)).to(projected.dtype), (conv_state, ssm_state)
 
 
@@ -255,15 +320,17 @@ class Mamba2Backbone(nn.Module):
         self.layers: Any = nn.ModuleList([Mamba2Block(config, scan_backend) for _ in range(config.num_hidden_layers)])
         self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
-    def new_cache(self, batch_size):
-        """The `Mamba2Cache` before the first token."""
-        return Mamba2Cache([layer.mixer.new_state(batch_size) for layer in self.layers])
+    def new_cache(self, batch_size, device=None, dtype=None):
+        """The `Mamba2Cache` before the first token; device and dtype as of `Mamba2Mixer.new_state`."""
+        return Mamba2Cache([layer.mixer.new_state(batch_size, device, dtype) for layer in self.layers])
 
     def planned_tokens(self, num_tokens):
         """For how many tokens a checkpoint plan is made: those here, or of the longest span over all ranks."""
         return num_tokens if self.neighbours is None else self.neighbours.longest(num_tokens)
 
-    def forward(self, inputs_embeds, cache, mask=None, keep=None, chunk_size=None, plan=None):
+    def forward(
+        self, inputs_embeds, cache, mask=None, keep=None, chunk_size=None, plan=None, every_layer=None, windows=None
+    ):
         """
         Args:
             inputs_embeds: (batch, tokens, hidden).
@@ -273,53 +340,76 @@ class Mamba2Backbone(nn.Module):
                 none; None gives all of them out.
             chunk_size: tokens per step without gradient; None means `prefill_chunk_size`.
             plan: `CheckpointPlan` to carry out; None for no checkpointing.
+            every_layer: list to which the hidden states of all tokens are added, layers + 1 entries: the embeddings,
+                those after each layer, the last one after the final norm. Not with a plan, which keeps none of them.
+            windows: `GradientWindows` of a plan, or None.
 
         Returns:
             (kept, hidden), or (batch, tokens, hidden) where `keep` is None: after the final norm.
         """
         if plan is not None:
             hidden_states, cache.layers = run_checkpointed(
-                self.layers, plan, inputs_embeds, cache.layers, mask, keep, neighbours=self.neighbours
+                self.layers, plan, inputs_embeds, cache.layers, mask, keep, None, None, windows, self.neighbours
             )
         else:
-            hidden_states = self._loop(inputs_embeds, cache, mask, keep, chunk_size or self.prefill_chunk_size)
-        cache.num_tokens += inputs_embeds.shape[1]
-        return self.norm_f(hidden_states if keep is None else hidden_states[None]).view_as(hidden_states)
+            chunk_size = chunk_size or self.prefill_chunk_size
+            hidden_states = self._loop(inputs_embeds, cache, mask, keep, chunk_size, every_layer)
+        cache.advance(inputs_embeds.shape[1])
+        normed = self.norm_f(hidden_states if keep is None else hidden_states[None]).view_as(hidden_states)
+        if every_layer is not None:
+            every_layer[-1] = normed if keep is None else self.norm_f(every_layer[-1])
+        return normed
 
-    def _loop(self, inputs_embeds, cache, mask, keep, chunk_size):
+    def _loop(self, inputs_embeds, cache, mask, keep, chunk_size, every_layer=None):
         if not torch.is_grad_enabled():
             (hidden_states,) = run_gathered(
-                self.layers, lambda: (self._chunks(inputs_embeds, cache, mask, keep, chunk_size),)
+                self.layers, lambda: (self._chunks(inputs_embeds, cache, mask, keep, chunk_size, every_layer),)
             )
             return hidden_states
+        num_tokens = inputs_embeds.shape[1]
         if self.neighbours is None:
-            return self._chunks(inputs_embeds, cache, mask, keep, inputs_embeds.shape[1])
+            return self._chunks(inputs_embeds, cache, mask, keep, num_tokens, every_layer)
 
         def run_span(inputs_embeds):
             states = iter(self.neighbours.receive([tensor for state in cache.layers for tensor in state]))
             cache.layers = [LayerState(next(states), next(states)) for _ in self.layers]
-            out = self._chunks(inputs_embeds, cache, mask, keep, inputs_embeds.shape[1])
+            out = self._chunks(inputs_embeds, cache, mask, keep, num_tokens, every_layer)
             return (self.neighbours.send(out, [tensor for state in cache.layers for tensor in state]),)
 
         (hidden_states,) = run_gathered(self.layers, run_span, inputs_embeds)
         return hidden_states
 
-    def _chunks(self, inputs_embeds, cache, mask, keep, step):
+    def _chunks(self, inputs_embeds, cache, mask, keep, step, every_layer):
         num_tokens = inputs_embeds.shape[1]
-        kept, kept_rows = [], []
+        kept, kept_rows, seen = [], [], []
         for start in range(0, num_tokens, step):
             span = slice(start, start + step)
-            hidden_states, cache.layers = run_layers(
-                self.layers, inputs_embeds[:, span], cache.layers, None if mask is None else mask[:, span]
-            )
+            mask_here = None if mask is None else mask[:, span]
+            hidden_states = inputs_embeds if step >= num_tokens else inputs_embeds[:, span]
+            if every_layer is None:
+                hidden_states, cache.layers = run_layers(self.layers, hidden_states, cache.layers, mask_here)
+            else:
+                entering, states = [hidden_states], []
+                for block, state in zip(self.layers, cache.layers, strict=True):
+                    hidden_states, new_states = run_layers([block], hidden_states, [state], mask_here)
+                    entering.append(hidden_states)
+                    states += new_states
+                cache.layers = states
+                seen.append(entering)
             if keep is not None:
                 positions, rows = kept_tokens(keep, span)
                 kept_rows.append(rows)
                 hidden_states = hidden_states.flatten(0, 1)[positions.to(hidden_states.device)]
             kept.append(hidden_states)
+        if every_layer is not None:
+            every_layer += [_joined(chunks, dim=1) for chunks in zip(*seen, strict=True)]
         if keep is None:
-            return torch.cat(kept, dim=1)
-        return torch.cat(kept)[torch.cat(kept_rows).argsort().to(inputs_embeds.device)]
+            return _joined(kept, dim=1)
+        return _joined(kept)[torch.cat(kept_rows).argsort().to(inputs_embeds.device)]
+
+
+def _joined(chunks, dim=0):
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=dim)
 
 
 @torch.no_grad()

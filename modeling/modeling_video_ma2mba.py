@@ -1,63 +1,29 @@
 """Video-Ma2mba: a vision tower, a projector and a Mamba-2 backbone that reads every frame (arXiv 2411.19460)."""
 
-import copy
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.generation.utils import ALL_CACHE_NAMES
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
 
-from .autocast import autocast_dtype
-from .checkpoint_plan import CheckpointOptions
+from .arguments import check_arguments, chosen, hidden_states_wanted, num_logits_bytes
+from .checkpoint_plan import CheckpointOptions, format_bytes
 from .configuration_video_ma2mba import VideoMa2mbaConfig
-from .interleave import Interleave
-from .mamba2 import Mamba2Backbone, Mamba2Cache, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
+from .generation_video_ma2mba import VideoMa2mbaGeneration, cache_under_old_names
+from .gradient_horizon import gradient_windows
+from .head_loss import head_loss
+from .interleaved_inputs import InterleavedInputs, WholeEmbeddings
+from .mamba2 import Mamba2Backbone, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
-from .recompute import recompute_segments
-from .sharded_parameters import as_unsharded_class, engine_hooks_aside, others_wait_for, run_gathered
+from .outputs import VideoMa2mbaOutput
+from .sharded_parameters import as_unsharded_class, run_gathered
+from .visual_features import VideoMa2mbaProjector, VisualFeatures, build_tower
 
-# `generate` finds the cache of an output, and reorders it for beams, by these names; before 5.24 `cache` is not one.
-if "cache" not in ALL_CACHE_NAMES:
-    ALL_CACHE_NAMES.append("cache")
-
-
-@dataclass
-class VideoMa2mbaOutput(ModelOutput):
-    """
-    Attributes:
-        loss: scalar float32, where labels were given.
-        logits: (batch, kept tokens, vocabulary), float32; absent where a loss was asked for.
-        last_hidden_state: (batch, tokens, hidden) after the final norm; of the base model only.
-        cache: `Mamba2Cache`, the states after the last token.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    cache: Mamba2Cache | None = None
-
-
-class VideoMa2mbaProjector(nn.Module):
-    """Two linear layers with an activation between: vision width -> language width."""
-
-    def __init__(self, config):
-        super().__init__()
-        hidden_size = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_size)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, features):
-        """(frames, tokens, vision hidden) -> (frames, tokens, hidden)"""
-        return self.linear_2(self.act(self.linear_1(features)))
+logger = logging.get_logger(__name__)
 
 
 class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # type: ignore[misc]  # more arguments
@@ -93,6 +59,13 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
         with as_unsharded_class(self):
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
+    def initialize_weights(self):
+        """As in transformers, which, for code not its own, passes over modules of a tower that have no own weights."""
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and not module.is_custom_code():
+                module.initialize_weights()
+        super().initialize_weights()
+
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, Mamba2Mixer):
@@ -107,7 +80,7 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
                 init.zeros_(module.bias)
 
 
-class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
+class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):
     """The model without a head: frames and text in, hidden states and recurrent states out (paper, section 3.1).
 
     Args:
@@ -116,7 +89,7 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.vision_tower = _build_tower(config)
+        self.vision_tower = build_tower(config)
         self.multi_modal_projector = VideoMa2mbaProjector(config)
         self.language_model = Mamba2Backbone(config.text_config, config.prefill_chunk_size, config.scan_backend)
         self.gradient_checkpointing, self.checkpoint_options, self._plans = False, CheckpointOptions(), {}
@@ -128,138 +101,44 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.embeddings = value
 
-    def get_video_features(self, pixel_values_videos, to_host=False, **kwargs):
-        """Encode frames in micro-batches: tower, 2 x 2 bilinear pooling, projector (paper, section 3.1).
-
-        A frozen tower builds no graph. Under gradient checkpointing, what trains is computed again in the backward
-        pass, one micro-batch at a time.
-
-        Args:
-            pixel_values_videos: (frames, 3, height, width) or (batch, frames, 3, height, width): uint8, or float
-                normalised; on any device.
-            to_host: gather the features in host memory.
-
-        Returns:
-            `BaseModelOutputWithPooling` with `pooler_output` (all frames, tokens_per_frame, hidden).
-
-        Raises:
-            ValueError: frames of another form.
-        """
-        pixels = pixel_values_videos.flatten(0, -4)
-        if pixels.shape[1] != 3:
-            raise ValueError(f"frames must be (..., 3, height, width), got shape {tuple(pixel_values_videos.shape)}")
-        trains_tower = any(param.requires_grad for param in self.vision_tower.parameters())
-
-        def encode(pixels):
-            features = []
-            for chunk in pixels.split(self.config.vision_chunk_size):
-                if trains_tower:
-                    encoded = self._again_in_backward(self._encode_frames, chunk)
-                else:
-                    with torch.no_grad():
-                        pooled = self._pooled_features(chunk)
-                    encoded = self._again_in_backward(self._project, pooled.cpu() if to_host else pooled)
-                features.append(encoded.cpu() if to_host else encoded)
-            return (torch.cat(features),)
-
-        (features,) = run_gathered(self._vision, encode, pixels)
-        return BaseModelOutputWithPooling(pooler_output=features)
-
-    @property
-    def _vision(self):
-        return self.vision_tower, self.multi_modal_projector
-
-    def get_image_features(self, pixel_values, to_host=False, **kwargs):
-        """As `get_video_features` of `pixel_values`: an image is a video of one frame."""
-        return self.get_video_features(pixel_values, to_host)
-
-    def _again_in_backward(self, fn, inputs):
-        def run(inputs):
-            with engine_hooks_aside(self._vision):  # the engine's part is done once for all micro-batches
-                return fn(inputs)
-
-        if self.is_checkpointing() and torch.is_grad_enabled():
-            return checkpoint(run, inputs, use_reentrant=False)
-        return fn(inputs)
-
-    def _encode_frames(self, pixels):
-        """(frames, 3, height, width) -> (frames, tokens_per_frame, hidden)"""
-        return self._project(self._pooled_features(pixels))
-
-    def _pooled_features(self, pixels):
-        """(frames, 3, height, width) -> (frames, tokens_per_frame, vision hidden)"""
-        config = self.config
-        pixels = pixels.to(self.vision_tower.device)
-        if pixels.dtype == torch.uint8:
-            mean, std = (
-                pixels.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (config.image_mean, config.image_std)
-            )
-            pixels = (pixels / 255 - mean) / std
-        # the tower has no layer after the wanted one and no final norm: its last hidden state is the wanted feature
-        hidden = self.vision_tower(pixels.to(self.vision_tower.dtype)).last_hidden_state
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        grid = hidden[:, hidden.shape[1] - side * side :]  # drops the class token, where there is one
-        grid = grid.transpose(1, 2).unflatten(2, (side, side))
-        pooled_side = -(-side // config.spatial_pool_stride)
-        pooled = F.interpolate(grid, size=(pooled_side, pooled_side), mode=config.spatial_pool_mode)
-        return pooled.flatten(2).transpose(1, 2)
-
-    def _project(self, features):
-        return self.multi_modal_projector(features.to(self.multi_modal_projector.linear_1.weight.device))
-
-    def _embed(self, input_ids, pixels_by_name, to_host):
-        """Text through the table, frames through the tower: (batch, tokens) ids -> (batch, tokens, hidden).
-
-        Rows may hold padding frames at the end; placeholders say how many are real.
-        """
-        table = self.get_input_embeddings()
-        is_text, parts = torch.ones_like(input_ids, dtype=torch.bool), []
-        for name, token_id, encode in (
-            ("pixel_values_videos", self.config.video_token_id, self.get_video_features),
-            ("pixel_values", self.config.image_token_id, self.get_image_features),
-        ):
-            is_placeholder = input_ids == token_id
-            if (pixels := pixels_by_name[name]) is None:
-                # a single id is a token being generated, which a model may get wrong
-                if input_ids.shape[1] > 1 and is_placeholder.any():
-                    raise ValueError(
-                        f"input_ids has {int(is_placeholder.sum())} placeholders for {name}, but no {name} was given; "
-                        "prepare both with the same processor call"
-                    )
-                continue
-            counts = self._frames_per_row(is_placeholder, pixels, name)
-            frames = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
-            parts.append((is_placeholder, encode(frames, to_host=to_host).pooler_output.flatten(0, 1)))
-            is_text &= ~is_placeholder
-        if not parts and others_wait_for(self._vision):
-            # in the order of a batch with frames, as engines add up gradients in the order in which they come
-            side = self.config.vision_config.image_size
-            black = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=input_ids.device)
-            unused = self.get_video_features(black, to_host=to_host).pooler_output.flatten(0, 1)[:0]
-            parts.append((torch.zeros_like(is_text), unused))
-        text = table(input_ids[is_text])
-        if not parts and not to_host:
-            return text.view(*input_ids.shape, -1)
-        parts.append((is_text, text.cpu() if to_host else text))
-        masks, values = zip(*parts, strict=True)
-        masks = tuple(mask.to(values[-1].device) for mask in masks)
-        return Interleave.apply(masks, text.dtype, to_host and text.is_cuda, *values)
-
-    def _frames_per_row(self, is_placeholder, pixels, name):
-        if pixels.ndim != 5:
-            raise ValueError(f"{name} must be (batch, frames, 3, height, width), got shape {tuple(pixels.shape)}")
-        tokens_per_frame = self.config.tokens_per_frame
-        counts = is_placeholder.sum(dim=1).tolist()
-        num_frames = [count // tokens_per_frame for count in counts]
-        whole = all(count % tokens_per_frame == 0 for count in counts)
-        if not whole or len(counts) != pixels.shape[0] or max(num_frames) != pixels.shape[1]:
+    def _gradient_windows(self, mask, rows, batch, num_tokens):
+        """The `GradientWindows` of a batch in the backbone's layout, for the horizon asked for; None for no end."""
+        if (horizon := self.checkpoint_options.gradient_horizon) is None:
+            return None
+        if self.language_model.neighbours is not None:
             raise ValueError(
-                f"the rows of input_ids have {counts} placeholders for {name} at {tokens_per_frame} per frame, but "
-                f"{name} holds {pixels.shape[0]} row(s) of {pixels.shape[1]} frame(s); prepare both with the same "
-                "processor call"
+                "gradient_horizon and sequence parallel do not go together: with a horizon the memory does not grow "
+                "with the video; leave one of them out"
             )
-        return num_frames
+        lengths = torch.full((batch,), num_tokens) if mask is None else mask.sum(dim=1).cpu()
+        supervised = torch.ones(batch, num_tokens, dtype=torch.bool) if rows is None else rows >= 0
+        return gradient_windows(lengths, supervised, horizon)
 
+    def _watch_and_train(self, inputs, cache, mask, rows, chunk_size, plan, windows):
+        """What comes before all windows is watched, a chunk at a time; the rest goes through the plan."""
+        # asked for by its name, a sharded weight would be gathered, which other processes may not do here
+        dtype, first = next(self.get_input_embeddings().parameters()).dtype, windows.first
+        step = chunk_size or self.language_model.prefill_chunk_size
+        if cache is None:
+            cache = self.language_model.new_cache(len(windows.live), inputs.device, dtype)
+
+        def at(span):
+            return (None if tensor is None else tensor[:, span] for tensor in (mask, rows))
+
+        def watch():
+            for span in (slice(start, min(start + step, first)) for start in range(0, first, step)):
+                embeds = inputs.embed(span).to(cache.layers[0][0].device)
+                self.language_model(embeds, cache, *at(span))
+            return ()
+
+        with torch.no_grad():
+            run_gathered((*self._vision, self.language_model), watch)
+        span = slice(first, first + windows.live.shape[1])
+        embeds = inputs.embed(span, plan.offload, windows.live)
+        return self.language_model(embeds, cache, *at(span), plan=plan, windows=windows), cache
+
+    @can_return_tuple
+    @cache_under_old_names
     def forward(
         self,
         input_ids=None,
@@ -269,8 +148,10 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
         inputs_embeds=None,
         cache=None,
         use_cache=None,
+        output_hidden_states=None,
         prefill_chunk_size=None,
         keep=None,
+        mm_token_type_ids=None,
         **kwargs,
     ):
         """
@@ -282,54 +163,94 @@ class VideoMa2mbaModel(VideoMa2mbaPreTrainedModel):
                 videos (images) of a row, one after another; shorter rows are padded with frames at the end.
             cache: `Mamba2Cache` of the tokens before; it is moved on in place.
             use_cache: return the states in `cache`. Default: yes, but not while training.
+            output_hidden_states: give out those of all tokens and layers, or of a list of these. Default: the config's.
             prefill_chunk_size: tokens per step without gradient; None means the config's.
             keep: (batch, tokens) bool, the tokens whose hidden states are wanted; None for all.
+            mm_token_type_ids: taken and not needed: the ids themselves say what a placeholder is.
+            return_dict: False for a tuple.
+            position_ids, seq_idx: taken where they only count the real tokens of a row; `arguments` says more.
 
         Returns:
             `VideoMa2mbaOutput`; `last_hidden_state` is (kept, hidden), row by row, where `keep` is given.
 
         Raises:
-            ValueError: neither or both of ids and embeddings, or frames that do not fit the placeholders.
+            ValueError: neither or both of ids and embeddings, frames that do not fit the placeholders, packed rows, or
+                hidden states asked for under gradient checkpointing.
+            TypeError: an unknown argument.
             InfeasibleMemoryBudget: under gradient checkpointing, no plan fits the budget.
         """
         batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
+        check_arguments(kwargs, "forward", attention_mask, num_tokens)
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
-        plan = None
-        if self.is_checkpointing() and torch.is_grad_enabled():
-            plan = self.checkpoint_plan(batch, self.language_model.planned_tokens(num_tokens))
-        if inputs_embeds is None:
-            pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
-            inputs_embeds = self._embed(input_ids, pixels, to_host=plan is not None and plan.offload)
-        elif pixel_values_videos is not None or pixel_values is not None:
-            raise ValueError("frames need input_ids, whose placeholders say where they go; got inputs_embeds")
-
-        if cache is None:
-            cache = self.language_model.new_cache(batch)
+        device = (input_ids if inputs_embeds is None else inputs_embeds).device
+        checkpoints = self.is_checkpointing() and torch.is_grad_enabled()
+        layers_wanted = hidden_states_wanted(output_hidden_states, self.config, checkpoints)
+        every_layer = [] if layers_wanted else None
         rows = None
         if keep is not None:
             keep = keep.cpu()
             rows = torch.where(keep, keep.flatten().cumsum(0).view_as(keep) - 1, -1)
         mask = order = None
+        # a graph cannot branch on what a mask is: it always takes the general way
+        compiling = torch.compiler.is_compiling()
         if attention_mask is not None:
             mask = attention_mask[:, -num_tokens:].bool()
-            if mask.all():
+            if not compiling and mask.all():
                 mask = None
-        if mask is not None and (mask[:, 1:] & ~mask[:, :-1]).any():
+        if mask is not None and (compiling or (mask[:, 1:] & ~mask[:, :-1]).any()):
             # The backbone knows one layout, real tokens first: so every kind of padding is exact, also after a past.
             order = mask.int().argsort(dim=1, descending=True, stable=True)
-            inputs_embeds = inputs_embeds.gather(1, order.to(inputs_embeds.device)[..., None].expand_as(inputs_embeds))
             mask = mask.gather(1, order)
             rows = None if rows is None else rows.gather(1, order.cpu())
-        hidden_states = self.language_model(inputs_embeds, cache, mask, rows, prefill_chunk_size, plan)
-        if order is not None and keep is None:
-            hidden_states = hidden_states.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden_states))
+
+        windows = self._gradient_windows(mask, rows, batch, num_tokens) if checkpoints else None
+        plan = None
+        if checkpoints:
+            planned = self.language_model.planned_tokens(num_tokens)
+            plan = self.checkpoint_plan(batch, planned, planned - (0 if windows is None else windows.first))
+            if windows is None and self.checkpoint_options.gradient_horizon is not None:
+                # other processes may have something to watch, for which they gather what is sharded
+                run_gathered((*self._vision, self.language_model), lambda: ())
+        pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
+        if windows is not None and inputs_embeds is None:
+            frames_and_text = InterleavedInputs(self, input_ids, pixels, order)
+            hidden_states, cache = self._watch_and_train(
+                frames_and_text, cache, mask, rows, prefill_chunk_size, plan, windows
+            )
+        else:
+            if inputs_embeds is None or pixel_values_videos is not None or pixel_values is not None:
+                inputs_embeds = self._embed(input_ids, inputs_embeds, pixels, plan is not None and plan.offload)
+            if order is not None:
+                places = order.to(inputs_embeds.device)[..., None].expand_as(inputs_embeds)
+                inputs_embeds = inputs_embeds.gather(1, places)
+            if cache is None:
+                cache = self.language_model.new_cache(batch, device, inputs_embeds.dtype)
+            how = (prefill_chunk_size, plan)
+            if windows is None:
+                hidden_states = self.language_model(inputs_embeds, cache, mask, rows, *how, every_layer)
+            else:
+                whole = WholeEmbeddings(inputs_embeds)
+                hidden_states, cache = self._watch_and_train(whole, cache, mask, rows, *how, windows)
+        if order is not None:
+            back = order.argsort(dim=1)[..., None]
+            if keep is None:
+                hidden_states = hidden_states.gather(1, back.expand_as(hidden_states))
+            if every_layer:
+                every_layer = [states.gather(1, back.expand_as(states)) for states in every_layer]
         use_cache = not self.training if use_cache is None else use_cache
-        return VideoMa2mbaOutput(last_hidden_state=hidden_states, cache=cache if use_cache else None)
+        return VideoMa2mbaOutput(
+            last_hidden_state=hidden_states,
+            cache=cache if use_cache else None,
+            hidden_states=None if every_layer is None else chosen(every_layer, layers_wanted),
+        )
 
 
-class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, GenerationMixin):  # type: ignore[misc]  # as above
+class VideoMa2mbaForConditionalGeneration(VideoMa2mbaGeneration, VideoMa2mbaPreTrainedModel, GenerationMixin):
     """Video-Ma2mba with its language head: answers questions about videos and images.
+
+    `torch.compile(fullgraph=True)` and `torch.export` take the prefill of text and the decode step. Eager stay frames,
+    whose number per row is read from the ids, and training, whose recomputation hangs on autograd's own hooks.
 
     Args:
         config: `VideoMa2mbaConfig`.
@@ -361,12 +282,14 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
 
     def get_video_features(self, pixel_values_videos, **kwargs):
         """See `VideoMa2mbaModel.get_video_features`."""
-        return self.model.get_video_features(pixel_values_videos)
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
 
     def get_image_features(self, pixel_values, **kwargs):
         """See `VideoMa2mbaModel.get_image_features`, of `pixel_values`."""
-        return self.model.get_image_features(pixel_values)
+        return self.model.get_image_features(pixel_values, **kwargs)
 
+    @can_return_tuple
+    @cache_under_old_names
     def forward(
         self,
         input_ids=None,
@@ -377,105 +300,83 @@ class VideoMa2mbaForConditionalGeneration(VideoMa2mbaPreTrainedModel, Generation
         labels=None,
         cache=None,
         use_cache=None,
-        logits_to_keep=0,
+        output_hidden_states=None,
+        logits_to_keep=None,
         prefill_chunk_size=None,
         num_items_in_batch=None,
+        mm_token_type_ids=None,
         **kwargs,
     ):
         """
         Args:
-            labels: (batch, tokens) int64, -100 where no loss is wanted. Given labels, the head runs on the supervised
-                tokens alone, in chunks, and no logits are returned.
-            logits_to_keep: int, the last so many tokens (0 for all), or a 1-D int64 tensor of positions.
+            labels: (batch, tokens) int64, -100 where no loss is wanted. The head runs on the supervised tokens, in
+                chunks.
+            shift_labels: labels that already stand at the token that predicts them; taken in place of `labels`. (Not
+                named in the signature, where the Trainer would take it for labels that every batch must have.)
+            logits_to_keep: int, the last so many tokens (0 for all), or a 1-D int64 tensor of positions. None is all
+                where no labels are given. Beside a loss it is none while training, and in eval mode all, unless they
+                would take more than `config.eval_logits_bytes`: then the loss comes alone, with a warning.
             num_items_in_batch: divide the summed loss by this instead of by the supervised tokens (the Trainer's count
                 over an accumulation window).
-            kwargs: `shift_labels` (batch, tokens) int64, in the place of labels: what each token is to predict. (As in
-                transformers, which would take an argument of that name for a second kind of labels.)
             The others: as `VideoMa2mbaModel.forward`.
 
         Returns:
-            `VideoMa2mbaOutput` with `loss`, or with `logits` (batch, kept, vocabulary) in float32.
+            `VideoMa2mbaOutput` with `loss` where there are labels, and `logits` (batch, kept, vocabulary) in float32.
 
         Raises:
             ValueError: labels of another shape than the inputs; and as `VideoMa2mbaModel.forward`.
         """
+        batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
+        targets = _targets(labels, kwargs.pop("shift_labels", None), batch, num_tokens)
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "pixel_values_videos": pixel_values_videos,
             "pixel_values": pixel_values, "inputs_embeds": inputs_embeds, "cache": cache,
-            "use_cache": use_cache, "prefill_chunk_size": prefill_chunk_size,
+            "use_cache": use_cache, "output_hidden_states": output_hidden_states,
+            "prefill_chunk_size": prefill_chunk_size, "return_dict": True, **kwargs,
         }  # fmt: skip
-        batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
-        shift_labels = kwargs.get("shift_labels")
-        given = labels if shift_labels is None else shift_labels
-        if given is not None:
-            if given.shape != (batch, num_tokens):
-                raise ValueError(f"labels are {tuple(given.shape)}, the inputs {(batch, num_tokens)}: they must match")
-            # token t predicts token t + 1
-            targets = F.pad(given[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
-            keep = targets != -100
-            outputs = self.model(**inputs, keep=keep)
-            loss = self._loss(outputs.last_hidden_state, targets[keep], num_items_in_batch)
-            return VideoMa2mbaOutput(loss=loss, cache=outputs.cache)
-
-        if isinstance(logits_to_keep, int):
-            first = max(0, num_tokens - logits_to_keep) if logits_to_keep else 0
-            logits_to_keep = torch.arange(first, num_tokens)
-        keep = torch.zeros(batch, num_tokens, dtype=torch.bool)
-        keep[:, logits_to_keep.cpu()] = True
+        wanted = self._logits_wanted(logits_to_keep, batch, num_tokens, targets is not None)
+        all_wanted = isinstance(wanted, slice) and len(range(num_tokens)[wanted]) == num_tokens
+        keep = rows_of = None
+        # a graph has one shape for all masks: there all hidden states are given out
+        if not all_wanted and not (targets is None and torch.compiler.is_compiling()):
+            keep = torch.zeros(batch, num_tokens, dtype=torch.bool) if targets is None else (targets != -100).cpu()
+            if wanted is not None:
+                keep[:, wanted] = True
+                rows_of = keep.flatten().cumsum(0).view_as(keep) - 1
         outputs = self.model(**inputs, keep=keep)
-        hidden_states = outputs.last_hidden_state.view(batch, -1, self.config.text_config.hidden_size)
-        return VideoMa2mbaOutput(logits=self.lm_head(hidden_states).float(), cache=outputs.cache)
+        hidden_states, loss, logits = outputs.last_hidden_state, None, None
+        if targets is not None:
+            supervised = targets != -100
+            rows = hidden_states
+            if keep is None:
+                rows = hidden_states[supervised.to(hidden_states.device)]
+            elif wanted is not None:
+                rows = hidden_states[rows_of[supervised.cpu()].to(hidden_states.device)]
+            loss = head_loss(self.lm_head, rows, targets[supervised], self.config.loss_chunk_size, num_items_in_batch)
+        if wanted is not None:
+            # all of them, or of the rows that were kept
+            rows = (slice(None), wanted) if keep is None else rows_of[:, wanted].to(hidden_states.device)
+            logits = self.lm_head(hidden_states[rows]).float()
+        return VideoMa2mbaOutput(loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states)
 
-    def _loss(self, hidden_states, targets, num_items_in_batch):
-        """Cross-entropy in float32 of (supervised, hidden) against (supervised,), a chunk of logits at a time."""
-        dtype = autocast_dtype(hidden_states.device.type) or hidden_states.dtype
-
-        def token_losses(sequence, states, params):
-            hidden, target = sequence
-            logits = (hidden[0].to(dtype) @ params[0].to(dtype).T).float()
-            return F.cross_entropy(logits, target[0], reduction="none")[None], states
-
-        def all_losses(hidden_states):
-            sequence = hidden_states[None], targets[None]
-            return recompute_segments(
-                token_losses, self.config.loss_chunk_size, sequence, params=(self.lm_head.weight,)
-            )[:1]
-
-        (losses,) = run_gathered((self.lm_head,), all_losses, hidden_states)
-        if targets.numel() == 0:
-            return losses.sum()  # nothing supervised: a zero in which all takes part
-        return losses.sum() / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
-
-    # --- generation -------------------------------------------------------------------------------------------------
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        # transformers would build an attention cache here and, asked for a chunked prefill, cut the ids but not the
-        # video; the model cuts its own prefill instead
-        if generation_config.prefill_chunk_size is not None:
-            model_kwargs["prefill_chunk_size"] = generation_config.prefill_chunk_size
-            generation_config.prefill_chunk_size = None
-        if model_kwargs.get("cache") is not None:
-            cache = model_kwargs["cache"].copy()  # the caller's stays as it was
-            cache.batch_repeat_interleave(max(generation_config.num_beams, generation_config.num_return_sequences))
-            model_kwargs["cache"] = cache
-
-    def prepare_inputs_for_generation(  # type: ignore[override]  # before 5.24 the cache is called otherwise
-        self, input_ids, inputs_embeds=None, attention_mask=None, cache=None, use_cache=None,
-        is_first_iteration=False, **kwargs,
-    ):  # fmt: skip
-        first_or_uncached = is_first_iteration or not use_cache
-        model_inputs = {
-            name: kwargs[name] for name in ("logits_to_keep", "prefill_chunk_size") if kwargs.get(name) is not None
-        }
-        if first_or_uncached:
-            for name in ("pixel_values_videos", "pixel_values"):
-                model_inputs[name] = kwargs.get(name)
-        if inputs_embeds is not None and is_first_iteration:
-            model_inputs["inputs_embeds"] = inputs_embeds
-        else:
-            model_inputs["input_ids"] = input_ids if first_or_uncached else input_ids[:, -1:]
-        model_inputs["attention_mask"] = attention_mask if first_or_uncached else None  # a new token is never padding
-        return {**model_inputs, "cache": cache if use_cache else None, "use_cache": use_cache}
+    def _logits_wanted(self, logits_to_keep, batch, num_tokens, has_targets):
+        """Which tokens' logits are to be given out: a slice, a tensor of positions, or None."""
+        if isinstance(logits_to_keep, torch.Tensor):
+            return logits_to_keep
+        if logits_to_keep is not None:
+            return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        if not has_targets:
+            return slice(None)
+        limit = self.config.eval_logits_bytes
+        if self.training or num_logits_bytes(batch, num_tokens, self.config.text_config.vocab_size) > limit:
+            if not self.training and limit > 0:
+                logger.warning_once(
+                    f"In eval mode the loss comes without logits where these would take more than eval_logits_bytes, "
+                    f"{format_bytes(limit)}. Metrics that need them: set config.eval_logits_bytes higher, make the "
+                    "batch smaller, or ask for the last tokens with logits_to_keep."
+                )
+            return None
+        return slice(None)
 
 
 def _batch_and_tokens(input_ids, inputs_embeds):
@@ -484,11 +385,11 @@ def _batch_and_tokens(input_ids, inputs_embeds):
     return (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
 
 
-def _build_tower(config):
-    """The tower up to the layer whose output is used: what comes after would be neither run nor trained."""
-    vision_config = copy.deepcopy(config.vision_config)
-    vision_config.num_hidden_layers = config.num_vision_layers
-    vision_config.vision_use_head = False  # SigLIP's attention pooling; not all versions declare the field
-    tower = AutoModel.from_config(vision_config)
-    tower.post_layernorm = nn.Identity()
-    return tower
+def _targets(labels, shift_labels, batch, num_tokens):
+    """What each token is to predict, (batch, tokens) int64, -100 for nothing; None without labels."""
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    if given is None:
+        return None
+    if given.shape != (batch, num_tokens):
+        raise ValueError(f"{name} are {tuple(given.shape)}, the inputs {(batch, num_tokens)}: they must match")
+    return F.pad(given[:, 1:], (0, 1), value=-100) if shift_labels is None else given

@@ -28,6 +28,7 @@ class MultiAxisCheckpointing:
         offload=False,
         memory_budget_bytes=None,
         host_memory_budget_bytes=None,
+        gradient_horizon=None,
         every_n_layers=1,
     ):
         """Train with Multi-Axis Gradient Checkpointing: keep little, compute it again in the backward pass.
@@ -40,6 +41,12 @@ class MultiAxisCheckpointing:
             offload: what crosses a chunk border waits in host memory.
             memory_budget_bytes: None for the least memory at one recompute; a number for the fastest plan that fits.
             host_memory_budget_bytes: bounds what `offload` may hold.
+            gradient_horizon: gradients flow through the last so many tokens of a row, and each window of as many before
+                that has a supervised token, counted from the row's own end; None: through all. States are carried
+                over every border, so the loss is that of the whole. What no window holds runs once, also the frames,
+                and keeps nothing: compute and memory are those of watching. In data-parallel training a batch may so
+                leave the tower without a gradient: `VideoMa2mbaTrainer` gives it zeros, with the stock Trainer set
+                ddp_find_unused_parameters.
             every_n_layers: transformers' name for `layer_interval`; 1 leaves it alone.
 
         Raises:
@@ -49,7 +56,7 @@ class MultiAxisCheckpointing:
         options = {
             "axes": axes, "layer_interval": layer_interval, "sequence_interval": sequence_interval, "order": order,
             "offload": offload, "memory_budget_bytes": memory_budget_bytes,
-            "host_memory_budget_bytes": host_memory_budget_bytes,
+            "host_memory_budget_bytes": host_memory_budget_bytes, "gradient_horizon": gradient_horizon,
         }  # fmt: skip
         for name, value in (gradient_checkpointing_kwargs or {}).items():
             if name == "use_reentrant":
@@ -72,6 +79,19 @@ class MultiAxisCheckpointing:
         """Back to keeping everything."""
         self._base().gradient_checkpointing = False
 
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **options):
+        """`gradient_checkpointing_enable` under Transformers' newer name; `options` are its arguments."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_disable(self):
+        """`gradient_checkpointing_disable` under Transformers' newer name."""
+        self.gradient_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self):
+        """Whether it is switched on."""
+        return self._base().gradient_checkpointing
+
     def enable_input_require_grads(self):
         """Nothing to do: no checkpoint of this model needs a gradient at its inputs. A frozen tower builds no graph."""
 
@@ -83,22 +103,26 @@ class MultiAxisCheckpointing:
         base = self._base()
         return base.gradient_checkpointing and base.training
 
-    def checkpoint_plan(self, batch_size, sequence_length):
+    def checkpoint_plan(self, batch_size, sequence_length, num_gradient_tokens=None):
         """The `CheckpointPlan` for a batch of `batch_size` rows of `sequence_length` tokens, as padded.
 
-        It is chosen once per shape, and said in one line. Raises what `plan_checkpoints` does.
+        It is chosen once per shape, and said in one line. Raises what `plan_checkpoints` does, which see for
+        `num_gradient_tokens`.
         """
         base = self._base()
-        key = batch_size, sequence_length
+        if num_gradient_tokens is None:
+            num_gradient_tokens = min(sequence_length, base.checkpoint_options.gradient_horizon or sequence_length)
+        key = batch_size, sequence_length, num_gradient_tokens
         if key not in base._plans:
             options = vars(base.checkpoint_options).copy()
             if options["sequence_interval"] is not None:  # a batch shorter than that is one time block
                 options["sequence_interval"] = min(options["sequence_interval"], sequence_length)
-            weight = base.language_model.embeddings.weight
+            weight = next(param for param in base.language_model.parameters() if param.is_floating_point())
             backends = base.language_model.layers[0].mixer.backends(weight.device, weight.dtype)
             base._plans[key] = plan_checkpoints(
-                self.config, *key, dtype_bytes=weight.element_size(), scan_backend=backends.scan, **options
-            )
+                self.config, batch_size, sequence_length, dtype_bytes=weight.element_size(),
+                scan_backend=backends.scan, num_gradient_tokens=num_gradient_tokens, **options,
+            )  # fmt: skip
             logger.info(f"MA-GC, batch {batch_size} x {sequence_length} tokens: {base._plans[key]}")
         return base._plans[key]
 

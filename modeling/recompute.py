@@ -4,7 +4,7 @@
 module that wants to keep its input (a linear layer does) keep the way to compute that input instead.
 """
 
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import torch
 
@@ -131,13 +131,14 @@ def _wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-@contextmanager
 def saved_as_recipe(tensor, recipe):
     """Inside, autograd saves the call `recipe()` wherever it would save `tensor` or a view of it.
 
     `recipe` must return the same numbers in the same layout. Works through any module, also an adapter around a linear
     layer, because it looks at the storage of what is saved and not at who saves it.
     """
+    if not torch.is_grad_enabled():
+        return nullcontext()
     storage = tensor.untyped_storage()._cdata
 
     def pack(saved):
@@ -148,5 +149,4 @@ def saved_as_recipe(tensor, recipe):
     def unpack(packed):
         return recipe().as_strided(*packed) if isinstance(packed, tuple) else packed
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -71,7 +71,8 @@ def _choose(asked, device_type, dtype, shape, conv_kernel_size, activation):
     chosen = Backends(scan, conv, reasons)
     # on a GPU that goes without its kernels, speed is lost: that is worth more than a note
     say = logger.warning if device_type == "cuda" and asked == "auto" and scan == "torch" else logger.info
-    say(f"Mamba-2: {chosen}")
+    if not torch.compiler.is_compiling():  # a graph takes no messages
+        say(f"Mamba-2: {chosen}")
     return chosen
 
 

@@ -148,7 +148,8 @@ class PipelinedRun(_Run):
         grads = [None] * len(spans)  # of the hidden states between two layer blocks
         grad_embeds = self.store.empty_like(inputs_embeds) if needs_grad_embeds else None
         for number, group in reversed(list(enumerate(self.groups))):
-            left, entering = self.left_borders.pop(), self.lower_borders.pop()
+            left, entering = self.left_borders[number], self.lower_borders[number]
+            self.left_borders[number] = self.lower_borders[number] = None  # let go of here
             carried = [tuple(None for _ in state) for state in left[-1]]
             if self.neighbours.right is not None:
                 like = [torch.empty_like(tensor, device=self.device) for tensor in _flat(left[-1])]

@@ -141,7 +141,8 @@ def _fsdp_units(modules):
                 f"{dtype}, also A_log, D and dt_bias, which decide how fast the states decay: leave param_dtype out "
                 "and compute in torch.autocast, which leaves them alone"
             )
-    return [_FSDPUnit(state, part) for state, part in found.items()]
+    # what is at work is gathered already, by who calls this one
+    return [_FSDPUnit(state, part) for state, part in found.items() if state._training_state.name != "FORWARD"]
 
 
 def _has_float32(module):

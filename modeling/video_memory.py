@@ -50,8 +50,10 @@ class VideoMemory(VideoMemoryAnswers):
 
     def __str__(self):
         minutes, seconds = divmod(round(self.duration_s), 60)
+        hours, minutes = divmod(minutes, 60)
+        clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
         return (
-            f"{self.num_frames} frames up to {minutes}:{seconds:02d}, {self.num_tokens} tokens, "
+            f"{self.num_frames} frames up to {clock}, {self.num_tokens} tokens, "
             f"{format_bytes(self.num_bytes)} of states"
         )
 
@@ -124,8 +126,8 @@ class VideoMemory(VideoMemoryAnswers):
         as it was. A call that begins where the one before ended in the same video goes on in it seamlessly.
 
         Args:
-            source: path or URL, or an iterator of uint8 frames (3, height, width) or (height, width, 3), which may be
-                endless.
+            source: what `read_frames` takes (a path, URL, bytes, file object), or an iterator of frames, which may be
+                endless: uint8 (3, height, width) or (height, width, 3), or PIL images.
             fps: frames per second of video; None takes the processor's, usually 1.
             start_s, end_s, max_frames: which part; see `VideoMa2mbaVideoProcessor.open_video`.
             max_duration_s: stop after so many seconds of video, whatever the source says of its length.
@@ -243,17 +245,18 @@ class VideoMemory(VideoMemoryAnswers):
     def _open(self, source, fps, start_s, end_s, max_frames):
         """Name, iterator of (seconds, (3, side, side) uint8), and number of frames expected (None: nobody knows)."""
         video_processor = self.processor.video_processor
-        if isinstance(source, str | os.PathLike):
+        if isinstance(source, str | os.PathLike | bytes) or hasattr(source, "read"):
             opened = video_processor.open_video(
                 source, fps=fps, start_s=start_s, end_s=None if end_s == math.inf else end_s, max_frames=max_frames
             )
             frames = ((frame.timestamp_s, torch.from_numpy(frame.pixels).permute(2, 0, 1)) for frame in opened)
-            return str(source), frames, opened.num_frames
+            name = str(source) if isinstance(source, str | os.PathLike) else opened.info.path
+            return name, frames, opened.num_frames
         if max_frames is not None or start_s:
             raise ValueError("start_s and max_frames are for files; cut the iterator of frames instead")
         limit = None if end_s is None else math.ceil(end_s * fps)
         frames = (
-            (number / fps, video_processor.load(self._checked(frame)[None]).frames[0])
+            (number / fps, video_processor.load([frame]).frames[0])
             for number, frame in enumerate(islice(source, limit))
         )
         return "frames", frames, limit
@@ -262,19 +265,16 @@ class VideoMemory(VideoMemoryAnswers):
         """Watch frames that are at hand, as a live source gives them.
 
         Args:
-            frames: (frames, 3, height, width) or (frames, height, width, 3) uint8, of any size: they are resized as the
-                processor does.
+            frames: (frames, 3, height, width) or (frames, height, width, 3) uint8, or a list of pictures, of any size:
+                what `VideoMa2mbaVideoProcessor.load` takes, which resizes them.
             timestamps_s: seconds of the whole, one for each frame, rising; None goes on a second at a time.
 
         Raises:
             ValueError: frames of another dtype or form, or timestamps that do not fit or go backwards.
         """
-        pixels = torch.as_tensor(frames)
-        if pixels.ndim != 4:
-            raise ValueError(f"frames must have four dimensions, (frames, 3, height, width); got {tuple(pixels.shape)}")
-        if len(pixels):
-            self._checked(pixels[0])
-            pixels = self.processor.video_processor.load(pixels).frames
+        if hasattr(frames, "shape") and len(frames.shape) != 4:
+            raise ValueError(f"frames must have four dimensions, (frames, 3, height, width); got {tuple(frames.shape)}")
+        pixels = self.processor.video_processor.load(frames).frames if len(frames) else frames
         if timestamps_s is None:
             first = self._next_start_s(1.0)
             timestamps_s = [first + i for i in range(len(pixels))]
@@ -337,16 +337,6 @@ class VideoMemory(VideoMemoryAnswers):
 
     def _next_start_s(self, step_s):
         return self.duration_s + step_s if self.timestamps_s else 0.0
-
-    @staticmethod
-    def _checked(frame):
-        frame = torch.as_tensor(frame)
-        if frame.dtype != torch.uint8 or frame.ndim != 3 or 3 not in (frame.shape[0], frame.shape[-1]):
-            raise ValueError(
-                "a frame must be uint8 and (3, height, width) or (height, width, 3); got "
-                f"{frame.dtype} {tuple(frame.shape)}"
-            )
-        return frame
 
     # --- keeping -----------------------------------------------------------------------------------------------------
 

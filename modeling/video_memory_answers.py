@@ -129,6 +129,8 @@ class VideoMemoryAnswers:
         ids, mask = self._left_padded(tails)
         cache = self._cache.copy()
         cache.batch_repeat_interleave(len(tails))
+        # a mask that covers the video, too: it says that the ids are the new ones alone
+        mask = torch.cat([mask.new_ones(len(mask), cache.num_tokens), mask], dim=1)
         sequences = self.model.generate(ids, attention_mask=mask, cache=cache, **generate_kwargs)
         return list(sequences[:, ids.shape[1] :])
 

@@ -10,13 +10,46 @@ is the one place that knows where they meet, and `chat_template` states the same
 the text.
 """
 
+import base64
+import binascii
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 TAGS = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
 MEDIA_SOURCES = {"video": ("video", "path", "url"), "image": ("image", "path", "url")}
+
+# How an entry may say which frames it wants: in our words, in Qwen's, and in Transformers'.
+_ENTRY_OPTIONS = {
+    "fps": "fps",
+    "max_frames": "max_frames",
+    "num_frames": "num_frames",
+    "nframes": "num_frames",
+    "do_sample_frames": "do_sample_frames",
+    "start_s": "start_s",
+    "video_start": "start_s",
+    "start": "start_s",
+    "end_s": "end_s",
+    "video_end": "end_s",
+    "end": "end_s",
+    "strict": "strict",
+    "timestamps": "timestamps",
+    "video_metadata": "video_metadata",
+}
+_SQUARE = "Every frame becomes a square of the video processor's size."
+_NOT_HONOURED = {
+    "min_frames": "Give fps, or num_frames.",
+    "sample_fps": "Give timestamps for frames in memory, and fps for a file.",
+    "raw_fps": "Give timestamps for frames in memory, and fps for a file.",
+    "resized_height": _SQUARE,
+    "resized_width": _SQUARE,
+    "total_pixels": _SQUARE,
+    "max_pixels": _SQUARE,
+    "min_pixels": _SQUARE,
+}
+_SAYS_NOTHING = {"type", "duration_s", "cache_control"}  # what manifests and servers write beside a medium
 
 
 @dataclass(frozen=True)
@@ -53,7 +86,13 @@ class ChatSchema:
     system_prompt: str
     media_separator: str
 
-    def render(self, conversation: Sequence[dict], add_generation_prompt: bool = False) -> list[Segment]:
+    def render(
+        self,
+        conversation: Sequence[dict],
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        placeholders_are_text: bool = False,
+    ) -> list[Segment]:
         """Cuts a conversation into segments; their texts, joined, are the rendered conversation.
 
         Args:
@@ -61,6 +100,8 @@ class ChatSchema:
                 Content is a string, or a list of {"type": "text", "text"}, {"type": "video", "video" | "path" | "url"}
                 and {"type": "image", "image" | "path" | "url"}, kept in the order given. Media belong to user turns.
             add_generation_prompt: End with the tag after which the model answers.
+            continue_final_message: Leave the last turn open, for the model to go on with.
+            placeholders_are_text: Take a placeholder within a text as text, in place of an error.
 
         Raises:
             ValueError: Not such a conversation; or nothing is asked where an answer is wanted.
@@ -72,14 +113,18 @@ class ChatSchema:
         for message in conversation:
             role = message["role"]
             segments.append(Segment("text", TAGS[role]))
-            segments += self._body(message["content"], role)
+            segments += self._body(message["content"], role, placeholders_are_text)
             segments.append(Segment("end", self.end_token, supervised=role == "assistant"))
         if add_generation_prompt:
             _check_question(conversation[-1])
             segments.append(Segment("text", TAGS["assistant"]))
+        elif continue_final_message:
+            segments.pop()
+            if segments[-1].kind != "text" or segments[-1].text == TAGS[role]:
+                raise ValueError("The last message has no text at its end to be continued. Give it one.")
         return segments
 
-    def _body(self, content: str | Sequence[dict], role: str) -> list[Segment]:
+    def _body(self, content: str | Sequence[dict], role: str, placeholders_are_text: bool) -> list[Segment]:
         segments: list[Segment] = []
         text = ""
         for entry in _entries(content):
@@ -87,7 +132,7 @@ class ChatSchema:
             if kind == "text":
                 piece = entry["text"]
                 for token in (self.video_token, self.image_token):
-                    if token in piece:
+                    if token in piece and not placeholders_are_text:
                         raise ValueError(
                             f"The text {_shorten(piece)} holds the placeholder {token}. Remove it, and give the medium "
                             'as an entry of its own: {"type": "video", "path": ...}.'
@@ -115,16 +160,13 @@ class ChatSchema:
         def literal(text: str) -> str:
             return json.dumps(text, ensure_ascii=False)
 
+        end = "{{- " + literal(self.end_token) + " -}}"
         return (
-            "{%- if messages[0]['role'] != 'system' -%}"
-            "{{- '<|system|>' + " + literal(self.system_prompt) + " + " + literal(self.end_token) + " -}}"
-            "{%- endif -%}"
-            "{%- for message in messages -%}"
-            "{{- '<|' + message['role'] + '|>' -}}"
-            "{%- if message['content'] is string -%}{{- message['content'] -}}"
+            "{%- macro body(content) -%}"
+            "{%- if content is string -%}{{- content -}}"
             "{%- else -%}"
             "{%- set state = namespace(after_media=false) -%}"
-            "{%- for entry in message['content'] -%}"
+            "{%- for entry in content -%}"
             "{%- if entry['type'] == 'video' -%}"
             "{{- " + literal(self.video_token) + " -}}{%- set state.after_media = true -%}"
             "{%- elif entry['type'] == 'image' -%}"
@@ -135,10 +177,96 @@ class ChatSchema:
             "{%- endif -%}"
             "{%- endfor -%}"
             "{%- endif -%}"
-            "{{- " + literal(self.end_token) + " -}}"
+            "{%- endmacro -%}"
+            "{%- if messages[0]['role'] != 'system' -%}"
+            "{{- '<|system|>' + " + literal(self.system_prompt) + " + " + literal(self.end_token) + " -}}"
+            "{%- endif -%}"
+            "{%- for message in messages -%}"
+            "{{- '<|' + message['role'] + '|>' -}}"
+            # what the model should learn to write, for those who mask by the template: TRL's assistant_only_loss
+            "{%- if message['role'] == 'assistant' -%}"
+            "{% generation %}{{- body(message['content']) -}}" + end + "{% endgeneration %}"
+            "{%- else -%}"
+            "{{- body(message['content']) -}}" + end + "{%- endif -%}"
             "{%- endfor -%}"
             "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
         )
+
+
+def plain_messages(conversation: Any) -> list[Any]:
+    """A conversation as dicts of our schema: objects become dicts, OpenAI's entries become entries of ours.
+
+    `{"type": "image_url", "image_url": {"url": ...}}`, the same flat, `video_url` likewise, and media in base64, which
+    become bytes. Keys whose value is None say nothing and go, as in Transformers, but for a content.
+    """
+    messages = getattr(conversation, "messages", conversation)
+    plain = []
+    for message in messages:
+        message = _as_dict(message)
+        if isinstance(message, dict):
+            message = {key: value for key, value in message.items() if value is not None or key == "content"}
+            if isinstance(message.get("content"), list | tuple):
+                message["content"] = [_plain_entry(entry) for entry in message["content"]]
+        plain.append(message)
+    return plain
+
+
+def _as_dict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "model_dump"):  # pydantic
+        return value.model_dump()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value
+
+
+def _plain_entry(entry: Any) -> Any:
+    entry = _as_dict(entry)
+    if not isinstance(entry, dict):
+        return entry
+    entry = {key: value for key, value in entry.items() if value is not None}
+    kind = entry.get("type")
+    if kind in ("image_url", "video_url"):
+        nested = entry.pop(kind, {})
+        entry |= {"type": kind.removesuffix("_url"), **(nested if isinstance(nested, dict) else {"url": nested})}
+        if entry.get("detail") == "auto":
+            del entry["detail"]
+    kind = entry.get("type")
+    if kind in MEDIA_SOURCES and "base64" in entry:
+        if any(key in entry for key in MEDIA_SOURCES[kind]):
+            raise ValueError(f"A {kind} entry has base64 and another source too. Give one of them.")
+        text = entry.pop("base64")
+        try:  # also with "data:image/png;base64," in front
+            entry[kind] = base64.b64decode(text.partition("base64,")[2] or text, validate=True)
+        except (binascii.Error, ValueError, AttributeError) as error:
+            raise ValueError(f"The base64 of a {kind} entry cannot be decoded: {error}.") from error
+    return entry
+
+
+def media_options(entry: dict) -> dict[str, Any]:
+    """Which frames an entry wants for itself, in the words of `VideoMa2mbaVideosKwargs`.
+
+    Raises:
+        ValueError: A key that is not known or has no meaning here, or two that say the same.
+    """
+    kind = entry["type"]
+    options: dict[str, Any] = {}
+    for key, value in entry.items():
+        if value is None or key in MEDIA_SOURCES[kind] or key in _SAYS_NOTHING:
+            continue
+        name = _ENTRY_OPTIONS.get(key) if kind == "video" else None
+        if name is None:
+            remedy = _NOT_HONOURED.get(key, f"Leave it out. Known are {', '.join(_known_keys(kind))}.")
+            raise ValueError(f"The key {key!r} of a {kind} entry cannot be honoured. {remedy}")
+        if name in options:
+            raise ValueError(f"A {kind} entry says {name} twice, the second time by the key {key!r}. Leave one out.")
+        options[name] = value
+    return options
+
+
+def _known_keys(kind: str) -> list[str]:
+    return [*MEDIA_SOURCES[kind], "base64", *(_ENTRY_OPTIONS if kind == "video" else ())]
 
 
 def media_source(entry: dict) -> Any:
@@ -160,6 +288,9 @@ def _check_conversation(conversation: Sequence[dict]) -> None:
     if not conversation:
         raise ValueError("The conversation is empty. Give at least one message with a role and a content.")
     for position, message in enumerate(conversation):
+        for key in ("tool_calls", "tool_call_id", "reasoning_content"):
+            if isinstance(message, dict) and message.get(key):
+                raise ValueError(f"Message {position} has {key}, of which this model knows nothing. Leave them out.")
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"Message {position} must be a dict with 'role' and 'content', got {_shorten(message)}.")
         role, content = message["role"], message["content"]
@@ -177,6 +308,8 @@ def _check_conversation(conversation: Sequence[dict]) -> None:
         for entry in _entries(content):
             if entry.get("type") == "text" and not isinstance(entry.get("text"), str):
                 raise ValueError(f"A text entry of message {position} needs a string under 'text'.")
+            if entry.get("type") in MEDIA_SOURCES:
+                media_options(entry)
 
 
 def _check_question(message: dict) -> None:

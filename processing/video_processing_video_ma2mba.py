@@ -6,7 +6,7 @@ The model rescales and normalises them on its own device, a few frames at a time
 """
 
 import itertools
-import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
@@ -15,19 +15,20 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 from transformers import BatchFeature
-from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .video_reader import Size, VideoFrame, VideoFrames, read_frames
+from .frame_pixels import Size
+from .frame_sampling_video_ma2mba import check_sampling, load_video
+from .frames_in_memory import frame_chunks, is_frame
+from .media_location import is_location, locate
+from .options_video_ma2mba import NAMES, VideoMa2mbaVideoProcessorKwargs, VideoMa2mbaVideosKwargs, check, media_rules
+from .picture_source import NOT_A_STILL, first_picture, is_picture
+from .video_reader import VideoFrame, VideoFrames, read_frames
 
 RESIZE_MODES = ("crop", "squash", "pad")
 _FRAMES_AT_ONCE = 32  # so many frames in memory become float32 at a time
-
-
-class VideoMa2mbaVideoKwargs(VideosKwargs, total=False):
-    """The settings transformers does not know by name."""
-
-    resize_mode: str
+_FRAMES_AT_FIRST = 256  # so many frames of a file find room at first, whatever it says of its length
+_LONGEST_EDGES = 4  # a longer picture is cut to so many of its short edges before it is scaled, if it is to be cropped
 
 
 class FrameSampling(TypedDict, total=False):
@@ -68,13 +69,13 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             default.
 
     Raises:
-        ValueError: A size that is no square, or an unknown resize_mode.
+        ValueError: A size that is no square, an unknown resize_mode, or a setting of Transformers without meaning here.
 
     Files are scaled by libswscale while they are decoded, frames in memory by torch's antialiased bicubic filter. Both
     are the same filter up to rounding, but libswscale scales the colour planes before they become RGB.
     """
 
-    valid_kwargs = VideoMa2mbaVideoKwargs  # type: ignore[assignment]  # declared for images alone
+    valid_kwargs = VideoMa2mbaVideoProcessorKwargs  # type: ignore[assignment]  # declared for images alone
     model_input_names = ["pixel_values_videos"]  # noqa: RUF012 (as transformers declares it)
     # set by the base class from the arguments
     size: dict[str, int]
@@ -101,6 +102,7 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"size must be a number of pixels or a square {{'height': n, 'width': n}}, got {size}.")
         if resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode must be one of {', '.join(RESIZE_MODES)}, got {resize_mode!r}.")
+        check(kwargs, media_rules(side, resize_mode) | {"num_frames": ((), "Give it in the call, or with the video.")})
         super().__init__(  # type: ignore[call-arg]  # it keeps settings that it does not know
             size={"height": side, "width": side},
             resize_mode=resize_mode,
@@ -117,49 +119,88 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         """Height and width of the frames given out, in pixels."""
         return self.size["height"]
 
-    def preprocess(
-        self,
-        videos: Any,
-        *,
-        do_rescale: bool | None = None,
-        do_normalize: bool | None = None,
-        return_tensors: str | None = "pt",
-        return_timestamps: bool = False,
-        **sampling: Unpack[FrameSampling],
-    ) -> BatchFeature:
+    def preprocess(self, videos: Any, **options: Unpack[VideoMa2mbaVideosKwargs]) -> BatchFeature:
         """Loads one video, or a list of videos, one per row.
 
         Args:
-            videos: What `load` takes, or a list of that.
-            sampling: See `load`.
-            do_rescale, do_normalize: Override the settings for this call.
-            return_tensors: "pt" or "np".
-            return_timestamps: Also return `video_timestamps`, a list with one list of seconds (or None) per video.
+            videos: What `load` takes, a file's bytes, {"path", "bytes"}, a list of the files of frames; or a list of
+                that.
+            options: See `VideoMa2mbaVideosKwargs`; `return_tensors` is "pt" by default, or "np".
 
         Returns:
             `pixel_values_videos`: (videos, frames, 3, side, side), uint8, or float32 after rescaling. Shorter videos
             end in zero frames.
+
+        Raises:
+            TypeError: An option that is not known.
+            ValueError: One that cannot be honoured.
         """
-        loaded = [self.load(video, **sampling) for video in flatten_videos(videos)]
-        pixels = stack_rows([video.frames for video in loaded])
-        pixels = self.rescale_and_normalize_frames(pixels, do_rescale, do_normalize)
-        batch = BatchFeature({"pixel_values_videos": pixels}, tensor_type=return_tensors)
-        if return_timestamps:
-            batch["video_timestamps"] = [video.timestamps_s for video in loaded]
+        if unknown := options.keys() - NAMES["videos_kwargs"]:
+            raise TypeError(f"The video processor has no option {', '.join(sorted(unknown))}.")
+        given = {name: value for name, value in options.items() if value is not None}
+        loaded = self.load_all(flatten_videos(videos), given)
+        pixels = self.stack([[video.frames] for video, _ in loaded], given)
+        batch = BatchFeature({"pixel_values_videos": pixels}, tensor_type=options.get("return_tensors", "pt"))
+        if given.get("return_timestamps"):
+            batch["video_timestamps"] = [video.timestamps_s for video, _ in loaded]
+        if given.get("return_metadata"):
+            batch["video_metadata"] = [metadata for _, metadata in loaded]
         return batch
 
-    def open_video(self, path: str | os.PathLike, **sampling: Unpack[FrameSampling]) -> VideoFrames:
+    def load_all(self, videos: list, options: dict[str, Any]) -> list[tuple[LoadedVideo, Any]]:
+        """Loads each video, with its metadata where they are asked for.
+
+        Args:
+            videos: What `preprocess` takes, one per video.
+            options: See `VideoMa2mbaVideosKwargs`; `video_metadata` has one entry per video.
+
+        Raises:
+            ValueError: An option that cannot be honoured.
+        """
+        check_sampling(options)
+        check(options, media_rules(self.side, self.resize_mode))
+        metadata = flatten_metadata(options.get("video_metadata"), len(videos))
+        return [
+            load_video(self, video, options | {"video_metadata": one})
+            for video, one in zip(videos, metadata, strict=True)
+        ]
+
+    def stack(self, rows: list[list[torch.Tensor]], options: dict[str, Any]) -> torch.Tensor:
+        """Rows of loaded media as one tensor.
+
+        Args:
+            rows: Per row a list of (frames, 3, side, side), uint8 or float32.
+            options: See `VideoMa2mbaVideosKwargs`: those about pixels, and `device`.
+
+        Returns:
+            (rows, frames, 3, side, side), the media of a row one after the other, filled with zeros at the end.
+        """
+        names = ("do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std")
+        asked = {name: options[name] for name in names if name in options}
+        if any(part.is_floating_point() for row in rows for part in row):  # the others must be of the same kind
+            asked = {"do_normalize": True, **asked, "do_rescale": True}
+        empty = torch.empty((0, 3, self.side, self.side), dtype=torch.uint8)
+        joined = []
+        for row in rows:
+            done = [part if part.is_floating_point() else self.rescale_and_normalize_frames(part, **asked)
+                    for part in row or [empty]]  # fmt: skip
+            joined.append(done[0] if len(done) == 1 else torch.cat(done))
+        return stack_rows(joined).to(options.get("device", "cpu"))
+
+    def open_video(
+        self, path: Any, *, num_threads: int | None = None, **sampling: Unpack[FrameSampling]
+    ) -> VideoFrames:
         """Like `read_frames` of a path, with frames of the size the model wants: pixels are (side, side, 3) uint8.
 
         Args:
-            path, sampling: See `read_frames` and `FrameSampling`.
+            path, num_threads, sampling: See `read_frames` and `FrameSampling`.
         """
-        options: dict[str, Any] = dict(sampling)
+        options: dict[str, Any] = {"num_threads": num_threads, **sampling}
         if options.get("fps") is None:
             options["fps"] = self.fps
-        frames = read_frames(path, resize=self._size_before_squaring, **options)
-        squared = (VideoFrame(frame.timestamp_s, self._square(frame.pixels)) for frame in frames)
-        return VideoFrames(frames.info, frames.num_frames, squared)
+        frames = read_frames(path, resize=self._size_while_decoding, **options)
+        squared = (VideoFrame(frame.timestamp_s, self._squared(frame.pixels)) for frame in frames)
+        return VideoFrames(frames.info, frames.num_frames, squared, frames.close)
 
     def load(
         self,
@@ -175,8 +216,9 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         """Loads one video.
 
         Args:
-            video: A path or URL; or frames in memory: an array or tensor (frames, height, width, 3) or (frames, 3,
-                height, width), uint8, or a list of single frames as arrays, tensors or PIL images.
+            video: A path, URL, bytes or file object, see `read_frames`; or frames in memory: an array or tensor
+                (frames, height, width, 3) or (frames, 3, height, width), uint8, or a list of single frames as arrays,
+                tensors or PIL images.
             fps, start_s, end_s, strict: Which frames of a file to take; see `read_frames`. Frames in memory are all
                 taken.
             max_frames: At most so many frames, spread evenly.
@@ -187,17 +229,18 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             ValueError: Frames of the wrong rank, dtype or number; timestamps for a file, or `start_s` / `end_s` for
                 frames.
         """
-        if is_path(video):
+        if is_location(video):
             if timestamps is not None:
+                name = locate(video).name
                 raise ValueError(
-                    f"timestamps go with frames in memory; the file '{video}' brings its own. Leave them out."
+                    f"timestamps go with frames in memory; the file {name} brings its own. Leave them out."
                 )
             return self._collect(
                 self.open_video(video, fps=fps, max_frames=max_frames, start_s=start_s, end_s=end_s, strict=strict)
             )
         if start_s or end_s is not None:
             raise ValueError("start_s and end_s choose a part of a file. Slice frames in memory before passing them.")
-        chunks = _frame_chunks(video)
+        chunks = frame_chunks(video)
         num_frames = sum(len(chunk) for chunk in chunks)
         if timestamps is not None:
             timestamps = [float(second) for second in timestamps]
@@ -218,34 +261,62 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         """Loads one image as a video of one frame: (1, 3, side, side) uint8.
 
         Args:
-            image: A path or URL, a PIL image, or an array or tensor (height, width, 3) or (3, height, width), uint8.
+            image: A path, URL, bytes or file object; a PIL image; or an array or tensor (height, width, 3) or (3,
+                height, width), uint8. Of an animation or a video the first picture is taken, and a warning says so.
+
+        Raises:
+            VideoReadError, ValueError: As `load`.
         """
-        if is_path(image):
-            return self.load(image, max_frames=1).frames
-        return self.load([image]).frames
+        if not is_location(image):
+            return self.load([image]).frames
+        location = locate(image)
+        if is_picture(location):
+            return self.load([first_picture(location)]).frames
+        frames = self.load(image, max_frames=1).frames
+        warnings.warn(f"{location.name}: {NOT_A_STILL.format('a video')}", stacklevel=2)
+        return frames
 
     def rescale_and_normalize_frames(
-        self, pixels: torch.Tensor, do_rescale: bool | None = None, do_normalize: bool | None = None
+        self,
+        pixels: torch.Tensor,
+        do_rescale: bool | None = None,
+        do_normalize: bool | None = None,
+        rescale_factor: float | None = None,
+        image_mean: float | Sequence[float] | None = None,
+        image_std: float | Sequence[float] | None = None,
     ) -> torch.Tensor:
-        """(..., 3, height, width) uint8 as it is, or as float32 where the settings or the arguments ask for it."""
+        """(..., 3, height, width) uint8 as it is, or as float32 where the settings or the arguments ask for it.
+
+        Args:
+            pixels: As above.
+            do_rescale, do_normalize, rescale_factor, image_mean, image_std: In place of the settings of these names.
+        """
         do_rescale = self.do_rescale if do_rescale is None else do_rescale
         do_normalize = self.do_normalize if do_normalize is None else do_normalize
         if not (do_rescale or do_normalize):
             return pixels
-        pixels = pixels.to(torch.float32) * self.rescale_factor
+        pixels = pixels.to(torch.float32) * (self.rescale_factor if rescale_factor is None else rescale_factor)
         if do_normalize:
-            mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+            statistics = (
+                self.image_mean if image_mean is None else image_mean,
+                self.image_std if image_std is None else image_std,
+            )
+            mean, std = (torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in statistics)
             pixels = pixels.sub_(mean).div_(std)
         return pixels
 
     def _collect(self, frames: VideoFrames) -> LoadedVideo:
-        """All frames of an iterator in one tensor, allocated once: stacking a list would need the memory twice."""
-        pixels = torch.empty((frames.num_frames, 3, self.side, self.side), dtype=torch.uint8)
+        """All frames of an iterator in one tensor; stacking a list would need the memory twice."""
+        room = min(frames.num_frames, _FRAMES_AT_FIRST)
+        pixels = np.empty((room, 3, self.side, self.side), np.uint8)
         timestamps: list[float] = []
         for frame in frames:
-            pixels[len(timestamps)] = torch.from_numpy(frame.pixels).permute(2, 0, 1)
+            if len(timestamps) == len(pixels):  # the system moves large arrays without copying them
+                pixels.resize((min(2 * len(pixels), frames.num_frames), *pixels.shape[1:]), refcheck=False)
+            pixels[len(timestamps)] = frame.pixels.transpose(2, 0, 1)
             timestamps.append(frame.timestamp_s)
-        return LoadedVideo(pixels[: len(timestamps)], timestamps)
+        pixels.resize((len(timestamps), *pixels.shape[1:]), refcheck=False)
+        return LoadedVideo(torch.from_numpy(pixels), timestamps)
 
     def _size_before_squaring(self, height: int, width: int) -> Size:
         """What to scale a frame to, so that cropping or padding makes it square."""
@@ -253,6 +324,21 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             return self.side, self.side
         edge = min(height, width) if self.resize_mode == "crop" else max(height, width)
         return max(1, height * self.side // edge), max(1, width * self.side // edge)
+
+    def _size_while_decoding(self, height: int, width: int) -> Size:
+        """The same, but for pictures so long that most of what is scaled would be cropped away."""
+        if self._is_cut(height, width):
+            return height, width
+        return self._size_before_squaring(height, width)
+
+    def _is_cut(self, height: int, width: int) -> bool:
+        return self.resize_mode == "crop" and max(height, width) > _LONGEST_EDGES * min(height, width)
+
+    def _squared(self, pixels: np.ndarray) -> np.ndarray:
+        """(height, width, 3) uint8 as it was decoded -> (side, side, 3)."""
+        if not self._is_cut(*pixels.shape[:2]):
+            return self._square(pixels)
+        return self._resize(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
 
     def _square(self, pixels: np.ndarray) -> np.ndarray:
         """Crops the middle of, or pads, (..., height, width, 3) uint8 to (..., side, side, 3)."""
@@ -267,6 +353,11 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
 
     def _resize(self, frames: torch.Tensor) -> torch.Tensor:
         """(frames, 3, height, width) uint8 -> (frames, 3, side, side) uint8."""
+        height, width = frames.shape[-2:]
+        if self._is_cut(height, width):
+            longest = _LONGEST_EDGES * min(height, width)
+            top, left = max(height - longest, 0) // 2, max(width - longest, 0) // 2
+            frames = frames[..., top : top + longest, left : left + longest]
         size = self._size_before_squaring(*frames.shape[-2:])
         if size != tuple(frames.shape[-2:]):
             parts = [
@@ -278,18 +369,27 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         return torch.from_numpy(squared).permute(0, 3, 1, 2).contiguous()
 
 
-def is_path(video: Any) -> bool:
-    """Whether a video or image is given by name."""
-    return isinstance(video, str | os.PathLike)
-
-
 def flatten_videos(videos: Any) -> list:
     """One video, or a (nested) list of videos, as a flat list. A list of single frames is one video."""
     if not isinstance(videos, list | tuple):
         return [videos]
-    if videos and _is_frame(videos[0]):
+    if videos and is_frame(videos[0]):
         return [videos]
     return [flat for video in videos for flat in flatten_videos(video)]
+
+
+def flatten_metadata(metadata: Any, num_videos: int) -> list:
+    """`video_metadata` as Transformers takes it, one or a (nested) list, as one entry (or None) per video."""
+    if metadata is None:
+        return [None] * num_videos
+    entries = _flat(metadata)
+    if len(entries) != num_videos:
+        raise ValueError(f"video_metadata has {len(entries)} entries for {num_videos} videos. Give one for each.")
+    return entries
+
+
+def _flat(nested: Any) -> list:
+    return [one for part in nested for one in _flat(part)] if isinstance(nested, list | tuple) else [nested]
 
 
 def stack_rows(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -301,51 +401,3 @@ def stack_rows(rows: list[torch.Tensor]) -> torch.Tensor:
     for filled, row in zip(stacked, rows, strict=True):
         filled[: len(row)] = row
     return stacked
-
-
-def _is_frame(item: Any) -> bool:
-    return hasattr(item, "convert") or (isinstance(item, np.ndarray | torch.Tensor) and item.ndim <= 3)
-
-
-def _frame_chunks(video: Any) -> list[torch.Tensor]:
-    """Frames in memory as a list of (frames, 3, height, width) uint8 tensors."""
-    if isinstance(video, list | tuple):
-        if not video:
-            raise ValueError("A video needs at least one frame, got an empty list.")
-        return [
-            _to_channels_first(_to_tensor(frame)[None], "(height, width, 3) or (3, height, width)") for frame in video
-        ]
-    frames = _to_tensor(video)
-    if len(frames) == 0:
-        raise ValueError(f"A video needs at least one frame, got shape {tuple(frames.shape)}.")
-    return [_to_channels_first(frames, "(frames, height, width, 3) or (frames, 3, height, width)")]
-
-
-def _to_tensor(frames: Any) -> torch.Tensor:
-    if hasattr(frames, "convert"):  # a PIL image
-        frames = np.array(frames.convert("RGB"))
-    if isinstance(frames, np.ndarray):
-        if frames.dtype != np.uint8:
-            raise ValueError(_DTYPE_MESSAGE.format(frames.dtype))
-        return torch.from_numpy(np.ascontiguousarray(frames))
-    if not isinstance(frames, torch.Tensor):
-        raise ValueError(
-            f"A video must be a path, an array, a tensor or a list of frames, got {type(frames).__name__}."
-        )
-    if frames.dtype != torch.uint8:
-        raise ValueError(_DTYPE_MESSAGE.format(frames.dtype))
-    return frames.detach().cpu()
-
-
-def _to_channels_first(frames: torch.Tensor, expected: str) -> torch.Tensor:
-    if frames.ndim == 4 and frames.shape[-1] == 3:
-        return frames.permute(0, 3, 1, 2)
-    if frames.ndim == 4 and frames.shape[1] == 3:
-        return frames
-    shape = tuple(frames.shape[1:]) if expected.startswith("(height") else tuple(frames.shape)
-    raise ValueError(f"Frames must have the shape {expected}, got {shape}.")
-
-
-_DTYPE_MESSAGE = (
-    "Frames must be uint8 with values from 0 to 255, got {}. Convert, for values in [0, 1]: (frames * 255).round()."
-)

@@ -1,142 +1,217 @@
-"""An open video file: its one video stream, what its header says, and its frames from any time on.
+"""An open video file: its one video stream on one time line, and the frames of it that are whole.
 
-The rules cited are those of `video_reader.py`, which picks among these frames.
+The rules cited are those of `video_reader.py`, which picks among these frames. `_packets` is the one place that decides
+what a picture's time is, `_frames_of` the one that decides which pictures are good.
 """
 
+import heapq
+import itertools
 import math
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
-from urllib.parse import unquote, urlparse
 
 import numpy as np
 
+from .frame_pixels import Orientation, displayed_size, orientation_of, rgb_of_frame
+from .media_location import MediaLocation, VideoReadError, silent
+from .video_container import (
+    TRUNCATION_TOLERANCE_S,
+    PacketPlaces,
+    as_whole,
+    declared_end,
+    may_have_joints,
+    open_container,
+    stands_alone,
+    video_stream,
+)
+
 try:
     import av
+    from av.video.reformatter import VideoReformatter
 except ImportError:  # the folder must stay loadable without PyAV: frames may also come as arrays
     av = None  # type: ignore[assignment]  # whoever needs it says what to install
 
 _KEYFRAME_WINDOW_S = 30  # how far from the beginning keyframes are counted
-
-
-class VideoReadError(ValueError):
-    """A video that cannot be read as asked. The message names the file and the remedy."""
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What `probe_video` finds out about a file.
-
-    Attributes:
-        path: The file or URL.
-        duration_s: Seconds from the first frame to the end, as the file declares them (a truncated file holds less).
-        width, height: Pixels of a frame as displayed, that is after rotation.
-        average_fps: Frames per second on average, or None where the file does not tell.
-        num_frames: Number of frames in the file, or None where the container does not tell.
-        keyframe_interval_s: Largest gap seen between keyframes near the beginning; None if fewer than two were seen.
-    """
-
-    path: str
-    duration_s: float
-    width: int
-    height: int
-    average_fps: float | None
-    num_frames: int | None
-    keyframe_interval_s: float | None
+# Rule 2. FFmpeg's own bounds: of a clock that may be set anew (MPEG transport and program streams, Ogg) every step back
+# and every leap of more than ten seconds is a joint, of others a step back that no reordering of frames explains.
+_LEAP_S, _STEP_BACK_S = 10, 1
+_MOST_REORDERED = 16  # frames, by H.264 and H.265
+_MAX_PIXELS = 1 << 27  # of a frame, 16384 x 8192: what is larger is a damaged header
+_DOUBTFUL = 3  # packets from one that is marked as corrupt to a joint that explains it, at most
+_MAX_READ_ERRORS = 100  # in a row
 
 
 class VideoSource:
-    """An open file and its one video stream. Times are integers, in ticks of the stream's time base (rule 2)."""
+    """An open file and its one video stream. Times are integers, in ticks of the stream's time base (rule 4).
 
-    def __init__(self, path: str | os.PathLike):
+    Args:
+        location: See `locate`.
+        num_threads: Of the decoder; None leaves it to FFmpeg.
+
+    Attributes:
+        origin: The time of the first frame (rule 1), once `begin` has found it.
+        end: When the last good frame that was decoded ends.
+        duration: Seconds from the first frame to the end of the last.
+        unread_bytes: Behind the last packet, where so much is there that it must be another file.
+        holes: (from, to) in ticks of what was lost between good frames so far (rule 5).
+    """
+
+    def __init__(self, location: MediaLocation, num_threads: int | None = None):
         if av is None:
             raise ImportError("Reading video files needs PyAV: pip install av")
-        self.path = _local_path(path)
-        self.name = f"'{self.path}'"
-        self.container = self._open()
+        self.num_threads = num_threads
+        self.location, self.path, self.name = location, location.path, location.name
+        self.holes: list[tuple[int, int]] = []
+        self.origin = self.end = 0
+        self.container = open_container(self.location)
         try:
-            self.stream = self._video_stream()
+            self._take_stream()
             self.time_base = self.stream.time_base or Fraction(1, av.time_base)
-            self._fresh = True  # nothing read yet: the beginning needs no seek
-            self._landing: int | None = None
-            self._same_landings = 0
-            self.origin = self.end = self.stream.start_time or 0  # rule 1; `end` grows with what is decoded
             rate = self.stream.average_rate or self.stream.guessed_rate
             self.average_fps = float(rate) if rate else None
-            self.frame_ticks = round(1 / (rate * self.time_base)) if rate else 0
+            exact_ticks = 1 / (rate * self.time_base) if rate else Fraction(0)
+            self.frame_ticks = round(exact_ticks)
+            # Rule 3: where frames do not last whole ticks their times are rounded, so each may be a tick off.
+            whole = exact_ticks.denominator == 1
+            self.slack_ticks = (
+                Fraction(1, 1000) if whole else Fraction(999, 1000) if exact_ticks > 4 else Fraction(1, 2)
+            )
+            aspect = float(self.stream.sample_aspect_ratio or 1)
+            self._pixel_aspect = aspect if 1 / 8 <= aspect <= 8 else 1.0
+            self._must_decode_from_key = True
+            self._reformatter = VideoReformatter()
         except BaseException:
             self.container.close()
             raise
 
-    def __enter__(self) -> "VideoSource":
-        return self
-
-    def __exit__(self, *exc_info) -> None:
+    def close(self) -> None:
         self.container.close()
 
+    # --- times ---
+
+    @property
+    def slack(self) -> Fraction:
+        """Seconds that a frame's time may be off by rounding."""
+        return self.slack_ticks * self.time_base
+
     def ticks(self, seconds: Fraction) -> int:
-        """The last tick at or before a time."""
-        # The thousandth lets a time that was a tick before it became a float be that tick again.
-        return self.origin + math.floor(seconds / self.time_base + Fraction(1, 1000))
+        """The last tick that a frame shown at this time may bear."""
+        return self.origin + math.floor(seconds / self.time_base + self.slack_ticks)
 
     def seconds(self, ticks: int) -> float:
         return float((ticks - self.origin) * self.time_base)
 
-    def reopen(self, thread_type: Any) -> None:
-        """Begins anew, with other threads."""
-        self.container.close()
-        self.container = self._open()
-        self.stream = self._video_stream()
-        self.stream.thread_type = thread_type
-        self._fresh = True
+    @property
+    def num_frames(self) -> int | None:
+        """As the container counts them."""
+        return self.stream.frames or None
 
-    def examine(self, stop_at_gap: Fraction | None = None) -> VideoInfo:
-        """Decodes the first frame, looks for keyframes for a while, and for the end of the last frame.
+    # --- the file as a whole ---
 
-        Also sets `duration` (seconds). Once keyframes are further apart than `stop_at_gap`, no more are looked for.
+    def examine(self, stop_at_gap: Fraction | None = None, all_of_it: bool = False) -> None:
+        """Looks for keyframes for a while, and for the end of the last packet; decodes nothing.
+
+        Sets `keyframe_interval` (seconds, or None) and the end. Once keyframes are further apart than `stop_at_gap`, no
+        more are looked for. A file that may have joints is looked through whole.
         """
-        window = self.ticks(Fraction(_KEYFRAME_WINDOW_S))
-        limit = math.inf if stop_at_gap is None else self.ticks(stop_at_gap) - self.origin
-        frame, gap = None, None
-        keyframe: int | None = None
-        end: int | None = None
+        window = Fraction(_KEYFRAME_WINDOW_S) / self.time_base
+        limit = math.inf if stop_at_gap is None else stop_at_gap / self.time_base
+        self._first_packet: tuple[int | None, int | None] | None = None
+        first, keyframe, gap, end, looking, whole = None, None, None, None, True, False
         for packet in self._packets():
-            if frame is None:
-                frame = next(iter(self._frames_of(packet)), None)
-            if packet is None or packet.pts is None:
-                continue
-            end = max(end or packet.pts, packet.pts + (packet.duration or 0))
-            since = 0 if keyframe is None else packet.pts - keyframe
-            if gap is not None or (packet.is_keyframe and keyframe is not None):
-                gap = max(gap or 0, since)
-            if packet.is_keyframe:
-                keyframe = packet.pts
-            if frame is not None and (packet.pts > window or since > limit):
-                end = self._find_end()
+            if packet is None:
+                whole = True
                 break
-        self.duration = self._duration(end)
+            if self._first_packet is None:
+                self._first_packet = packet.pos, packet.dts
+                self._begins_with_key = packet.is_keyframe
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is None:
+                continue
+            first = time if first is None else first
+            end = max(end or time, time + (packet.duration or self.frame_ticks))
+            if looking:
+                since = 0 if keyframe is None else time - keyframe
+                if gap is not None or (packet.is_keyframe and keyframe is not None):
+                    gap = max(gap or 0, since)
+                if packet.is_keyframe:
+                    keyframe = time
+                looking = time - first <= window and since <= limit
+            elif not (all_of_it or may_have_joints(self.container, self.location)):
+                break
+        if end is None or first is None:
+            raise VideoReadError(
+                f"{self.name}: not one frame is in this file. Check that it plays in a video player, or copy it again."
+            )
+        if not whole:
+            end = max(self._tail_end() or 0, end)
+            if self._joints or self._places.unread():  # a surprise
+                self._reopen(self.stream.thread_type)
+                self.examine(stop_at_gap, all_of_it=True)
+                return
+        self.unread_bytes = self._places.unread()
+        # After a seek into an MPEG program stream FFmpeg gives frames the times of others, and AVI's count needs all.
+        lost = self.container.format.name == "mpeg" or (self._counted and self.stream.codec_context.codec.reorder)
+        self._has_joints = self._joints > 0
+        self.must_run = self._has_joints or lost
+        self.keyframe_interval = None if gap is None or self.must_run else gap * self.time_base
+        declared = None if self._joints else declared_end(self.container, self.stream)
+        reached = max(float(end * self.time_base), self._reached_s)
+        # Rule 1: the pictures say where the end is, unless the file breaks off before what it declares.
+        self.end_is_declared = declared is not None and declared - reached > TRUNCATION_TOLERANCE_S
+        if self.end_is_declared and declared is not None:
+            end = math.floor(declared / self.time_base)
+        self._first_time, self._end = first, end
+        self.duration = (end - first) * self.time_base  # until `begin` knows better
+
+    def begin(self, thread_type: Any) -> None:
+        """Decodes the first frame that can be shown, with which time begins (rule 1), and says how large it is.
+
+        Args:
+            thread_type: PyAV's. Frame threads keep the cores busy in a sequential run, but delay the first frame after
+                every seek.
+        """
+        for needs_key in (True, False):
+            self.stream.thread_type = thread_type
+            self._must_decode_from_key = needs_key
+            running = self._decoded(self._from_first_packet())
+            frame = next(running, None)
+            if frame is not None:
+                break
+            if not self._dropped:
+                break
+            self._reopen(thread_type)  # not one keyframe in all of it: then what there is is shown
         if frame is None:
             raise VideoReadError(f"{self.name}: not one frame could be decoded. Check that it plays in a video player.")
-        transposed = orientation_of(frame)[0]
-        return VideoInfo(
-            path=self.path,
-            duration_s=float(self.duration),
-            width=frame.height if transposed else frame.width,
-            height=frame.width if transposed else frame.height,
-            average_fps=self.average_fps,
-            num_frames=self.stream.frames or None,
-            keyframe_interval_s=None if gap is None else float(gap * self.time_base),
+        self._started: Iterator[av.VideoFrame] | None = itertools.chain([frame], running)
+        self._first_frame: av.VideoFrame | None = frame
+        self.origin = frame.pts
+        self.orientation: Orientation = orientation_of(frame)
+        self.size = displayed_size(frame, self.orientation, self._pixel_aspect)
+        if self._lost_before and self._begins_with_key:
+            self.holes.append((self._first_time, self.origin))
+        self.duration = max(
+            (self._end - self.origin) * self.time_base, self.frame_ticks * self.time_base, self.slack * 2
         )
+
+    # --- frames ---
 
     def frames_from(self, target: int) -> Iterator["av.VideoFrame"]:
         """Decodes in order, beginning at or before the frame shown at `target` (at the first frame, if need be)."""
+        started, self._started, self._first_frame = self._started, None, None
+        if started is not None and (target <= self.origin or self.must_run):
+            yield from started
+            return
+        if self.must_run:
+            self._reopen("AUTO")
+            yield from self._decoded(self._packets())
+            return
         back = 0
         while True:
             at_origin = target - back <= self.origin
             self._seek(max(target - back, self.origin))
-            frames = (frame for packet in self._packets() for frame in self._frames_of(packet))
+            frames = self._decoded(self._packets())
             first = next(frames, None)
             if at_origin or (first is not None and first.pts <= target):
                 break
@@ -148,12 +223,29 @@ class VideoSource:
 
     def frame_at(self, target: int) -> "av.VideoFrame | None":
         """Seeks and decodes no more than needed for the frame shown at `target`; None where that does not pay."""
-        for back in (0, self.frame_ticks * 16):  # see frames_from: 16 is the most frames H.264 and H.265 reorder
+        first, self._first_frame = self._first_frame, None
+        if first is not None and target == self.origin:
+            return first
+        num_holes = len(self.holes)
+        for back in (0, self.frame_ticks * _MOST_REORDERED):  # see frames_from
             self._seek(max(target - back, self.origin))
             shown = self._shown_at(target)
             if shown is not None:
                 return shown
+        del self.holes[num_holes:]  # the sequential run will say what is lost
         return None
+
+    def restart(self) -> None:
+        """Begins anew with threads for a sequential run."""
+        self._started = None
+        self._reopen("AUTO")
+
+    def pixels(self, frame: "av.VideoFrame", resize: Any) -> np.ndarray:
+        """(height, width, 3) uint8 of the size asked for; see `read_frames`."""
+        size = displayed_size(frame, self.orientation, self._pixel_aspect)
+        if resize is not None:
+            size = resize(*size) if callable(resize) else resize
+        return rgb_of_frame(frame, self.orientation, size, self._reformatter)
 
     def _shown_at(self, target: int) -> "av.VideoFrame | None":
         shown, landing = None, None
@@ -168,138 +260,232 @@ class VideoSource:
                 if frame.pts > target:
                     return shown
                 shown = frame
+            if self._lost:
+                return None
             # Later packets cannot hold an earlier frame: what the decoder still keeps back is all that is needed.
             if packet is not None and (packet.pts == target or (packet.dts is not None and packet.dts > target)):
                 kept_back = (frame for frame in self._frames_of(None) if frame.pts <= target)
                 return max(kept_back, key=lambda frame: frame.pts, default=shown)
         return None
 
-    def _packets(self) -> Iterator["av.Packet | None"]:
-        """The stream's packets in order, then None. A read error counts as the end."""
-        self._fresh = False
-        try:
-            for packet in self.container.demux(self.stream):
-                if packet.size:  # PyAV ends with an empty packet
-                    yield packet
-        except av.FFmpegError:
-            pass  # rule 4: a file cut off inside a packet
-        yield None
+    def _decoded(self, packets: Iterator["av.Packet | None"]) -> Iterator["av.VideoFrame"]:
+        for packet in packets:
+            yield from self._frames_of(packet)
 
     def _frames_of(self, packet: "av.Packet | None") -> list["av.VideoFrame"]:
-        """The whole frames a packet brings out of the decoder; None brings out all it kept back."""
-        if packet is not None and packet.is_corrupt:  # rule 4; it would cost whole frames still in the decoder, too
-            return []
+        """The good frames a packet brings out of the decoder; None brings out all it kept back.
+
+        After a loss nothing is good before the next keyframe: what lies between was predicted from what is not there.
+        """
+        if self._counted and packet is not None and packet.dts is not None:
+            heapq.heappush(self._numbers, packet.dts)
         try:
             frames = self.stream.codec_context.decode(packet)
-        except av.FFmpegError:  # rule 4
+        except av.FFmpegError:  # rule 5
+            self._lose()
             return []
-        frames = [frame for frame in frames if frame.pts is not None and not frame.is_corrupt]
+        good = []
         for frame in frames:
-            self.end = max(self.end, frame.pts + (frame.duration or self.frame_ticks))
-        return frames
+            if self._counted:
+                self._number(frame)
+            if frame.pts is None:
+                continue
+            if frame.is_corrupt:
+                self._lose()
+            if self._waits_for_key and (frame.is_corrupt or not stands_alone(frame)):
+                self._dropped = True
+                continue
+            if self._lost:
+                if self._shown_until is None:
+                    self._lost_before = True
+                elif frame.pts > self._shown_until:
+                    self.holes.append((self._shown_until, frame.pts))
+            self._lost = self._waits_for_key = False
+            self._shown_until = frame.pts + (frame.duration or self.frame_ticks)
+            self.end = max(self.end, self._shown_until)
+            good.append(frame)
+        return good
+
+    def _number(self, frame: "av.VideoFrame") -> None:
+        """Gives a frame the next of the numbers its packets had; its own is right where it is a keyframe."""
+        own = frame.pts if self._lost and frame.key_frame and frame.pts is not None else -1
+        while self._numbers and self._numbers[0] < own:
+            heapq.heappop(self._numbers)
+        if self._numbers:
+            frame.pts = heapq.heappop(self._numbers)
+
+    def _lose(self) -> None:
+        """Something was lost here."""
+        self._lost = True
+        self._waits_for_key = self._must_decode_from_key
+
+    # --- packets, and the time line ---
+
+    def _packets(self) -> Iterator["av.Packet | None"]:
+        """The stream's packets in order, with times on one line that goes on (rule 2), then None."""
+        self._fresh = False
+        errors, packets, doubtful = 0, self.container.demux(), []  # type: int, Any, list[av.Packet]
+        while errors <= _MAX_READ_ERRORS:
+            try:
+                packet = next(packets, None)
+            except (av.error.ExitError, av.error.TimeoutError) as error:
+                raise VideoReadError(silent(self.location)) from error
+            except av.error.InvalidDataError:  # rule 5: what comes after may be whole
+                errors, packets = errors + 1, self.container.demux()
+                self._lose()
+                continue
+            except av.FFmpegError:
+                break  # rule 5: a file cut off inside a packet
+            if packet is None:
+                break
+            if not packet.size:  # PyAV ends with empty packets
+                continue
+            errors = 0
+            skipped = self._places.skips(packet)
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is not None and packet.time_base is not None:
+                duration = packet.duration or 0
+                self._reached_s = max(self._reached_s, float((time + duration) * packet.time_base))
+            if packet.stream_index != self.stream.index:
+                continue
+            joints = self._joints
+            self._place(packet, skipped)
+            if self._joints > joints:  # what was cut off there to begin anew counts as corrupt, and is whole
+                yield from map(as_whole, doubtful)
+                doubtful = []
+            elif len(doubtful) == _DOUBTFUL:
+                self._lose()
+                yield from doubtful[1:]
+                doubtful = []
+            if doubtful or packet.is_corrupt:
+                doubtful.append(packet)
+            else:
+                yield packet
+        if doubtful:
+            self._lose()
+            yield from doubtful[1:]
+        yield None
+
+    def _place(self, packet: "av.Packet", skipped: bool) -> None:
+        """Moves a packet's times onto the line. Where the clock was set anew, it follows what came before."""
+        if self._counted:
+            listed = self._listed.get(packet.pos)
+            if listed is not None and packet.dts is not None and listed != packet.dts:
+                packet.dts, skipped = listed, True  # those after a loss come too early
+            packet.pts = packet.dts
+        clock = packet.dts
+        if clock is not None and self._clock is not None:
+            step = (clock - self._clock) * self.time_base
+            if step < -self._step_back_s or step > self._leap_s:
+                self._joints += 1
+                time = clock if packet.pts is None else packet.pts
+                self._shift = self._line_end - time
+            elif skipped and step * 2 > 3 * self.frame_ticks * self.time_base:
+                self._lose()
+        self._clock = clock if clock is not None else self._clock
+        if self._shift:
+            packet.pts = None if packet.pts is None else packet.pts + self._shift
+            packet.dts = None if packet.dts is None else packet.dts + self._shift
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is not None:
+            self._line_end = max(self._line_end, time + (packet.duration or self.frame_ticks))
+
+    def _from_first_packet(self) -> Iterator["av.Packet | None"]:
+        """The packets from the beginning, without opening the file again where it can go back."""
+        if not self._fresh and not self._has_joints:
+            try:
+                first = self._first_packet[1] if self._first_packet else None
+                self.container.seek(first or 0, stream=self.stream)
+                self._reset()
+                packets = self._packets()
+                head = next(packets)
+                if head is not None and (head.pos, head.dts) == self._first_packet:
+                    return itertools.chain([head], packets)
+            except av.FFmpegError:
+                pass
+        if not self._fresh:
+            self._reopen(self.stream.thread_type)
+        return self._packets()
 
     def _seek(self, target: int) -> None:
         if target > self.origin:
             try:
                 self.container.seek(target, stream=self.stream)
+                self._reset()
                 return
             except av.FFmpegError:
                 pass  # cannot seek in this file: begin again
         if not self._fresh:  # some formats cannot even be trusted to seek to their beginning
-            self.reopen(self.stream.thread_type)
+            self._reopen(self.stream.thread_type)
 
-    def _open(self) -> "av.container.InputContainer":
-        header = b""
-        try:
-            if "://" not in self.path:
-                with open(self.path, "rb") as file:
-                    header = file.read(12)
-                if not header:
-                    raise VideoReadError(f"{self.name}: the file is empty. Copy or download it again.")
-            # Titles in unknown encodings are no reason to refuse a video.
-            return av.open(self.path, metadata_errors="ignore")
-        except FileNotFoundError as error:
-            raise VideoReadError(f"{self.name}: there is no such file. Check the path.") from error
-        except IsADirectoryError as error:
-            raise VideoReadError(f"{self.name}: this is a folder. Name a video file in it.") from error
-        except PermissionError as error:
-            raise VideoReadError(f"{self.name}: no permission to read this file. Change its access rights.") from error
-        except (av.FFmpegError, OSError) as error:
-            if header[4:8] == b"ftyp":
-                raise VideoReadError(
-                    f"{self.name}: an mp4 file without a readable index, most likely cut off while it was recorded or "
-                    "downloaded. Copy or download it again."
-                ) from error
+    def _reopen(self, thread_type: Any) -> None:
+        """Begins anew, with other threads."""
+        self.container.close()
+        self.container = open_container(self.location)
+        self._take_stream()
+        self.stream.thread_type = thread_type
+
+    def _reset(self) -> None:
+        """The demuxer stands somewhere else."""
+        self._clock: int | None = None
+        self._shift = self._joints = 0
+        self._line_end = -(1 << 62)
+        self._places = PacketPlaces(self.container, self.stream.index)
+        self._lost, self._waits_for_key = False, getattr(self, "_must_decode_from_key", True)
+        self._dropped = self._lost_before = False
+        self._shown_until: int | None = None
+        self._numbers: list[int] = []
+
+    # --- opening ---
+
+    def _take_stream(self) -> None:
+        """The default video stream of the container just opened, or its first."""
+        self.stream = video_stream(self.container, self.name)
+        codec, container = self.stream.codec_context, self.container
+        codec.options = {"max_pixels": str(_MAX_PIXELS)}
+        if self.num_threads is not None:
+            codec.thread_count = self.num_threads
+        if av.format.Flags.no_timestamps.value & container.format.flags:
             raise VideoReadError(
-                f"{self.name}: this is not a video that FFmpeg can read ({error.strerror}). "
-                "Check that it plays in a video player, or convert it to mp4."
-            ) from error
-
-    def _video_stream(self) -> "av.VideoStream":
-        for stream in self.container.streams.video:
-            # The cover picture of a song counts as a video stream in FFmpeg, not here.
-            if not stream.disposition & av.stream.Disposition.attached_pic:
-                if stream.codec_context is None:
-                    raise VideoReadError(
-                        f"{self.name}: its pictures are in a format that this FFmpeg cannot decode. Convert it to mp4, "
-                        "or, if it should be one, copy or download it again."
-                    )
-                return stream
-        kinds = sorted({stream.type for stream in self.container.streams})
-        raise VideoReadError(
-            f"{self.name}: there are no pictures in this file, only {', '.join(kinds)}. Name a video file."
-        )
-
-    def _find_end(self) -> int | None:
-        """The end of the last packet in ticks, without decoding; None if the end of the file cannot be reached."""
-        declared = self._declared_duration()
-        if declared is not None:
-            self._seek(self.ticks(declared))
-        timed = (packet for packet in self._packets() if packet is not None and packet.pts is not None)
-        return max((packet.pts + (packet.duration or 0) for packet in timed), default=None)
-
-    def _duration(self, end: int | None) -> Fraction:
-        """Seconds from the first frame to the end of the last: as declared, or later if the last packets say so.
-
-        An mp4 declares the end in decoding order, which with B-frames and a varying frame rate can be early. A stream
-        written live may declare nothing.
-        """
-        declared = self._declared_duration()
-        if end is None and declared is None:
-            raise VideoReadError(
-                f"{self.name}: the frames carry no times. Put them into a container: ffmpeg -i INPUT -c copy OUTPUT.mp4"
+                f"{self.name}: the frames carry no times. Put them into a container: "
+                "ffmpeg -framerate RATE -i INPUT -c copy OUTPUT.mp4"
             )
-        return max(declared or Fraction(0), Fraction(0) if end is None else (end - self.origin) * self.time_base)
+        anew = bool(av.format.Flags.ts_discont.value & container.format.flags)
+        self._leap_s, self._step_back_s = (_LEAP_S, 0) if anew else (math.inf, _STEP_BACK_S)
+        self._listed: dict[int | None, int] = {}
+        # AVI has no times but counts its packets, in the order of decoding: frames get these numbers as they come out.
+        self._counted = container.format.name == "avi"
+        if self._counted:
+            self._listed = {entry.pos + 8: entry.timestamp for entry in self.stream.index_entries}  # behind its header
+        self._fresh = True  # nothing read yet: the beginning needs no seek
+        self._landing: int | None = None
+        self._same_landings = 0
+        self._reached_s = 0.0
+        self._reset()
 
-    def _declared_duration(self) -> Fraction | None:
-        if self.stream.duration:
-            return self.stream.duration * self.time_base
-        try:  # Matroska: 00:01:02.345000000
-            hours, minutes, seconds = map(Fraction, self.stream.metadata.get("DURATION", "").split(":"))
-            return hours * 3600 + minutes * 60 + seconds
-        except ValueError:
-            return Fraction(self.container.duration, av.time_base) if self.container.duration else None
+    # --- the end ---
 
+    def _tail_end(self) -> int | None:
+        """The end of the last packet in ticks, without decoding; None if the end of the file cannot be reached."""
+        declared = declared_end(self.container, self.stream)
+        if declared is None:
+            if self.location.is_url and self.container.size <= 0:
+                raise VideoReadError(
+                    f"{self.name}: a live stream, which has no end. Record a part of it to a file first."
+                )
+        else:
+            self._seek(math.floor(declared / self.time_base))
+        end = self._last_packet_end()
+        if end is None:  # behind the last keyframe there is nothing: then all of it
+            self._reopen(self.stream.thread_type)
+            end = self._last_packet_end()
+        return end
 
-def orientation_of(frame: "av.VideoFrame") -> tuple[bool, bool, bool]:
-    """How the display matrix turns a stored frame: (transpose, then flip left-right, then flip upside down).
-
-    The matrix maps stored (x, y) to displayed (a x + c y, b x + d y), fixed point, y pointing down. Ask once per file:
-    PyAV's side data and its frame hold each other, so a frame once asked lives until the next garbage collection.
-    """
-    try:
-        side_data: Any = frame.side_data
-        matrix = np.frombuffer(bytes(side_data["DISPLAYMATRIX"]), dtype=np.int32)
-    except KeyError:
-        return False, False, False
-    a, b, _, c, d = (int(value) for value in matrix[:5])
-    if abs(b) > abs(a):
-        return True, c < 0, b < 0
-    return False, a < 0, d < 0
-
-
-def _local_path(path: str | os.PathLike) -> str:
-    path = os.fspath(path)
-    if path.startswith("file://"):
-        return unquote(urlparse(path).path)
-    return path
+    def _last_packet_end(self) -> int | None:
+        ends = []
+        for packet in self._packets():
+            if packet is not None:
+                time = packet.dts if packet.pts is None else packet.pts
+                if time is not None:
+                    ends = [max([*ends, time + (packet.duration or self.frame_ticks)])]
+        return ends[0] if ends else None

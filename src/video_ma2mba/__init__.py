@@ -2,8 +2,8 @@
 
 Importing the package registers its classes with transformers' Auto classes (see `registration`), so that
 `AutoModelForImageTextToText.from_pretrained` and `AutoProcessor.from_pretrained` know them. That takes the seconds
-that torch and transformers take. The `video-ma2mba` command alone puts it off until the first public name is used,
-so that `--help` is instant.
+that torch and transformers take. The `video-ma2mba` command alone puts it off until a command runs, so that `--help`
+is instant.
 """
 
 import sys

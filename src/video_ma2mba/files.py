@@ -51,13 +51,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file that grows by JSON lines; one that a crash cut off, or that is damaged, is passed over."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
 
 
 def write_png(path: Path, figure: "Figure") -> None:

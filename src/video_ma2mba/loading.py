@@ -10,28 +10,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-TINY_MODEL = Path(__file__).resolve().parents[2] / "model_cards" / "video-ma2mba-tiny"
+# Part of an installed package; an editable install has it where the repository keeps it.
+_HERE = Path(__file__).resolve().parent
+TINY_MODEL = next(
+    folder
+    for folder in (_HERE / "tiny_model", _HERE.parents[1] / "model_cards" / "video-ma2mba-tiny")
+    if folder.is_dir()
+)
 
 
 def find_model(name: str | None) -> str:
-    """The model to load: a folder that has what it takes, or a Hub id.
+    """The model to load: a folder that has what it takes, or a Hub id; the tiny model for None.
 
     Raises:
-        ValueError: `name` is no such folder, or None where the tiny model is not at hand; the message says what to do.
+        ValueError: `name` is no such folder; the message says what to do.
     """
-    if name is None:
-        if not (TINY_MODEL / "config.json").is_file():
-            raise ValueError("the tiny model is only at hand in a clone of the repository: name one with --model")
-        name = str(TINY_MODEL)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = TINY_MODEL if name is None else Path(name).expanduser()
+    if name is None or folder.is_dir():
         for file, part in (("config.json", "model"), ("processor_config.json", "processor")):
             if not (folder / file).is_file():
                 raise ValueError(f"{name}: this folder has no {file}; write it with {part}.save_pretrained({name!r})")
         return str(folder)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if not is_hub_id(name):
         raise ValueError(f"{name}: there is no such folder, and a Hub id looks like owner/name")
     return name
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can only be the id of a repository on the Hub: owner/name, and no such folder here."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 @contextmanager
@@ -106,7 +113,7 @@ def load_model(name: str, dtype: "torch.dtype", adapter: str | None) -> Any:
     model = load(VideoMa2mbaForConditionalGeneration, name, dtype=dtype).eval()
     if adapter is None:
         return model
-    if not (Path(adapter) / "adapter_config.json").is_file():
+    if not (Path(adapter) / "adapter_config.json").is_file() and not is_hub_id(adapter):
         raise ValueError(f"--adapter {adapter}: there is no adapter_config.json; `train finetune-lora` writes one")
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights

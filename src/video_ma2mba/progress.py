@@ -17,7 +17,7 @@ def progress_bars(in_bytes: bool = False) -> Iterator[Callable[[str, float, floa
 
         def show(what: str, done: float, total: float | None) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what)
+                tasks[what] = bars.add_task(what, total=None)
             bars.update(tasks[what], completed=done, total=total)
 
         yield show

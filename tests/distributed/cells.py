@@ -14,19 +14,24 @@ def num_processes(engine):
     return 4 if engine in FOUR else 2
 
 
+def modes(engine):
+    """All but the horizon, which is refused where a video is shared."""
+    return [mode for mode in MODES if not (mode == "horizon" and engine.startswith("sequence"))]
+
+
 def cover(engine):
-    """Seven cells of an engine, one per mode; over all engines every mode meets all that trains, and both numbers."""
+    """A cell of an engine per mode; over all engines every mode meets all that trains, and both numbers."""
     turn = list(ENGINES).index(engine)
     return [
         {"engine": engine, "mode": mode, "trains": TRAINS[(i + turn) % 3], "accumulated": (1, 3)[(i + turn // 3) % 2]}
-        for i, mode in enumerate(MODES)
+        for i, mode in enumerate(modes(engine))
     ]
 
 
 def all_cells(engine):
     return [
         {"engine": engine, "mode": mode, "trains": trains, "accumulated": accumulated}
-        for mode in MODES
+        for mode in modes(engine)
         for trains in ("all", "lora")
         for accumulated in (1, 3)
     ]

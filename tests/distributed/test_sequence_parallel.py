@@ -70,6 +70,9 @@ def test_a_recipe_says_what_it_shares():
     for other in ("device_batch_size=2", "streaming=true"):
         with pytest.raises(ValueError, match="let device_batch_size be 1 and streaming false"):
             read_recipe("finetune", [*REQUIRED, "sequence_parallel=2", "max_steps=3", other])
+    for other in ("gradient_checkpointing.gradient_horizon=64", "initial_states.kind=passed"):
+        with pytest.raises(ValueError, match=other.partition(".")[2].partition("=")[0] + ".*sequence_parallel"):
+            read_recipe("finetune", [*REQUIRED, "sequence_parallel=2", other])
 
 
 def test_the_planner_counts_the_turns_of_the_pipeline():

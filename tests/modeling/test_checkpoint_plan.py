@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from video_ma2mba import modeling
 from video_ma2mba.benchmark.memory import count
@@ -139,8 +140,6 @@ def test_prediction_is_within_ten_percent_of_the_count(cut):
     ],
 )
 def test_prediction_for_other_shapes_and_dtypes(text, batch_size, dtype):
-    import torch
-
     config, num_tokens, dtype = config_of(**text), 3000, getattr(torch, dtype)
     batch = {"dtype_bytes": dtype.itemsize, "num_supervised_tokens": batch_size * KEPT}
     found = {}
@@ -151,6 +150,38 @@ def test_prediction_for_other_shapes_and_dtypes(text, batch_size, dtype):
     found["off"] = predicted, count(config, None, num_tokens, batch_size, dtype).peak["device"]
     for predicted, counted in found.values():
         assert predicted == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize("cut", PLANS[2:], ids=str)
+def test_prediction_with_a_horizon_is_within_ten_percent_of_the_count(cut):
+    """Whatever the length: what is watched takes the memory of a chunk."""
+    costs = Costs(SMALL, 1, 40_000, num_supervised_tokens=KEPT, num_gradient_tokens=3000)
+    plan = costs.plan(cut[0], cut[1], min(cut[2], 3000), cut[3])
+    counter = count(SMALL, plan, 40_000)
+    assert plan.predicted_peak_bytes == pytest.approx(counter.peak["device"], rel=0.1)
+    assert plan.predicted_host_bytes == pytest.approx(counter.peak["host"], rel=0.1)
+
+
+def test_two_million_tokens_with_a_horizon():
+    """A quarter of the compute of all MA-GC, by counted products of 2 of its layers, and the memory of the horizon."""
+    from .test_checkpointing import Flops
+
+    config = VideoMa2mbaConfig.from_preset("3.1b")
+    config.text_config.num_hidden_layers = 2
+    found = {}
+    for horizon in (2**14, None):
+        plan = plan_checkpoints(config, 1, 2**21, sequence_interval=8192, offload=True, gradient_horizon=horizon)
+        with Flops() as flops:
+            counter = count(config, plan, 2**21)
+        found[horizon] = flops.of[torch.ops.aten.mm], plan.recompute_factor, counter.peak["host"]
+    (products, units, host), (all_products, all_units, all_host) = found.values()
+    assert products <= 0.27 * all_products
+    assert units / all_units == pytest.approx(products / all_products, rel=0.01)
+    assert host <= all_host / 50
+    short = plan_checkpoints(LARGE, 1, 2**15, gradient_horizon=2**14)
+    long = plan_checkpoints(LARGE, 1, 2**21, gradient_horizon=2**14)
+    assert long.predicted_peak_bytes == short.predicted_peak_bytes
+    assert long.num_watched_tokens == 2**21 - 2**14
 
 
 # --- what is asked for ---
@@ -259,6 +290,8 @@ def test_frames_take_memory_when_the_tower_trains():
         ({"sequence_interval": 5001}, "s > S"),
         ({"order": "diagonal"}, "diagonal"),
         ({"offload": 1}, "offload=1"),
+        ({"gradient_horizon": 0}, "gradient_horizon=0"),
+        ({"gradient_horizon": 2.5}, "gradient_horizon=2.5"),
         ({"memory_budget_bytes": 0}, "memory_budget_bytes=0"),
         ({"memory_budget_bytes": float("nan")}, "memory_budget_bytes=nan"),
         ({"host_memory_budget_bytes": -5}, "host_memory_budget_bytes=-5"),

@@ -262,8 +262,8 @@ def test_an_image_is_a_video_of_one_frame(model):
 
 def test_frames_do_not_depend_on_their_micro_batch(model):
     with torch.no_grad():
-        whole = model.get_video_features(video(5)).pooler_output
-        cut = tiny_model(vision_chunk_size=2).get_video_features(video(5)).pooler_output
+        whole = model.get_video_features(video(5)[0]).pooler_output
+        cut = tiny_model(vision_chunk_size=2).get_video_features(video(5)[0]).pooler_output
     assert whole.shape == (5, TOKENS_PER_FRAME, model.config.text_config.hidden_size)
     torch.testing.assert_close(cut, whole, **CLOSE)
 
@@ -311,3 +311,13 @@ def test_image_features_are_those_of_a_video(model):
     with torch.no_grad():
         images = model.get_image_features(video(2)[0]).pooler_output
         assert torch.equal(images, model.get_video_features(video(2)[0]).pooler_output)
+
+
+def test_hidden_states_of_some_layers_alone(model):
+    with torch.no_grad():
+        every = model(prompt(0), output_hidden_states=True).hidden_states
+        some = model(prompt(0), output_hidden_states=[0, -1]).hidden_states
+    assert len(some) == len(every) == 3
+    assert some[1] is None
+    assert torch.equal(some[0], every[0])
+    assert torch.equal(some[2], every[2])

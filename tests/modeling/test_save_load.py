@@ -115,6 +115,7 @@ def test_sub_configurations_may_be_dicts():
         ({"prefill_chunk_size": 0}, "prefill_chunk_size=0"),
         ({"vision_chunk_size": -1}, "vision_chunk_size=-1"),
         ({"loss_chunk_size": 0}, "loss_chunk_size=0"),
+        ({"eval_logits_bytes": -1}, "eval_logits_bytes=-1"),
         ({"spatial_pool_mode": "nearest-ish"}, "spatial_pool_mode"),
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy"),
         ({"vision_feature_select_strategy": "full"}, "class token"),

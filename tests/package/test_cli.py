@@ -68,10 +68,11 @@ def test_our_own_faults_keep_their_traceback(monkeypatch):
         cli.main(["ask", "a.mp4", "Why?"])
 
 
-def test_interrupt_is_quiet(monkeypatch, capsys):
-    monkeypatch.setattr(cli.ask, "run", fail_with(KeyboardInterrupt()))
+@pytest.mark.parametrize(("kept", "said"), [("", "interrupted\n"), ("3 frames", "interrupted; 3 frames\n")])
+def test_interrupt_is_a_line(kept, said, monkeypatch, capsys):
+    monkeypatch.setattr(cli.ask, "run", fail_with(KeyboardInterrupt(*[kept] * bool(kept))))
     assert cli.main(["ask", "a.mp4", "Why?"]) == cli.EXIT_INTERRUPTED
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", said)
 
 
 # --- bench ---

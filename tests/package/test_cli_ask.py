@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from video_ma2mba import VideoMa2mbaForConditionalGeneration, cli, loading
+from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMemory, cli, loading
 from video_ma2mba.data.synthetic import make_story
 from video_ma2mba.training.lora import lora_config
 
@@ -117,12 +117,23 @@ def test_pipe_gets_answers_alone(model_folder, video):
 # --- the model ---
 
 
-def test_tiny_model_is_the_default(monkeypatch, model_folder, tmp_path):
+def test_tiny_model_is_the_default(monkeypatch, model_folder):
     monkeypatch.setattr(loading, "TINY_MODEL", Path(model_folder))
     assert loading.find_model(None) == model_folder
-    monkeypatch.setattr(loading, "TINY_MODEL", tmp_path)
-    with pytest.raises(ValueError, match="--model"):
-        loading.find_model(None)
+
+
+def test_what_the_tiny_model_knows_is_said_of_a_video_that_is_none_of_its_own(tmp_path, capsys):
+    story = make_story(seed=1, duration_s=4).render(tmp_path / "story.mp4")
+    assert cli.main(["ask", str(story), QUESTION]) == 0
+    assert "coloured shapes" not in capsys.readouterr().err
+    with av.open(str(tmp_path / "grey.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width = stream.height = 64
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame(64, 64, "yuv420p")))
+        container.mux(stream.encode(None))
+    assert cli.main(["ask", str(tmp_path / "grey.mp4"), QUESTION]) == 0
+    assert capsys.readouterr().err.count("coloured shapes") == 1
 
 
 def test_hub_id_is_left_to_the_hub():
@@ -292,3 +303,16 @@ def test_a_model_folder_without_weights(run, video, model_folder, tmp_path):
         if file.suffix != ".safetensors":
             (tmp_path / file.name).symlink_to(file)
     assert_refused(run(video, QUESTION, "--model", tmp_path), "model.safetensors", str(tmp_path))
+
+
+def test_options_that_do_not_apply_are_refused(run, video, model, processor, tmp_path):
+    memory = VideoMemory(model, processor)
+    memory.watch(video)
+    memory.save_pretrained(tmp_path / "kept")
+    for option in (("--fps", "2"), ("--start", "5"), ("--end", "6"), ("--max-frames", "3"), ("--snapshots", "1")):
+        assert_refused(run(tmp_path / "kept", QUESTION, *option), option[0], "is a memory")
+    assert run(tmp_path / "kept", QUESTION)[0] == 0
+
+
+def test_a_second_video_is_no_question(run, video):
+    assert_refused(run(video, video, QUESTION), "question 1 is the path of a file")

@@ -40,6 +40,9 @@ def test_an_interrupted_watch_is_taken_up_again(longer, model, processor, model_
 
     monkeypatch.setattr(VideoMemory, "_absorb", interrupted)
     assert main(options) == 130
+    assert "24 frames are kept, and --resume goes on there" in capsys.readouterr().err
+    assert main(options) == 2
+    assert "--resume goes on there, --restart begins anew" in capsys.readouterr().err
     assert not out.exists()
     assert VideoMemory.from_pretrained(unfinished, model, processor).num_frames == 24
     monkeypatch.setattr(VideoMemory, "_absorb", lambda *args: calls.append(0) or absorb(*args))

@@ -56,6 +56,16 @@ def test_parts_add_up_and_follow_from_the_parameters(capsys):
     assert row["fits"]
 
 
+def test_a_gradient_horizon_makes_the_length_cheap(capsys):
+    (whole,) = answer(capsys, *ASK)["rows"]
+    (row,) = answer(capsys, *ASK, "--gradient-horizon", "8192")["rows"]
+    assert row["activations_bytes"] < whole["activations_bytes"]
+    tokens = 360 * 144
+    assert row["recompute_factor"] == pytest.approx((tokens - 8192 + 4 * 8192) / tokens / 3)
+    assert f"the first {tokens - 8192} tokens" in row["plan"]
+    assert main([*ASK, "--gradient-horizon", "0"]) != 0
+
+
 def test_activations_are_those_of_the_planner(capsys):
     (row,) = answer(capsys, *ASK, "--optimizer", "none", "--offload")["rows"]
     config = VideoMa2mbaConfig.from_preset("0.7b")

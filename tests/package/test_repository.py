@@ -16,7 +16,7 @@ def test_every_package_folder_is_installed():
     for init in (init for room in ROOMS for init in room.rglob("__init__.py")):
         home = next(home for home in homes if init.is_relative_to(home))
         found.add(".".join([homes[home], *init.parent.relative_to(home).parts]))
-    assert found == set(setuptools["packages"])
+    assert found | {"video_ma2mba.tiny_model"} == set(setuptools["packages"])  # the model is files, and no code
 
 
 def test_folders_with_code_are_packages():

@@ -5,11 +5,13 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from video_ma2mba.benchmark import study
-from video_ma2mba.benchmark.studies import fps
+from video_ma2mba.benchmark.studies import fps, length
 from video_ma2mba.benchmark.studies.backbone import NAMES, _training, build
 from video_ma2mba.benchmark.studies.side_by_side import train_side_by_side
 from video_ma2mba.benchmark.studies.stories import Stories
@@ -100,8 +102,39 @@ def test_fps_takes_the_backbones_that_were_trained(backbone):
     assert rows[48, "2 FPS", "mamba2"]["num_frames"] == 96
     assert rows[48, "2 FPS", "attention"]["memory_bytes"] == 12 * rows[48, "8 frames", "attention"]["memory_bytes"]
     assert len({row["memory_bytes"] for (_, _, name), row in rows.items() if name == "mamba2"}) == 1
+    hour = result["hour"]
+    assert set(hour["accuracy"]) == {"every second", "few frames", "attention, few frames"}
+    assert hour["accuracy"]["every second"]["all"] >= 0.8  # the tiny model, at lengths of its training
+    assert hour["num_few_frames"] <= hour["video_s"]
     for same in result["same_memory"]:
         assert same["attention"]["memory_bytes"] <= same["mamba2"]["memory_bytes"]
+
+
+def test_length_trains_every_arm_for_as_many_token_passes_and_goes_on_where_it_was(backbone, capsys):
+    _, folder = backbone
+    result = run("length", folder)
+    assert set(result["arms"]) == {"as it was", *length.ARMS}
+    files = {path: path.stat().st_mtime_ns for path in (folder / "kept" / "length-0.01").iterdir()}
+    assert run("length", folder) == result
+    assert files == {path: path.stat().st_mtime_ns for path in (folder / "kept" / "length-0.01").iterdir()}
+    weights = [load_file(path) for path in files if path.suffix == ".safetensors"]
+    assert len(weights) == len(length.ARMS)
+    name = "model.language_model.layers.0.mixer.A_log"
+    assert len({tuple(one[name].tolist()) for one in weights}) == len(weights)  # no two arms are the same
+    assert {row["state_size"] for row in result["facts"]} == {16, 128}
+    assert {row["facts"] for row in result["facts"]} == set(length.FACTS_TESTED)
+
+
+def test_facts_are_asked_for_in_another_order_and_only_their_values_supervised():
+    ids, labels = length.fact_sequences(np.random.default_rng(0), 5, 3)
+    for row, targets in zip(ids.tolist(), labels.tolist(), strict=True):
+        shown, asked = row[: 16 * 5], row[16 * 5 :]
+        facts = {key: shown[place + 1] for place, key in enumerate(shown) if key < length.KEYS}
+        assert len(facts) == 5
+        assert dict(zip(asked[::2], asked[1::2], strict=True)) == facts
+        assert targets == [-100] * 16 * 5 + [
+            value for pair in zip([-100] * 5, asked[1::2], strict=True) for value in pair
+        ]
 
 
 def test_frames_are_spread_over_the_whole_video():

@@ -16,6 +16,8 @@ def test_bench_decode():
     assert json.loads(json.dumps(result)) == result
     assert result["sequential"]["frames"] == result["dense_keyframes"]["frames"] == 6
     assert result["sequential"]["ratio"] == result["sequential"]["ours_s"] / result["sequential"]["bare_loop_s"]
+    assert result["short_clips"]["frames"] == 100
+    assert result["short_clips"]["ratio"] == result["short_clips"]["ours_s"] / result["short_clips"]["bare_loop_s"]
     memory = result["memory"]
     if not Path("/proc/self/status").exists():  # where peak memory is read from
         assert memory is None

@@ -112,7 +112,15 @@ def test_the_copied_code_works_where_the_package_is_not_installed(tmp_path, monk
     assert {path.name for path in folder.glob("*.py")} == {
         "processing_video_ma2mba.py",
         "chat_video_ma2mba.py",
+        "frame_sampling_video_ma2mba.py",
+        "options_video_ma2mba.py",
+        "rows_video_ma2mba.py",
         "video_processing_video_ma2mba.py",
+        "frame_pixels.py",
+        "frames_in_memory.py",
+        "media_location.py",
+        "picture_source.py",
+        "video_container.py",
         "video_reader.py",
         "video_source.py",
     }

@@ -1,5 +1,6 @@
 """Tiny videos whose frames carry their own number."""
 
+import io
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -8,6 +9,7 @@ import av
 import numpy as np
 
 _BITS = 8
+_SOUND_BLOCK = 1152  # samples: a frame of MPEG audio
 _BLOCK = 8  # pixels: big enough to survive compression and 4:2:0 colour
 
 
@@ -61,6 +63,63 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def write_clip(
+    target: Path | io.BytesIO,
+    numbers: Sequence[int],
+    codec: str,
+    *,
+    form: str | None = None,
+    rate: int | Fraction = 25,
+    first: int = 0,
+    gop: int = 12,
+    b_frames: int = 0,
+    sound_s: float = 0,
+    sound: str = "aac",
+    pixels: str = "yuv420p",
+) -> Path | io.BytesIO:
+    """Encodes frames with these numbers at a constant rate, the first shown at frame `first` of the clock.
+
+    A container or codec that takes no B-frames is written without them.
+    """
+    with av.open(target if form else str(target), "w", format=form) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = _BITS * _BLOCK, 32, pixels
+        stream.gop_size, stream.bit_rate = gop, 2_000_000
+        stream.options = {"bf": str(b_frames)} if b_frames else {}
+        if codec in ("libx264", "libx265"):
+            stream.options |= {
+                "preset": "veryfast",
+                "x264-params": "scenecut=0:b-adapt=0",
+                "x265-params": "log-level=0",
+            }
+        waiting = []  # packets of sound, muxed in the order of time
+        if sound_s:
+            audio = container.add_stream(sound, rate=48000, layout="mono")
+            for block in range(max(1, round(sound_s * 48000 / _SOUND_BLOCK))):
+                frame = av.AudioFrame(format=audio.format.name, layout="mono", samples=_SOUND_BLOCK)
+                frame.planes[0].update(bytes(frame.planes[0].buffer_size))
+                frame.sample_rate, frame.pts, frame.time_base = 48000, block * _SOUND_BLOCK, Fraction(1, 48000)
+                waiting += audio.encode(frame)
+            waiting += audio.encode()
+        for index, number in enumerate(numbers):
+            while waiting and waiting[0].pts * waiting[0].time_base <= (first + index) / Fraction(rate):
+                container.mux(waiting.pop(0))
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24").reformat(format=pixels)
+            frame.pts, frame.time_base = first + index, 1 / Fraction(rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        for packet in waiting:
+            container.mux(packet)
+    return target
+
+
+def clip_bytes(numbers: Sequence[int], form: str, codec: str, **options) -> bytes:
+    """What `write_clip` writes, as bytes of a container that needs no seeking."""
+    buffer = io.BytesIO()
+    write_clip(buffer, numbers, codec, form=form, **options)
+    return buffer.getvalue()
 
 
 def decode_everything(path: Path) -> list[tuple[Fraction, int]]:

@@ -31,6 +31,20 @@ def test_mutated_inputs_give_an_answer_or_a_message(entry):
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
+def test_mutated_media_are_read_or_refused():
+    command = [sys.executable, "-m", "tests.torture.media", str(10 * NUM_MUTATIONS), "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_many_more_clips_are_picked_from_as_they_were_written():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "tests/processing/test_every_container.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "VIDEO_DRAWS": str(10 * NUM_MUTATIONS)}
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
 def prepare(inputs, out):
     rows = []
     for number in range(8):

@@ -1,5 +1,6 @@
 """The recipes are the paper's: asserted from the optimizer that a run builds, and on a fake 3.1B."""
 
+import json
 import re
 
 import pytest
@@ -78,7 +79,7 @@ def test_the_stages_of_a_size_follow_each_other():
         assert one.model == f"models/video-ma2mba-{size}"
         assert then.model == f"{one.output}/model"
         assert last.model == f"{then.output}/model"
-    assert len(recipe_names()) == 3 * len(SIZES) + 2
+    assert len(recipe_names()) == 3 * len(SIZES) + 3
 
 
 def test_every_line_of_a_stage_says_where_it_is_from():
@@ -189,3 +190,18 @@ def test_dry_run_refuses_what_cannot_be(changes, capsys, change, says):
     options = [word for one in changes(**change) for word in ("--set", one)]
     assert main(["train", "finetune", *options, "--dry-run"]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_long_joins_videos_and_stops_gradients_at_a_horizon(changes, tmp_path):
+    """The recipe itself at a small size; its numbers stay what they are."""
+    recipe = read_recipe("long", ["model=m", "data=d", "output=o"])
+    assert recipe.gradient_checkpointing == {"gradient_horizon": 16384}
+    assert (recipe.joining.shortest_s, recipe.joining.longest_s) == (60, 14400)
+    small = {"joining": {"shortest_s": 15, "longest_s": 30}, "gradient_checkpointing": {"gradient_horizon": 40}}
+    options = [word for one in changes(**small, max_tokens=20_000, max_steps=2) for word in ("--set", one)]
+    assert main(["train", "long", *options]) == 0
+    report = json.loads((tmp_path / "run" / "train_report.json").read_text())
+    assert report["samples"] == 8
+    alone = prepare_run(read_recipe("finetune", changes())).train_data
+    assert report["tokens"] / 8 > 1.3 * sum(alone["num_tokens"]) / len(alone)
+    assert report["skipped_samples"] == 0

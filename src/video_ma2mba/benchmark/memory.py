@@ -13,7 +13,6 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
 from ..modeling.checkpointing import run_checkpointed
 from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
+from ..modeling.head_loss import head_loss
 from ..modeling.mamba2 import Mamba2Backbone
-from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
 from .counting import CountedHostStore, LiveBytes, counting
 
 METHODS = (*methods.METHODS, "sequence_major, two recomputes")
@@ -185,16 +184,23 @@ def count(
         # what autograd accumulates by itself
         parameter.register_post_accumulate_grad_hook(lambda param: counter.count_as(param.grad, "gradients"))
     num_kept = min(num_tokens, NUM_SUPERVISED)
-    keep = torch.full((batch_size, num_tokens), -1)
+    watched = plan.num_watched_tokens if plan is not None else 0
+    keep = torch.full((batch_size, num_tokens - watched), -1)
     keep[:, -num_kept:] = torch.arange(batch_size * num_kept).view(batch_size, num_kept)
 
     # no cycle may keep a tensor beyond its time: counted is what reference counts free
     gc.collect()
     with counting(counter, offload, stand_in):
+        cache, width = backbone.new_cache(batch_size), config.text_config.hidden_size
+        for start in range(0, watched, config.prefill_chunk_size):
+            length = min(config.prefill_chunk_size, watched - start)
+            with torch.no_grad():
+                embeds = torch.empty(batch_size, length, width, dtype=dtype, device="meta")
+                backbone(embeds, cache, None, torch.arange(length).sub(length - 1).clamp(-1).expand(batch_size, -1))
+                del embeds
         with counter.placing("host" if offload else "device"):
-            shape = batch_size, num_tokens, config.text_config.hidden_size
+            shape = batch_size, num_tokens - watched, width
             embeds = torch.empty(shape, dtype=dtype, device="meta").requires_grad_()
-        cache = backbone.new_cache(batch_size)
         if plan is None:
             hidden_states = backbone(embeds, cache, None, keep)
         else:
@@ -205,8 +211,9 @@ def count(
             hidden_states = backbone.norm_f(hidden_states[None])[0]
         cache = _ = None  # training hands on no states
         targets = torch.empty(batch_size * num_kept, dtype=torch.int64, device="meta")
-        head: Any = SimpleNamespace(config=config, lm_head=SimpleNamespace(weight=backbone.embeddings.weight))
-        loss = VideoMa2mbaForConditionalGeneration._loss(head, hidden_states, targets, None)
+        head = torch.nn.Linear(*reversed(backbone.embeddings.weight.shape), bias=False, device="meta")
+        head.weight = backbone.embeddings.weight
+        loss = head_loss(head, hidden_states, targets, config.loss_chunk_size)
         del hidden_states
         loss.backward()
     assert counter.live["gradients"] == counter.live["weights"], "a parameter went without its gradient"

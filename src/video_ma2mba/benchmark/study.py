@@ -3,6 +3,7 @@
 backbone    Mamba-2 against attention of equal size on the same questions about videos
 fps         0.5, 1 and 2 FPS, and every frame against 8, 16 and 32 of them, by the bytes of a video's memory
 intervals   Multi-Axis Gradient Checkpointing: bytes and seconds over the intervals of layers and tokens
+length      accuracy from 8 s to 4 h, by how the states were trained; facts that a state of n bytes holds
 max-length  the longest video that trains, by GPU memory, model, method and optimizer
 stability   two thousand steps with checkpointing and without
 """
@@ -16,7 +17,7 @@ from typing import Any
 from ..files import write_png
 from .machine import describe
 
-STUDIES = ("backbone", "fps", "intervals", "max-length", "stability")
+STUDIES = ("backbone", "fps", "intervals", "length", "max-length", "stability")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

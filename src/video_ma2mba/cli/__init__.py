@@ -1,7 +1,8 @@
 """The `video-ma2mba` command.
 
 A command is a module of this folder with `HELP`, `add_arguments(parser)` and `run(args)`. Nothing heavy is imported
-before `run`. Exit codes: 0 done, 2 the user can put it right (a message says how), 130 interrupted.
+before `run`. Exit codes: 0 done, 1 done and the answer is no (`plan`: it does not fit), 2 the user can put it right (a
+message says how), 130 interrupted (a line says what was kept).
 """
 
 import argparse
@@ -9,12 +10,15 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
 
-from . import ask, bench, chat, convert, data, evaluate, plan, share, train, ui, watch
+from . import ask, bench, chat, convert, data, evaluate, merge, plan, share, train, ui, watch
+from .quiet import silence_other_libraries
 
 COMMANDS = {
     "ask": ask, "bench": bench, "chat": chat, "convert": convert, "data": data, "eval": evaluate,
-    "plan": plan, "share": share, "train": train, "ui": ui, "watch": watch,
+    "merge": merge, "plan": plan, "share": share, "train": train, "ui": ui, "watch": watch,
 }  # fmt: skip
 # Packages that only some commands need, and the extra that brings each.
 EXTRAS = {"datasets": "train", "peft": "train", "tensorboard": "train", "matplotlib": "train", "evaluate": "eval",
@@ -29,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Ask questions about long videos with Video-Ma2mba, a Mamba-2 video language model.",
         epilog="VIDEO_MA2MBA_TRACEBACK=1 in the environment shows the whole traceback of an error.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('video-ma2mba')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
@@ -46,9 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning  # type: ignore[assignment]  # where it arose is left out
-            COMMANDS[args.command].run(args)
+            silence_other_libraries()
+            import_module("video_ma2mba.registration")  # `__init__` leaves it to us, so that --help is instant
+            code = COMMANDS[args.command].run(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
+        return code or 0
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has seen enough, as in `video-ma2mba ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,6 +6,7 @@ Answers go to stdout, everything else to stderr.
 import argparse
 import json
 import time
+from pathlib import Path
 
 from ..loading import find_model
 from . import watching
@@ -26,6 +27,11 @@ def run(args: argparse.Namespace) -> None:
     for number, question in enumerate(args.questions, 1):
         if not question.strip():
             raise ValueError(f"question {number} is empty: write it in quotes after the video")
+        if Path(question).is_file():
+            raise ValueError(
+                f"question {number} is the path of a file: one call asks about one video. Ask about the other in a "
+                "call of its own, or keep the memory of each with `watch`"
+            )
     name = find_model(args.model)
 
     from ..memory import peak_bytes

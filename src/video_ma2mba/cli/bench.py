@@ -19,7 +19,7 @@ BENCHMARKS = {
     "train": "training throughput by checkpointing method",
     "generate": "prefill, seconds per new token by length of the context, and frames per second of the tower",
     "memory-of-video": "a video memory against an attention model: bytes and seconds per question, by minutes of video",
-    "study": "small experiments on what the paper leaves open: backbone, fps, intervals, max-length, stability",
+    "study": "small experiments: backbone, fps, intervals, length, max-length, stability",
     "backends": "which kernels run on this machine, and why not the others",
 }
 

@@ -1,11 +1,11 @@
 """Talk about a video, or about a memory of one: what was said before counts.
 
-/seek SECONDS goes back to a snapshot, /save FOLDER keeps the memory with the talk, /stats says what it holds, /forget
-begins the talk anew, /help lists these, /quit or Ctrl-D ends. Ctrl-C stops an answer, and drops what was typed.
+/help lists what may be typed beside questions; Ctrl-D ends the talk, Ctrl-C stops an answer.
 """
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import watching
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 HELP = "talk about a video or a memory"
 PROMPT = "> "
 COMMANDS = "/seek SECONDS, /save FOLDER, /stats, /forget, /help, /quit"
+HELP_LINES = """\
+/seek SECONDS  go back to the last snapshot at or before a time; `/seek end` is the whole video
+/save FOLDER   keep the memory with the talk, to be gone on with by `chat FOLDER`
+/stats         what the memory holds
+/forget        begin the talk anew; the video stays
+/help          this
+/quit          end, as Ctrl-D does; Ctrl-C stops an answer, and drops what was typed"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,10 +75,12 @@ class Talk:
         if command == "/stats":
             print(self.stats())
         elif command == "/help":
-            print(COMMANDS)
+            print(HELP_LINES)
         elif command == "/forget":
             self.memory.dialogue = []
         elif command == "/save" and argument.strip():
+            if Path(argument.strip()).exists():
+                raise ValueError(f"{argument.strip()} is there already: name another folder")
             self.memory.save_pretrained(argument.strip())
             print(f"saved to {argument.strip()}")
         elif command == "/seek":

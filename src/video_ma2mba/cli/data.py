@@ -2,12 +2,17 @@
 
 `prepare` converts the files as they are published, checks every video and image, groups all questions about one video
 into one conversation, and reports what it left out and why. An interrupted run goes on where it stood.
+
+It uses all cores of a machine. Several machines share the work by shards: run the same command on each of them with
+--shard 1/4 to --shard 4/4, then once without: that takes over what the shards found, and writes the manifest.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+from ..processes import Share
 from ..progress import progress_bars
 
 HELP = "prepare published data sets for training"
@@ -23,6 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--max-hours", type=float, default=24.0, help="leave out longer videos (default: 24)")
     prepare.add_argument("--parquet", action="store_true", help="write Parquet instead of JSON lines")
     prepare.add_argument(
+        "--rows-per-file", type=int, metavar="N", help="of Parquet, for sets that are streamed (default: one file)"
+    )
+    prepare.add_argument(
+        "--workers", type=int, metavar="N", help="videos opened or decoded at a time (default: the machine's cores)"
+    )
+    prepare.add_argument(
+        "--shard", type=parse_share, metavar="I/N", help="only the I-th part of the media, no manifest"
+    )
+    prepare.add_argument(
         "--cache-frames", choices=("raw", "jpeg"), metavar="raw|jpeg", help="store the frames: training decodes no more"
     )
     prepare.add_argument("--fps", type=float, default=1.0, help="of the stored frames (default: 1)")
@@ -33,12 +47,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_share(text: str) -> Share:
+    """ "1/4", for argparse."""
+    try:
+        return Share.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def run(args: argparse.Namespace) -> None:
     from ..data.formats import FORMATS
-    from ..data.prepare import REPORT, prepare
+    from ..data.prepare import LEFT_OUT, prepare
 
     if args.format is not None and args.format not in FORMATS:
         raise ValueError(f"--format {args.format}: known are {', '.join(FORMATS)}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "data prepare uses all cores of a machine by itself: start it without torchrun, with --workers N; several "
+            "machines share the work by --shard I/N"
+        )
+    for name in ("workers", "rows_per_file"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.rows_per_file and not args.parquet:
+        raise ValueError("--rows-per-file is for --parquet: JSON lines are one file")
+    share = args.shard or Share()
     if not args.max_hours > 0 or not args.fps > 0:
         raise ValueError("--max-hours and --fps must be positive")
     cache = None
@@ -51,11 +84,23 @@ def run(args: argparse.Namespace) -> None:
         )
         cache = {"processor": processor, "fps": args.fps, "encoding": args.cache_frames}
 
-    with progress_bars() as show:
-        report = prepare(
-            args.source, args.media_root, args.output, name=args.format, max_duration_s=3600 * args.max_hours,
-            parquet=args.parquet, cache=cache, progress=show,
-        )  # fmt: skip
+    try:
+        with progress_bars() as show:
+            report = prepare(
+                args.source, args.media_root, args.output, name=args.format, max_duration_s=3600 * args.max_hours,
+                parquet=args.parquet, rows_per_file=args.rows_per_file, cache=cache,
+                num_workers=args.workers or os.cpu_count() or 1, share=share, progress=show,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        kept = f"what was found out about media, and the frames of whole videos, are kept in {args.output}"
+        print(f"stopped; {kept}: the same command goes on", file=sys.stderr)
+        raise
+    if share.count > 1:
+        print(
+            f"shard {share}: {report['media']} media looked at, {report['cached_frames']} frames stored; when all are "
+            "done, run the command without --shard"
+        )
+        return
     records = report["records"]
     print(
         f"{args.output}: {report['samples']} conversations, {report['turns']} questions, "
@@ -66,4 +111,7 @@ def run(args: argparse.Namespace) -> None:
     for note, count in report["notes"].items():
         print(f"note, {note}: {count}", file=sys.stderr)
     if records["left_out"]:
-        print(f"which ones and why: {args.output / REPORT}", file=sys.stderr)
+        print(f"which ones and why: {args.output / LEFT_OUT}", file=sys.stderr)
+    if not records["kept"]:
+        first = f"; the first: {report['problems'][0]['message']}" if report["problems"] else ""
+        raise ValueError(f"not one of {records['read']} records can be used{first}")

@@ -1,27 +1,43 @@
 """Score a model on a benchmark: videomme, longvideobench, mvbench, nextqa, activitynetqa, videochatgpt, or niah.
 
 Every video is watched once for all of its questions. Answers are kept as they come, and --resume goes on after them.
+
+Several devices, also on several machines that share the output folder: start the same command by `torchrun`, as in
+`torchrun --nproc-per-node 8 -m video_ma2mba.cli eval MODEL --task videomme`, or by `accelerate launch`. Without them
+start it once for each shard, with --shard 1/4 to --shard 4/4, and then `video-ma2mba eval merge OUTPUT`, naming one
+more folder for each machine that has its own.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import write_json
 from ..loading import find_model
+from ..processes import Ranks, Share, files_of, launched
 from ..progress import progress_bars
 from . import watching
+from .data import parse_share
+
+if TYPE_CHECKING:
+    from ..evaluation.run import Answer, Found
+    from ..evaluation.tasks import Task
 
 HELP = "score a model on a benchmark"
 TASK_NAMES = ("videomme", "longvideobench", "mvbench", "activitynetqa", "videochatgpt", "nextqa", "niah")
+SETTINGS = "settings.json"
+MERGE = "merge"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    parser.add_argument("--task", required=True, choices=TASK_NAMES)
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id; `merge` puts the shards of a run together")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="OUTPUT", help="after `merge`: where the shards are")
+    parser.add_argument("--task", choices=TASK_NAMES)
     parser.add_argument("--data", metavar="DIR_OR_HUB_ID", help="the published files (default: the task's on the Hub)")
     parser.add_argument("--media-root", type=Path, metavar="DIR", help="the videos (default: the folder of --data)")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: evaluation/MODEL/TASK")
@@ -33,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions of a video at once")
     parser.add_argument("--by-likelihood", action="store_true", help="multiple choice: take the likeliest letter")
     parser.add_argument("--resume", action="store_true", help="go on after the answers that stand in the output")
+    parser.add_argument(
+        "--shard", type=parse_share, metavar="I/N", help="only the I-th part of the videos, dealt by length"
+    )
     judge = parser.add_argument_group("free answers")
     judge.add_argument("--judge", metavar="URL", help="an OpenAI-compatible address; the key is $OPENAI_API_KEY")
     judge.add_argument("--judge-model", default="gpt-3.5-turbo-0125", help="default: the paper's, gpt-3.5-turbo-0125")
@@ -42,54 +61,99 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.model == MERGE:
+        _merge(args)
+        return
+    if args.folders:
+        raise ValueError(f"one model at a time: what is {args.folders[0]}? Folders follow `eval merge` alone")
+    if args.task is None:
+        raise ValueError(f"--task must be given; there are {', '.join(TASK_NAMES)}")
     for name in ("limit", "batch_size", "frames"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    share = args.shard or Share()
+    if args.task == "niah" and share.count > 1:
+        raise ValueError("--shard deals videos, and niah has one: give each machine --minutes and -o of its own")
     name = find_model(args.model)
-    output = args.output or Path("evaluation") / Path(name).name / args.task
+    output = share.folder(args.output or Path("evaluation") / Path(name).name / args.task)
     settings = _settings(args, name)
-    _claim(output, settings, args.resume)
-    if args.task == "niah":
-        _niah(args, output)
-    else:
-        _benchmark(args, settings, output)
+    with launched() as ranks, _claimed(output, settings, args.resume, ranks):
+        if args.task == "niah":
+            _niah(args, output, ranks)
+        else:
+            _benchmark(args, settings, output, share, ranks)
 
 
 def _settings(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """What answers depend on: a run goes on only with the same."""
     how = f"{args.frames} frames each" if args.frames else f"{args.fps:g} FPS" if args.fps else "every second of them"
-    settings = {"model": Path(name).name, "data": args.data, "frames": how, "adapter": args.adapter}
+    settings = {"task": args.task, "model": Path(name).name, "data": args.data, "frames": how, "adapter": args.adapter}
     if args.task == "niah":
         return {**settings, "minutes": args.minutes, "depths": args.depths}
     return {**settings, "by_likelihood": args.by_likelihood, "limit": args.limit, "batch_size": args.batch_size}
 
 
-def _claim(output: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Make the folder, or go on in it if it holds a run of the same settings.
+@contextmanager
+def _claimed(output: Path, settings: dict[str, Any], resume: bool, ranks: Ranks) -> Iterator[None]:
+    """A folder of this run, made by the first process, or one that holds a run of the same settings.
+
+    A start that fails leaves no folder behind; who interrupts is told what is kept.
 
     Raises:
         ValueError: It holds a run, and --resume was not given or the settings are others.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / "settings.json"
-    if not file.exists():
-        write_json(file, settings)
+    if not ranks.is_first:
+        yield
         return
-    if not resume:
-        raise ValueError(f"{output} holds a run already: --resume goes on with it, -o DIR takes another folder")
+    new = [folder for folder in (output, *output.parents) if not folder.exists()]
+    if going_on := (output / SETTINGS).exists():
+        if not resume:
+            raise ValueError(f"{output} holds a run already: --resume goes on with it, -o DIR takes another folder")
+        earlier = _read_settings(output)
+        if changed := [key for key in settings if settings[key] != earlier.get(key)]:
+            raise ValueError(
+                f"{output} holds a run with other settings ({', '.join(changed)}); the same ones go on, or take -o DIR"
+            )
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / SETTINGS, settings)
     try:
-        earlier = dict(json.loads(file.read_text(encoding="utf-8")))
+        yield
+    except KeyboardInterrupt:
+        print(
+            f"stopped; what was answered is kept in {output}: the same command with --resume goes on", file=sys.stderr
+        )
+        raise
+    except Exception:
+        if not going_on:
+            _forget(output, new)
+        raise
+
+
+def _forget(output: Path, new: Iterable[Path]) -> None:
+    """Removes what a start wrote, and the folders it made, where nothing was answered."""
+    from ..evaluation import niah, run
+
+    kept = [file for name in (run.ANSWERS, niah.CELLS) for file in files_of(output / name)]
+    if any(file.stat().st_size for file in kept):
+        return
+    for file in (*kept, *(output / name for name in (SETTINGS, run.MEDIA, run.QUESTIONS))):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # there is something else in it
+        for folder in new:
+            folder.rmdir()
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    file = folder / SETTINGS
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: damaged, so the run cannot go on; take -o DIR") from error
-    if changed := [key for key in settings if settings[key] != earlier.get(key)]:
-        raise ValueError(
-            f"{output} holds a run with other settings ({', '.join(changed)}); the same ones go on, or take -o DIR"
-        )
 
 
-def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path) -> None:
-    from ..evaluation.report import flat, make_report, write_report
-    from ..evaluation.run import answer_all, find
+def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path, share: Share, ranks: Ranks) -> None:
+    from ..evaluation.run import answer_all, find, read_found, write_found
     from ..evaluation.tasks import TASKS, read_questions
 
     task = TASKS[args.task]
@@ -97,17 +161,60 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path)
     media_root = args.media_root or Path(data)
     if not media_root.is_dir():
         raise ValueError("name the folder of the videos with --media-root")
-    judge = _judge(args, output) if task.read_answer is None else None
-    found = find(read_questions(task, data), media_root, output, args.limit)
-    if not found.questions:
-        first = f"; the first: {found.problems[0].where}: {found.problems[0].message}" if found.problems else ""
-        raise ValueError(f"not one question can be asked, {len(found.problems)} items were left out{first}")
+    if ranks.is_first:
+        found = find(read_questions(task, data), media_root, output, args.limit)
+        if not found.questions:
+            first = f"; the first: {found.problems[0].where}: {found.problems[0].message}" if found.problems else ""
+            raise ValueError(f"not one question can be asked, {len(found.problems)} items were left out{first}")
+        write_found(output, found)
+    ranks.after_first("questions")
+    found = read_found(output)
+    videos = share.of(found.durations_s) if share.count > 1 else None
+    judge = _judge(args, output) if ranks.is_first and share.count == 1 and task.read_answer is None else None
     model, processor = watching.load_model_and_processor(args)
     with progress_bars() as show:
         answers = answer_all(
-            model, processor, task, found, media_root, output, fps=args.fps, max_frames=args.frames,
-            by_likelihood=args.by_likelihood, batch_size=args.batch_size, progress=partial(show, "Answering"),
+            model, processor, task, found, media_root, output, videos=videos, ranks=ranks,
+            fps=args.fps, max_frames=args.frames, by_likelihood=args.by_likelihood, batch_size=args.batch_size,
+            progress=partial(show, "Answering") if ranks.is_first else None,
         )  # fmt: skip
+    if not ranks.is_first:
+        return
+    if share.count == 1:
+        _report(task, found, answers, settings, judge, output)
+    else:
+        whole = f"video-ma2mba eval merge {output.parent}"
+        print(f"shard {share}: {len(answers)} questions about {len(videos or ())} videos; when all are done: {whole}")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from ..evaluation.run import ANSWERS, collect, read_found
+    from ..evaluation.tasks import TASKS
+
+    for name in ("task", "data", "media_root", "adapter", "fps", "frames", "limit", "by_likelihood", "resume", "shard"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for the runs of the shards, which are over; leave it out")
+    places = args.folders or ([args.output] if args.output else [])
+    shards = [shard for place in places for shard in sorted(place.glob("shard-*-of-*"))]
+    if not shards:
+        raise ValueError("eval merge OUTPUT: there is no folder shard-I-of-N; name what -o was when the shards ran")
+    output = args.output or places[0]
+    settings, found = _read_settings(shards[0]), read_found(shards[0])
+    for shard in shards[1:]:
+        if _read_settings(shard) != settings or read_found(shard).by_video != found.by_video:
+            raise ValueError(f"{shards[0]} and {shard} are not of one run: their settings or questions differ")
+    task = TASKS[settings["task"]]
+    output.mkdir(parents=True, exist_ok=True)
+    answers = collect([shard / ANSWERS for shard in shards], found, list(found.by_video), output / ANSWERS)
+    judge = _judge(args, output) if task.read_answer is None else None
+    _report(task, found, answers, settings, judge, output)
+
+
+def _report(
+    task: "Task", found: "Found", answers: "list[Answer]", settings: dict[str, Any], judge: Any, output: Path
+) -> None:
+    from ..evaluation.report import flat, make_report, write_report
+
     report = make_report(task, found, answers, settings, judge)
     write_report(report, output)
     for title, scores in ((report["metric"], report["scores"]), ("accuracy", report.get("accuracy"))):
@@ -128,7 +235,7 @@ def _judge(args: argparse.Namespace, output: Path) -> Any:
     return StringJudge()
 
 
-def _niah(args: argparse.Namespace, output: Path) -> None:
+def _niah(args: argparse.Namespace, output: Path, ranks: Ranks) -> None:
     from ..evaluation import niah
 
     model, processor = watching.load_model_and_processor(args)
@@ -143,8 +250,10 @@ def _niah(args: argparse.Namespace, output: Path) -> None:
         needles = niah.synthetic_needles(processor)
         haystack = niah.synthetic_haystack(processor, max(lengths))
     with progress_bars() as show:
-        look = partial(show, "Looking for needles")
-        cells = niah.find_needles(model, processor, haystack, needles, lengths, args.depths, output, look)
+        look = partial(show, "Looking for needles") if ranks.is_first else None
+        cells = niah.find_needles(model, processor, haystack, needles, lengths, args.depths, output, look, ranks)
+    if not ranks.is_first:
+        return
     rows = niah.summarise(cells)
     model_name = Path(args.model).name
     total = sum(cell["found"] for cell in cells) / len(cells)

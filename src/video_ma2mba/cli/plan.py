@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequence-parallel", type=int, default=1, metavar="R", help="GPUs that share each video, as in a recipe"
     )
+    parser.add_argument(
+        "--gradient-horizon", type=int, metavar="TOKENS", help="gradients flow through the last so many tokens alone"
+    )
     parser.add_argument("--offload", action="store_true", help="let states and embeddings wait in host memory")
     parser.add_argument(
         "--scan-backend", choices=("torch", "mamba_ssm"), default="torch", help="the kernels of mamba_ssm keep more"
@@ -50,12 +53,17 @@ def parse_bytes(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ("hours", "frames", "tokens", "fps", "batch"):
+    for name in ("hours", "frames", "tokens", "fps", "batch", "gradient_horizon"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"--{name} must be a positive number, got {value}")
+            raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
     if args.sequence_parallel < 1:
         raise ValueError(f"--sequence-parallel must be at least 1, got {args.sequence_parallel}")
+    if args.sequence_parallel > 1 and args.gradient_horizon is not None:
+        raise ValueError(
+            "--gradient-horizon and --sequence-parallel do not go together: with a horizon the memory does not grow "
+            "with the video, so leave out --sequence-parallel"
+        )
     config = load_config(args.model)
     per_frame = config.tokens_per_frame
     if args.tokens is not None:
@@ -73,7 +81,10 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     from ..methods import METHODS
 
-    methods = METHODS if args.compare else {"chosen": {"offload": args.offload}}
+    methods: dict[str, Any] = METHODS if args.compare else {"chosen": {"offload": args.offload}}
+    if args.gradient_horizon is not None:
+        horizon = {"gradient_horizon": args.gradient_horizon}
+        methods = {name: None if options is None else options | horizon for name, options in methods.items()}
     rows = [case.row(name, options, num_frames, num_tokens) for name, options in methods.items()]
     report = {
         "model": args.model, "frames": num_frames, "tokens": num_tokens, "hours": num_frames / args.fps / 3600,

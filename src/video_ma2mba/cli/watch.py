@@ -18,7 +18,9 @@ FRAMES_BETWEEN_SAVES = 600
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="path or URL of a video")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MEMORY", help="folder to write")
-    parser.add_argument("--resume", action="store_true", help="go on where an interrupted call stood")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on where an interrupted call stood")
+    again.add_argument("--restart", action="store_true", help="begin anew, and drop what an interrupted call watched")
     watching.add_arguments(parser)
 
 
@@ -28,6 +30,10 @@ def run(args: argparse.Namespace) -> None:
     unfinished = args.output.with_name(f".{args.output.name}.unfinished")
     if args.resume and not watching.is_memory(unfinished):
         raise ValueError(f"--resume: no interrupted call for {args.output} was found; leave the option out")
+    if watching.is_memory(unfinished) and not (args.resume or args.restart):
+        raise ValueError(
+            f"{args.output}: an interrupted call has watched part of it; --resume goes on there, --restart begins anew"
+        )
     model, processor = watching.load_model_and_processor(args, args.video)
 
     from .. import VideoMemory
@@ -51,7 +57,11 @@ def run(args: argparse.Namespace) -> None:
             memory.save_pretrained(unfinished)
             saved = memory.num_frames
 
-    watching.watch(memory, args, start_s, pause=save)
+    try:
+        watching.watch(memory, args, start_s, pause=save)
+    except KeyboardInterrupt as interrupt:
+        kept = f"{saved} frames are kept, and --resume goes on there" if saved else "nothing of it is kept"
+        raise KeyboardInterrupt(f"{args.output}: {kept}") from interrupt
     memory.save_pretrained(args.output)
     shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{args.output}: {memory}", file=sys.stderr)

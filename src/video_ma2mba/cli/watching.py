@@ -1,6 +1,7 @@
 """What the commands have in common that watch a video: their options, loading a model, watching with a progress bar."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,18 @@ if TYPE_CHECKING:
     from ..modeling.video_memory import VideoMemory
 
 
+TINY_KNOWS = "which knows videos of coloured shapes and nothing else"
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every command that runs a model."""
-    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help="default: the tiny model of the repository's clone")
+    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help=f"default: a tiny model, {TINY_KNOWS}")
     add_loading_arguments(parser)
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded, whatever names it."""
-    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapters that were trained on the model")
+    parser.add_argument("--adapter", metavar="DIR_OR_HUB_ID", help="LoRA adapters that were trained on the model")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32"
@@ -41,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def load_model_and_processor(args: argparse.Namespace, video: str | None = None) -> tuple[Any, Any]:
     """Model and processor of the options. A video is opened first: a wrong path shows at once, not after minutes."""
     from .. import VideoMa2mbaProcessor
+    from ..data.synthetic import is_story
 
     name = find_model(args.model)
     device = choose_device(args.device)
@@ -49,6 +54,8 @@ def load_model_and_processor(args: argparse.Namespace, video: str | None = None)
         processor.video_processor.open_video(
             video, fps=args.fps, max_frames=args.max_frames, start_s=args.start, end_s=args.end
         ).close()
+        if args.model is None and not is_story(video):
+            print(f"note: this is the tiny model, {TINY_KNOWS}; --model names another", file=sys.stderr)
     return load_model(name, choose_dtype(args.dtype, device), args.adapter).to(device), processor
 
 
@@ -64,6 +71,10 @@ def open_memory(args: argparse.Namespace) -> tuple["VideoMemory", dict[str, Any]
     from .. import VideoMemory
 
     if is_memory(args.video):
+        for name in ("fps", "max_frames", "start", "end", "max_duration", "snapshots"):
+            if getattr(args, name):
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option}: {args.video} is a memory, watched already; leave the option out")
         model, processor = load_model_and_processor(args)
         return VideoMemory.from_pretrained(args.video, model, processor), {"decode_s": 0.0, "encode_s": 0.0}
     memory = VideoMemory(*load_model_and_processor(args, args.video))

@@ -5,11 +5,12 @@ holds nothing but its frames, and its caption is the answer. The paper does not 
 """
 
 import re
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .llava import PLACEHOLDER, llava, question_and_answer
+from .llava import PLACEHOLDER, from_conversations, question_and_answer
 from .records import Item, Malformed, Problem, Record, assistant, each, medium, read_items, text_of, user
 
 DESCRIBE = "Describe the video."
@@ -32,7 +33,8 @@ def scenewalk_clips(source: Path) -> Iterator[Record | Problem]:
 
     No media come with it: a file is looked for under the video's id, as the URL has it.
     """
-    videos: dict[str, list[tuple[float, float, str, str]]] = {}
+    clips = sqlite3.connect("")  # a file of its own, as far as it does not fit into memory
+    clips.execute("CREATE TABLE clips (number INTEGER PRIMARY KEY, url, start_s, end_s, caption, place)")
     for item in read_items(source):
         if isinstance(item, Problem):
             yield item
@@ -43,15 +45,18 @@ def scenewalk_clips(source: Path) -> Iterator[Record | Problem]:
             start_s, end_s = _seconds(span, "start"), _seconds(span, "end")
             if not 0 <= start_s < end_s:
                 raise Malformed(f"a clip from {start_s:g} s to {end_s:g} s")
-            videos.setdefault(url, []).append((start_s, end_s, _caption(row), item.where))
-        except Malformed as error:
+            clip = (url, start_s, end_s, _caption(row), item.where)
+            clips.execute("INSERT INTO clips (url, start_s, end_s, caption, place) VALUES (?, ?, ?, ?, ?)", clip)
+        except (Malformed, UnicodeEncodeError) as error:
             yield Problem(item.where, "malformed", str(error), str(row.get("id", "")))
-    for url, clips in videos.items():
-        clips.sort(key=lambda clip: clip[:2])
+    clips.execute("CREATE INDEX by_url ON clips (url, start_s, end_s, number)")
+    for (url,) in clips.execute("SELECT url FROM clips GROUP BY url ORDER BY min(number)"):
+        query = "SELECT start_s, end_s, caption, place FROM clips WHERE url = ? ORDER BY start_s, end_s, number"
+        scenes = clips.execute(query, (url,)).fetchall()
         name = re.split(r"[/=]", url.rstrip("/"))[-1]
         paths = [f"{folder}{name}{suffix}" for folder in ("", "videos/") for suffix in (".mp4", ".mkv", ".webm")]
-        scenes = [(start_s, end_s, caption) for start_s, end_s, caption, _ in clips]
-        yield Record(url, clips[0][3], _interleave(paths, scenes), "caption")
+        yield Record(url, scenes[0][3], _interleave(paths, [scene[:3] for scene in scenes]), "caption")
+    clips.close()
 
 
 def scenewalk(source: Path) -> Iterator[Record | Problem]:
@@ -59,7 +64,6 @@ def scenewalk(source: Path) -> Iterator[Record | Problem]:
 
     Where the conversations do not pair up with the scenes they are questions about the whole video.
     """
-    whole = {record.where: record for record in llava(source) if isinstance(record, Record)}
 
     def convert(item: Item) -> list[Record]:
         record = item.value
@@ -67,9 +71,10 @@ def scenewalk(source: Path) -> Iterator[Record | Problem]:
         if not isinstance(scenes, list) or not isinstance(turns, list):
             raise Malformed("a record needs lists under 'scenes' and 'conversations'")
         if len(turns) != 2 * len(scenes) or not scenes:
-            if item.where not in whole:
-                raise Malformed("neither a pair of turns for each scene nor an ordinary conversation")
-            return [whole[item.where]]
+            try:
+                return [from_conversations(item, "chat")]
+            except Malformed as error:
+                raise Malformed("neither a pair of turns for each scene nor an ordinary conversation") from error
         spans = [(_seconds(scene, "start"), _seconds(scene, "end")) for scene in scenes]
         captions = [_caption({"conversations": turns[2 * i : 2 * i + 2]}) for i in range(len(scenes))]
         timed = sorted(

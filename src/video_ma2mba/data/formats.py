@@ -18,12 +18,19 @@ FORMATS: dict[str, Callable[[Path], Iterator[Record | Problem]]] = {
     "activitynet-qa": question_sets.activitynet_qa,
     "perception-test": question_sets.perception_test,
 }
+# By which files a folder is known that a command of ours wrote: it may lie among the data, and holds none.
+_WRITTEN = (
+    ("dataset.json", "report.json"),
+    ("settings.json", "media.jsonl"),
+    ("settings.json", "cells.jsonl"),
+    ("train_report.json",),
+)
 # Files that lie beside the data and are no records of their own.
 _COMPANIONS = ("map_vid_vidorID.json", "_a.json", "_meta.json", "dataset.json", "report.json")
 
 
-def source_files(source: Path) -> list[Path]:
-    """The data files that SOURCE, a file or a folder, stands for.
+def source_files(source: Path, output: Path | None = None) -> list[Path]:
+    """The data files that SOURCE, a file or a folder, stands for: not what this program wrote, in `output` or before.
 
     Raises:
         ValueError: There is no such thing, or nothing in it.
@@ -32,11 +39,27 @@ def source_files(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise ValueError(f"{source}: there is no such file or folder")
-    files = sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    files = annotation_files(source, output)
     files = [file for file in files if not file.name.endswith(_COMPANIONS) and "cut_frame_mapping" not in file.name]
     if not files:
         raise ValueError(f"{source}: this folder holds no {', '.join(SUFFIXES)} file")
     return files
+
+
+def annotation_files(folder: Path, output: Path | None = None) -> list[Path]:
+    """All files below a folder that may hold records, sorted; none of what a command of ours wrote there."""
+    if output is not None and output.resolve() == folder.resolve():
+        raise ValueError(f"{folder} holds the data: choose another output, {folder / 'prepared'} for instance")
+    written = {output.resolve()} if output is not None else set()
+    for file in folder.rglob("*.json"):
+        if any(mark[0] == file.name and all((file.parent / name).is_file() for name in mark) for mark in _WRITTEN):
+            written.add(file.parent.resolve())
+    written.discard(folder.resolve())
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in SUFFIXES and path.is_file() and written.isdisjoint(path.resolve().parents)
+    )
 
 
 def detect(file: Path) -> str:

@@ -8,9 +8,10 @@ import hashlib
 import io
 import itertools
 import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ..loading import reading
 if TYPE_CHECKING:
     from ..processing import VideoMa2mbaVideoProcessor
 
+Frame = TypeVar("Frame")
 FRAMES_PER_SHARD = 256
 JPEG_QUALITY = 92
 
@@ -37,15 +39,26 @@ def settings(processor: "VideoMa2mbaVideoProcessor", fps: float) -> dict[str, ob
 
 
 def write_frames(
-    root: Path, video: str, cache: Path, processor: "VideoMa2mbaVideoProcessor", fps: float, encoding: str
+    root: Path,
+    video: str,
+    cache: Path,
+    processor: "VideoMa2mbaVideoProcessor",
+    fps: float,
+    encoding: str,
+    num_threads: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Decode one video into the cache, at constant memory; one that is there already stays.
+
+    Args:
+        num_threads: See `read_frames`.
+        stop: Asked at every frame; where it says yes, nothing is kept of this video.
 
     Returns:
         The number of frames.
 
     Raises:
-        VideoReadError: It cannot be decoded. ValueError: It is there with other settings.
+        VideoReadError: It cannot be decoded. ValueError: It is there with other settings. KeyboardInterrupt: Stopped.
     """
     folder = cache_folder(cache, video)
     if folder.is_dir():
@@ -53,7 +66,7 @@ def write_frames(
             return len(read_index(folder, settings(processor, fps))["timestamps_s"])
     with whole_folder(folder) as partial:
         timestamps_s: list[float] = []
-        frames = processor.open_video(root / video, fps=fps)
+        frames = _until(stop, processor.open_video(root / video, fps=fps, num_threads=num_threads))
         shards = iter(lambda: list(itertools.islice(frames, FRAMES_PER_SHARD)), [])
         for number, shard in enumerate(shards):
             timestamps_s += [frame.timestamp_s for frame in shard]
@@ -62,6 +75,13 @@ def write_frames(
         index = {"video": video, "encoding": encoding, **settings(processor, fps), "timestamps_s": timestamps_s}
         (partial / "index.json").write_text(json.dumps(index), encoding="utf-8")
     return len(timestamps_s)
+
+
+def _until(stop: Callable[[], bool], frames: Iterable[Frame]) -> Iterator[Frame]:
+    for frame in frames:
+        if stop():
+            raise KeyboardInterrupt
+        yield frame
 
 
 def reading_stored(folder: Path) -> AbstractContextManager[None]:

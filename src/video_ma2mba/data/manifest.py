@@ -1,14 +1,17 @@
 """The one form all training data take: a folder with chat messages, one conversation a line.
 
 dataset.json       {"media_root": ..., "num_samples": ...}
-manifest.jsonl     or manifest.parquet: FEATURES below
+manifest.jsonl     or manifest.parquet, or several manifest-1-of-8.parquet: FEATURES below
 frames/            decoded frames, where they were cached; see `frame_cache`
-report.json        what was left out and why
+report.json        how many were kept, what was left out and why
+left_out.jsonl     all that was left out, where report.json has no more than the first of them
 """
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..processes import files_of
 
 if TYPE_CHECKING:
     import datasets
@@ -37,6 +40,9 @@ def features() -> "datasets.Features":
 def load_manifest(folder: str | Path, streaming: bool = False) -> "datasets.Dataset | datasets.IterableDataset":
     """The samples of a folder that `video-ma2mba data prepare` wrote.
 
+    A stream of several files is what large sets are trained from: `datasets` deals the files to devices
+    (`split_dataset_by_node`) and to the processes that load, and goes on where its `state_dict` says.
+
     Returns:
         A data set with the columns of `features()`, and `media_root` and `folder`, the same in every row.
 
@@ -48,16 +54,19 @@ def load_manifest(folder: str | Path, streaming: bool = False) -> "datasets.Data
 
     folder = Path(folder).resolve()
     described = read_description(folder)
-    file = next((folder / name for name in NAMES if (folder / name).is_file()), None)
-    if file is None:
+    files = next((files for name in NAMES if (files := files_of(folder / name))), None)
+    if files is None:
         raise ValueError(f"{folder}: neither {' nor '.join(NAMES)} is there; run `video-ma2mba data prepare` again")
     if described.get("num_samples") == 0:  # `datasets` cannot read a file of nothing
         raise ValueError(f"{folder}: there is not one sample; report.json there says why")
-    kind = "json" if file.suffix == ".jsonl" else "parquet"
+    kind = "json" if files[0].suffix == ".jsonl" else "parquet"
+    names = [str(file) for file in files]
     try:
-        dataset = load_dataset(kind, data_files=str(file), features=features(), split="train", streaming=streaming)
+        dataset = load_dataset(kind, data_files=names, features=features(), split="train", streaming=streaming)
     except DatasetGenerationError as error:
-        raise ValueError(f"{file}: damaged, {error.__cause__}; run `video-ma2mba data prepare` again") from error
+        raise ValueError(
+            f"{folder}: its manifest is damaged, {error.__cause__}; run `video-ma2mba data prepare` again"
+        ) from error
     places = {"media_root": str((folder / described["media_root"]).resolve()), "folder": str(folder)}
     all_features = Features({**features(), "media_root": Value("string"), "folder": Value("string")})
     return dataset.map(lambda batch: _placed(batch, places), batched=True, features=all_features)

@@ -1,93 +1,91 @@
 """From published files to a manifest: converted, checked, all questions about one video in one conversation.
 
-What is left out stands in `report.json` with its file, line and reason, and the counts add up: every record read is
-either kept or left out. Looking at media is what takes time; it is remembered in `media.jsonl` as it goes, so that a
-run that was interrupted goes on where it stood. The manifest appears only when it is whole.
+What is left out stands in `left_out.jsonl` with its file, line and reason, the first ones also in `report.json`, and
+the counts add up: every record read is either kept or left out. Looking at media is what takes time; it is remembered
+in `media.jsonl` as it goes, so that a run that was interrupted goes on where it stood. The manifest appears only when
+it is whole. Records pass through: neither their number nor the size of the files counts in memory.
 """
 
+import itertools
 import json
 import os
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from zlib import crc32
 
-from ..files import write_json, write_text, write_whole
+from ..files import write_json, write_whole
+from ..processes import Share, files_of, in_threads
+from .conversations import Conversations, text_in
 from .formats import FORMATS, detect, source_files
 from .frame_cache import write_frames
 from .manifest import DESCRIPTION, NAMES, features
 from .media import MediaIndex, UnusableMedium
 from .records import Problem, Record
 
-KIND_ORDER = ("caption", "open_ended", "multiple_choice", "chat")  # of the turns about one video
-REPORT = "report.json"
+REPORT, LEFT_OUT, MEDIA, FRAMES = "report.json", "left_out.jsonl", "media.jsonl", "frames"
+NUM_LISTED = 1000  # problems that report.json has too
+RECORDS_AT_A_TIME = 4096  # whose media are looked at together
+ROWS_AT_A_TIME = 1000  # of a Parquet file
 Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass
-class Sample:
-    """A conversation on its way into the manifest."""
-
-    id: str
-    parts: list[Record] = field(default_factory=list)
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The turns of all parts: captions first, the medium once, a question that was asked before left out."""
-        if len(self.parts) == 1:
-            return self.parts[0].messages
-        merged: list[dict[str, Any]] = []
-        asked: set = set()
-        for part in sorted(self.parts, key=lambda part: KIND_ORDER.index(part.kind)):
-            messages = part.messages
-            if merged:
-                messages = [{**m, "content": [e for e in m["content"] if e["type"] == "text"]} for m in messages]
-            for question, answer in zip(messages[::2], messages[1::2], strict=True):
-                text = _text(question)
-                if text not in asked:
-                    merged += [question, answer]
-                    asked.add(text)
-        return merged
 
 
 class Preparation:
     """One run of `prepare`."""
 
-    def __init__(self, index: MediaIndex):
-        self.index = index
-        self.problems: list[Problem] = []
-        self.notes: Counter[str] = Counter()
+    def __init__(self, index: MediaIndex, conversations: Conversations, left_out: IO[str]):
+        self.index, self.conversations = index, conversations
         self.num_read = self.num_kept = 0
-        self.samples: dict[Any, Sample] = {}
-        self._seen: dict[str, set[str]] = {}  # id -> conversations under it
+        self.notes: Counter[str] = Counter()
+        self._left_out, self._reasons, self._problems = left_out, Counter[str](), list[Problem]()
         self._same: dict[tuple[str, int], str] = {}  # name and size of a video -> the path it was first met under
 
     def add(self, record: Record | Problem) -> None:
         """Takes in what an adapter yields."""
         self.num_read += 1
-        if isinstance(record, Record):
-            try:
-                record = self._checked(record)
-            except UnusableMedium as error:
-                record = Problem(record.where, error.reason, str(error), record.id)
         if isinstance(record, Problem):
-            self.problems.append(record)
+            self.leave_out(record)
             return
-        content = json.dumps(record.messages)
-        if content in self._seen.setdefault(record.id, set()):
-            self.problems.append(
-                Problem(record.where, "duplicate", "the same conversation under the same id", record.id)
-            )
-            return
-        self._seen[record.id].add(content)
-        self.num_kept += 1
-        key = _grouping_key(record) or (record.id, len(self._seen[record.id]))
-        if key in self.samples:
-            self.samples[key].parts.append(record)
+        try:
+            record = self._checked(record)
+            is_new = self.conversations.add(record)
+        except UnusableMedium as error:
+            self.leave_out(Problem(record.where, error.reason, str(error), record.id))
+        except UnicodeEncodeError:
+            self.leave_out(Problem(record.where, "malformed", "a text holds half of a character"))
         else:
-            number = len(self._seen[record.id])
-            self.samples[key] = Sample(record.id if number == 1 else f"{record.id}#{number}", [record])
+            self.num_kept += is_new
+            if not is_new:
+                said = "the same conversation under the same id"
+                self.leave_out(Problem(record.where, "duplicate", said, record.id))
+
+    def leave_out(self, problem: Problem) -> None:
+        """Counts and lists it."""
+        self._reasons[problem.reason] += 1
+        if len(self._problems) < NUM_LISTED:
+            self._problems.append(problem)
+        self._left_out.write(json.dumps(asdict(problem)) + "\n")
+
+    def rows(self, broken: dict[str, str]) -> Iterator[dict[str, Any]]:
+        """The lines of the manifest; samples with a video that is `broken` are left out after all."""
+        for row in self.conversations.rows(broken):
+            if isinstance(row, dict):
+                yield row
+                continue
+            self.num_kept -= len(row)
+            for problem in row:
+                self.leave_out(problem)
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "records": {"read": self.num_read, "kept": self.num_kept, "left_out": dict(self._reasons)},
+            "notes": dict(self.notes),
+            "problems": [asdict(problem) for problem in self._problems],
+        }
 
     def _checked(self, record: Record) -> Record:
         """The record with media that exist and clips that lie in them.
@@ -121,14 +119,14 @@ class Preparation:
             messages, roles = messages[:-1], roles[:-1]
         if roles != ["user", "assistant"] * (len(roles) // 2):
             raise UnusableMedium("turns do not alternate", f"the roles are {', '.join(roles)}")
-        if not all(_text(message).strip() for message in messages if message["role"] == "assistant"):
+        if not all(text_in(message).strip() for message in messages if message["role"] == "assistant"):
             raise UnusableMedium("empty answer", "an assistant's turn has no text")
         for message in messages:
             if message["role"] != "user" and any(entry["type"] != "text" for entry in message["content"]):
                 raise UnusableMedium("placeholder mismatch", f"a medium stands in a turn of the {message['role']}")
             if not message["content"]:
                 raise UnusableMedium("empty question", "a user's turn has neither a text nor a medium")
-            if any(token in _text(message) for token in ("<video>", "<image>")):
+            if any(token in text_in(message) for token in ("<video>", "<image>")):
                 raise UnusableMedium("placeholder mismatch", "a text holds a placeholder that stands for no medium")
         return Record(record.id, record.where, messages, record.kind)
 
@@ -147,31 +145,6 @@ class Preparation:
             located |= {"start_s": entry["start_s"], "end_s": end_s}
         return located
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The lines of the manifest."""
-        for sample in self.samples.values():
-            messages = sample.messages
-            media = [entry for message in messages for entry in message["content"] if entry["type"] != "text"]
-            yield {
-                "id": sample.id,
-                "messages": messages,
-                "watched_s": sum(
-                    entry.get("end_s", entry["duration_s"]) - entry.get("start_s", 0.0)
-                    for entry in media
-                    if entry["type"] == "video"
-                ),
-                "num_images": sum(entry["type"] == "image" for entry in media),
-                "num_characters": sum(len(_text(message)) for message in messages),
-            }
-
-    def report(self) -> dict[str, Any]:
-        left_out = Counter(problem.reason for problem in self.problems)
-        return {
-            "records": {"read": self.num_read, "kept": self.num_kept, "left_out": dict(left_out)},
-            "notes": dict(self.notes),
-            "problems": [asdict(problem) for problem in self.problems],
-        }
-
 
 def prepare(
     source: Path,
@@ -181,7 +154,10 @@ def prepare(
     name: str | None = None,
     max_duration_s: float = 24 * 3600.0,
     parquet: bool = False,
+    rows_per_file: int | None = None,
     cache: dict[str, Any] | None = None,
+    num_workers: int = 1,
+    share: Share | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Convert SOURCE, a file or a folder in a published format, to a manifest in `output`.
@@ -190,89 +166,169 @@ def prepare(
         name: Of the format; None looks at each file.
         max_duration_s: A longer video is left out, as its header must be broken.
         parquet: Write Parquet instead of JSON lines.
+        rows_per_file: Of Parquet; None writes one file. Streams are dealt to devices file by file.
         cache: `processor`, `fps` and `encoding` of frames to be stored beside the manifest; None stores none.
+        num_workers: Videos that are opened or decoded at a time. What comes out does not depend on it.
+        share: Of several runs over the same `source`: look at (and store) its part of the media, and write no manifest.
+            A run without it takes over what the others found.
         progress: Called with what is being done, how much of it is done, and how much there is (or None).
 
     Returns:
-        The report, as `report.json` has it.
+        The report, as `report.json` has it. Of a share, {"media": how many it looked at, "cached_frames": ...}.
 
     Raises:
         ValueError: No such source or media root, or a file in no known format.
     """
     if not media_root.is_dir():
         raise ValueError(f"--media-root {media_root}: there is no such folder")
-    sources = [(file, name or detect(file)) for file in source_files(source)]
+    sources = [(file, name or detect(file)) for file in source_files(source, output)]
     output.mkdir(parents=True, exist_ok=True)
-    index = MediaIndex(media_root, output / "media.jsonl", max_duration_s)
-    run = Preparation(index)
-    try:
-        for file, form in sources:
-            for record in FORMATS[form](file):
-                run.add(record)
-                progress(f"checking {file.name}", run.num_read, None)
-        num_frames = _cache(run, media_root, output / "frames", cache, progress) if cache else 0
-    finally:
-        index.close()
+    share = share or Share()
+    store = _FrameStore(media_root, output / FRAMES, cache, num_workers, progress)
+    with closing(MediaIndex(media_root, output / MEDIA, max_duration_s, share, num_workers)) as index:
+        if share.count > 1:
+            return _look_at_share(index, share, sources, store, progress)
+        report: dict[str, Any] = {}
+        with closing(Conversations(output / ".conversations.sqlite")) as conversations:
 
-    rows = list(run.rows())
-    report = run.report() | {
-        "sources": [{"file": file.name, "format": form} for file, form in sources],
-        "samples": len(rows),
-        "turns": sum(len(row["messages"]) // 2 for row in rows),
-        "watched_s": sum(row["watched_s"] for row in rows),
-        "cached_frames": num_frames,
-    }
+            def write(partial: Path) -> None:
+                with partial.open("w", encoding="utf-8") as left_out:
+                    run = Preparation(index, conversations, left_out)
+                    for file, form in sources:
+                        _read(file, form, run, progress)
+                    num_frames, broken = store(conversations.videos(), conversations.num_videos)
+                    counts = _write_manifest(output, run.rows(broken), parquet, rows_per_file)
+                    report.update(run.report())
+                    report["sources"] = [{"file": file.name, "format": form} for file, form in sources]
+                    report.update(counts, cached_frames=num_frames)
+
+            write_whole(output / LEFT_OUT, write)
     write_json(output / REPORT, report)
-    _write_manifest(output, rows, parquet)
-    described = {"media_root": os.path.relpath(media_root.resolve(), output.resolve()), "num_samples": len(rows)}
+    described = {
+        "media_root": os.path.relpath(media_root.resolve(), output.resolve()), "num_samples": report["samples"]
+    }  # fmt: skip
     write_json(output / DESCRIPTION, described)
     return report
 
 
-def _cache(run: Preparation, root: Path, folder: Path, cache: dict[str, Any], progress: Progress) -> int:
-    """Stores the frames of all videos; samples of one that does not decode are left out after all."""
-    videos = {entry["path"] for sample in run.samples.values() for part in sample.parts for entry in part.media()
-              if entry["type"] == "video"}  # fmt: skip
-    num_frames, broken = 0, {}
-    for number, video in enumerate(sorted(videos), 1):
-        try:
-            num_frames += write_frames(root, video, folder, **cache)
-        except (ValueError, OSError) as error:
-            broken[video] = str(error)
-        progress("storing frames", number, len(videos))
-    for key, sample in list(run.samples.items()):
-        paths = {entry.get("path") for part in sample.parts for entry in part.media()} & set(broken)
-        if paths:
-            del run.samples[key]
-            for part in sample.parts:
-                run.num_kept -= 1
-                run.problems.append(Problem(part.where, "unreadable medium", broken[paths.copy().pop()], part.id))
-    return num_frames
+def _read(file: Path, form: str, run: Preparation, progress: Progress) -> None:
+    what, records = f"checking {file.name}", FORMATS[form](file)
+    while window := list(itertools.islice(records, RECORDS_AT_A_TIME)):
+        for number, _ in enumerate(run.index.look_at_all(_media(window)), 1):
+            progress("opening media", number, None)
+        for record in window:
+            run.add(record)
+        progress(what, run.num_read, None)
+    progress(what, run.num_read, run.num_read)
 
 
-def _grouping_key(record: Record) -> tuple | None:
-    """What records must share to become one conversation: one video, shown before the first question."""
-    media = list(record.media())
-    first = next(message for message in record.messages if message["role"] == "user")
-    if len(media) != 1 or media[0]["type"] != "video" or media[0] not in first["content"]:
-        return None
-    if record.messages[0]["role"] == "system":
-        return None
-    return media[0]["path"], media[0].get("start_s"), media[0].get("end_s")
+def _media(records: Iterable[Record | Problem]) -> Iterator[tuple[str, list[str]]]:
+    """(kind, candidates) of all media of the records."""
+    for record in records:
+        if isinstance(record, Record):
+            yield from ((entry["type"], entry["candidates"]) for entry in record.media())
 
 
-def _text(message: dict[str, Any]) -> str:
-    return "".join(entry["text"] for entry in message["content"] if entry["type"] == "text")
+def _look_at_share(
+    index: MediaIndex, share: Share, sources: list[tuple[Path, str]], store: "_FrameStore", progress: Progress
+) -> dict[str, Any]:
+    videos: set[str] = set()
+    num = 0
+    for file, form in sources:
+        records = FORMATS[form](file)
+        while window := list(itertools.islice(records, RECORDS_AT_A_TIME)):
+            looked = index.look_at_all(_media(window), lambda path: crc32(path.encode()) % share.count == share.index)
+            for kind, path in looked:
+                num += 1
+                progress(f"opening media of shard {share}", num, None)
+                if kind == "video":
+                    videos.add(path)
+    progress(f"opening media of shard {share}", num, num)
+    num_frames, _ = store(sorted(videos), len(videos))
+    return {"media": num, "cached_frames": num_frames}
 
 
-def _write_manifest(output: Path, rows: list[dict[str, Any]], parquet: bool) -> None:
+class _FrameStore:
+    """Stores the frames of videos beside the manifest, if that is wanted (`cache`)."""
+
+    def __init__(self, root: Path, folder: Path, cache: dict[str, Any] | None, num_workers: int, progress: Progress):
+        self.root, self.folder, self.cache, self.num_workers, self.progress = root, folder, cache, num_workers, progress
+
+    def __call__(self, videos: Iterable[str], total: int) -> tuple[int, dict[str, str]]:
+        """The number of frames, and what is wrong with videos that do not decode."""
+        if (cache := self.cache) is None:
+            return 0, {}
+        stop = threading.Event()
+        # alone, a decoder takes all cores; of several, each has its part of them
+        num_threads = None if self.num_workers == 1 else max((os.cpu_count() or 1) // self.num_workers, 1)
+
+        def write(video: str) -> int | str:
+            try:
+                return write_frames(self.root, video, self.folder, **cache, num_threads=num_threads, stop=stop.is_set)
+            except (ValueError, OSError) as error:
+                return str(error)
+
+        num_frames, broken = 0, {}
+        for number, (video, result) in enumerate(in_threads(write, videos, self.num_workers, stop), 1):
+            if isinstance(result, int):
+                num_frames += result
+            else:
+                broken[video] = result
+            self.progress("storing frames", number, total)
+        return num_frames, broken
+
+
+def _write_manifest(
+    output: Path, rows: Iterator[dict[str, Any]], parquet: bool, rows_per_file: int | None
+) -> dict[str, Any]:
+    """Writes the rows and counts them. Until `dataset.json` is written again, there is no manifest."""
+    counts = {"samples": 0, "turns": 0, "watched_s": 0}
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            counts["samples"] += 1
+            counts["turns"] += len(row["messages"]) // 2
+            counts["watched_s"] += row["watched_s"]
+            yield row
+
     lines, table = (output / name for name in NAMES)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if not parquet:
-        write_text(lines, text)
-        table.unlink(missing_ok=True)
-        return
-    from datasets import Dataset
+    write, name = (_write_parquet, table) if parquet else (_write_lines, lines)
+    wanted, written = counted(), list[Path]()
+    try:
+        for number in itertools.count(1):
+            file = name.with_name(f".{number}.{name.name}.partial")
+            written.append(file)
+            if not write(file, itertools.islice(wanted, rows_per_file)) and number > 1:
+                written.pop().unlink()
+                break
+            if rows_per_file is None:
+                break
+        for old in (output / DESCRIPTION, *files_of(lines), *files_of(table)):
+            old.unlink(missing_ok=True)
+        for index, file in enumerate(written):
+            file.rename(Share(index, len(written)).file(name))
+    finally:
+        for file in written:
+            file.unlink(missing_ok=True)
+    return counts
 
-    write_whole(table, Dataset.from_list(rows, features=features()).to_parquet)
-    lines.unlink(missing_ok=True)
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    num = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            num += 1
+    return num
+
+
+def _write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    num, rows, columns = 0, iter(rows), features()
+    with ParquetWriter(path, columns.arrow_schema) as writer:
+        while part := list(itertools.islice(rows, ROWS_AT_A_TIME)):
+            writer.write_table(pyarrow.Table.from_pylist(part, schema=columns.arrow_schema))
+            num += len(part)
+    return num

@@ -41,6 +41,7 @@ QUESTION_KINDS = ("circle_colour", "first_shape", "last_shape", "ever_appears", 
 # Six questions, the default of Story.questions: the yes and the no of `ever_appears` come in pairs.
 DEFAULT_COUNTS = {"circle_colour": 1, "first_shape": 1, "last_shape": 1, "ever_appears": 2, "which_first": 1}
 
+MADE_HERE = "a synthetic story of video-ma2mba"  # the comment in a rendered file
 MIN_DURATION_S = 3  # the first shape, the circle, the last shape
 NOISE_BANK_SIZE = 8  # noise pictures of a story; frame i uses number i modulo this
 
@@ -150,6 +151,7 @@ class Story:
 
         path = Path(path)
         with av.open(str(path), "w") as container:
+            container.metadata["comment"] = MADE_HERE
             stream = container.add_stream("libx264", rate=self.source_fps)
             stream.width = stream.height = self.size
             stream.pix_fmt = "yuv420p"
@@ -326,3 +328,16 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.maximum((np.abs(x) * 1.8 - y - 0.9) * 0.4856, y - 0.8)
     # a cross
     return np.minimum(np.maximum(np.abs(x) - 0.3, np.abs(y) - 1.0), np.maximum(np.abs(y) - 0.3, np.abs(x) - 1.0))
+
+
+def is_story(path: str) -> bool:
+    """Whether this is a file that `Story.render` wrote."""
+    import av
+
+    if not Path(path).is_file():
+        return False
+    try:
+        with av.open(path) as container:
+            return container.metadata.get("comment") == MADE_HERE
+    except (OSError, ValueError):
+        return False

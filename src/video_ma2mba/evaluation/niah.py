@@ -5,8 +5,9 @@ as found if the model's first choice is right at every token of the answer. With
 synthetic story without a circle, and the needles are circles of six colours.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import numpy as np
 import torch
 
 from ..data.synthetic import COLOURS, make_story
-from ..files import read_lines, write_png
+from ..files import read_lines, write_png, write_text
 from ..modeling.video_memory import VideoMemory
+from ..processes import Ranks, files_of, remove_shares
 
 CELLS = "cells.jsonl"
 QUESTION = "What colour was the circle?"
 FRAMES_PER_PUSH = 512
+Key = tuple[int, float, int]  # of a cell: length in frames, depth, number of the needle
 
 
 @dataclass(frozen=True)
@@ -92,58 +95,88 @@ def find_needles(
     depths: Sequence[float],
     output: Path,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
     """Ask for every needle at every depth of every length; cells that stand in `output` already are not asked again.
 
-    What comes before a needle is watched once for all needles and depths of a length.
+    What comes before a needle is watched once for all needles and depths of a length, by each process.
 
     Args:
         haystack: uint8 (frames, 3, side, side), as long as the longest length at least.
         lengths: In frames. depths: From 0.0, before everything, to 1.0, after it.
+        progress: Called with (cells done, cells), of all processes.
+        ranks: The processes that share this; None for this one alone.
 
     Returns:
-        Dicts of num_frames, depth, needle, answer, found.
+        In the first process, dicts of num_frames, depth, needle, answer, found; in the others nothing.
+
+    Raises:
+        ValueError: The haystack is too short. OSError: Another process has died, or failed.
     """
     if max(lengths) > len(haystack):
         raise ValueError(
             f"the haystack has {len(haystack)} frames, and {max(lengths)} are asked for: take a longer one"
         )
-    file = output / CELLS
-    cells = _read(file)
-    total = len(lengths) * len(depths) * len(needles)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write("\n")  # ends a line that a crash left open
-        for num_frames in lengths:
+    ranks, file = ranks or Ranks(), output / CELLS
+    wanted = {
+        (num_frames, depth, number): num_frames * (1 - depth) + len(needle.frames)
+        for num_frames in lengths
+        for depth in sorted(depths)
+        for number, needle in enumerate(needles)
+    }
+    if ranks.is_first:
+        _write_cells(file, _read(files_of(file)))
+    ranks.after_first("cells of before")
+    cells = _read([file])  # not what another process has written since: all must deal alike
+    num_before = len(wanted.keys() & cells.keys())
+
+    def show(num: int = 0) -> None:
+        total = ranks.add(num)
+        if progress is not None:
+            progress(num_before + total, len(wanted))
+
+    show()
+    mine = ranks.share.of({key: cost for key, cost in wanted.items() if key not in cells})
+    with ranks.share.file(file).open("a", encoding="utf-8") as stream:
+        for num_frames, keys_of_length in itertools.groupby(mine, key=lambda key: key[0]):
             before, at = VideoMemory(model, processor), 0
-            for depth in sorted(depths):
-                place = round(depth * num_frames)
+            for _, depth, number in keys_of_length:
+                place, needle = round(depth * num_frames), needles[number]
                 _push(before, haystack[at:place])
                 at = place
-                for number, needle in enumerate(needles):
-                    if (num_frames, depth, number) in cells:
-                        continue
-                    memory = before.copy()
-                    _push(memory, needle.frames)
-                    _push(memory, haystack[place:num_frames])
-                    said, found = _ask(memory, needle)
-                    cell = {"num_frames": num_frames, "depth": depth, "needle": number, "answer": said, "found": found}
-                    cells[num_frames, depth, number] = cell
-                    stream.write(json.dumps(cell) + "\n")
-                    stream.flush()
-                    if progress is not None:
-                        progress(len(cells), total)
-    return [cells[n, d, i] for n in lengths for d in sorted(depths) for i in range(len(needles))]
+                memory = before.copy()
+                _push(memory, needle.frames)
+                _push(memory, haystack[place:num_frames])
+                said, found = _ask(memory, needle)
+                cell = {"num_frames": num_frames, "depth": depth, "needle": number, "answer": said, "found": found}
+                stream.write(json.dumps(cell) + "\n")
+                stream.flush()
+                show(1)
+    ranks.finish(show)
+    if not ranks.is_first:
+        return []
+    cells = _read(files_of(file))
+    if missing := wanted.keys() - cells.keys():
+        raise ValueError(f"{len(missing)} cells were not written to {output}: all processes must share its disk")
+    _write_cells(file, cells)
+    return [cells[key] for key in wanted]
 
 
-def _read(file: Path) -> dict[tuple[int, float, int], dict[str, Any]]:
-    cells = {}
-    for cell in read_lines(file):
-        try:
-            if isinstance(cell["found"], bool):
-                cells[cell["num_frames"], cell["depth"], cell["needle"]] = cell
-        except (TypeError, LookupError):
-            continue  # damaged
+def _read(files: Iterable[Path]) -> dict[Key, dict[str, Any]]:
+    cells: dict[Key, dict[str, Any]] = {}
+    for file in files:
+        for cell in read_lines(file):
+            try:
+                if isinstance(cell["found"], bool):
+                    cells[cell["num_frames"], cell["depth"], cell["needle"]] = cell
+            except (TypeError, LookupError):
+                continue  # damaged
     return cells
+
+
+def _write_cells(file: Path, cells: dict[Key, dict[str, Any]]) -> None:
+    write_text(file, "".join(json.dumps(cell) + "\n" for cell in cells.values()))
+    remove_shares(file)
 
 
 def _push(memory: VideoMemory, frames: torch.Tensor) -> None:

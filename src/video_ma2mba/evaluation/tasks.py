@@ -7,8 +7,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from ..data.formats import annotation_files
 from ..data.question_sets import activitynet_answers, as_question, letter_of, lettered, nextqa_videos
-from ..data.records import SUFFIXES, Item, Malformed, Problem, convert_all, read_items, text_of
+from ..data.records import Item, Malformed, Problem, convert_all, read_items, text_of
 from .questions import LETTERS, Question, bracketed_letter, first_capital, leading_letter, marked_letter
 
 ONLY_THE_LETTER = "Answer with the option's letter from the given choices directly."
@@ -46,9 +47,7 @@ def read_questions(task: Task, data: str) -> Iterator[Question | Problem]:
     """
     folder = Path(data).expanduser()
     if folder.is_dir():
-        sources = sorted(
-            path for path in folder.rglob("*") if path.suffix in SUFFIXES and re.fullmatch(task.files, path.name)
-        )
+        sources = [path for path in annotation_files(folder) if re.fullmatch(task.files, path.name)]
         if not sources:
             raise ValueError(f"{data}: no file of {task.name} in it; it is looked for as {task.files}")
         for source in sources:

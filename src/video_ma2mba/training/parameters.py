@@ -20,13 +20,23 @@ def part_of(name: str) -> str:
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, vision_learning_rate: float | None, weight_decay: float
+    model: nn.Module, learning_rate: float, vision_learning_rate: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: tower and the rest at their own rates, matrices with decay and all else without.
 
     What has fewer than two dimensions (norms, biases, A_log, D, dt_bias, the class token) does not decay (Table 6 of
     the paper gives one decay; that these are spared is common practice, and for A_log and dt_bias a need: decay would
-    pull the time constants of the states towards one value).
+    pull the time constants of the states towards one value). The stock Trainer, and so every trainer of TRL, goes by
+    names and would let A_log, D and some norms decay; give it the groups:
+
+        groups = parameter_groups(model, arguments.learning_rate, weight_decay=0.1)
+        Trainer(model, arguments, ..., optimizers=(torch.optim.AdamW(groups), None))
+
+    Args:
+        model: Whose trained parameters are grouped, bare or wrapped by PEFT.
+        learning_rate: Of all but the tower.
+        vision_learning_rate: Of the tower; None for `learning_rate`.
+        weight_decay: Of the matrices.
     """
     vision_rate = learning_rate if vision_learning_rate is None else vision_learning_rate
     groups: dict[tuple[str, bool], dict[str, Any]] = {}

@@ -15,6 +15,9 @@ from typing import Any
 
 import yaml
 
+from ..data.joining import JoiningOptions
+from .initial_states import InitialStatesOptions
+
 RECIPES = Path(__file__).with_name("recipes")
 SIZES = ("0.7b", "1.8b", "3.1b")
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
@@ -53,6 +56,8 @@ class Recipe:
         dtype: Of the weights: "float32" or "bfloat16". `bf16`: compute in bfloat16 by autocast, on a GPU.
         fps, max_frames, max_tokens, too_long: See `VideoChatCollator`.
         gradient_checkpointing: Options of `gradient_checkpointing_enable`; None trains without it.
+        initial_states: Where the states of a sample begin; see `initial_states`. None: with zeros.
+        joining: Makes samples longer than the data; see `data.joining`. None: samples are as they are.
         save_steps, logging_steps: In optimizer steps. save_total_limit: Checkpoints kept, at least 2.
         num_workers: Processes that decode.
         streaming: Read the manifest row by row; needs max_steps.
@@ -86,6 +91,8 @@ class Recipe:
     max_tokens: int | None = None
     too_long: str = "refuse"
     gradient_checkpointing: dict[str, Any] | None = field(default_factory=dict)
+    initial_states: InitialStatesOptions | None = None
+    joining: JoiningOptions | None = None
     save_steps: int = 500
     save_total_limit: int = 2
     logging_steps: int = 10
@@ -114,6 +121,8 @@ class Recipe:
             raise ValueError("say how long to train: num_epochs or max_steps must be positive")
         if self.streaming and not self.max_steps:
             raise ValueError("streaming: data that is read row by row has no known end, so max_steps must be given")
+        if self.streaming and self.joining:
+            raise ValueError("joining: needs to know all samples beforehand, so streaming must be off")
         if self.save_total_limit < 2:
             raise ValueError("save_total_limit must be at least 2: the newest checkpoint may be half written")
         if self.deepspeed and self.fsdp_config:
@@ -124,6 +133,16 @@ class Recipe:
             raise ValueError(
                 "sequence_parallel shares one sample at a time, drawn by its number: let device_batch_size be 1 and "
                 "streaming false"
+            )
+        if self.sequence_parallel > 1 and (self.gradient_checkpointing or {}).get("gradient_horizon") is not None:
+            raise ValueError(
+                "gradient_horizon and sequence_parallel do not go together: with a horizon the memory does not grow "
+                "with the video, so let sequence_parallel be 1"
+            )
+        if self.sequence_parallel > 1 and self.initial_states is not None and self.initial_states.kind != "zeros":
+            raise ValueError(
+                f"initial_states.kind {self.initial_states.kind} takes the last states of whole samples, of which "
+                "sequence_parallel leaves each device a part: let one of them be, or kind be zeros"
             )
 
     def accumulation_steps(self, num_devices: int) -> int:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from ..data.collator import VideoChatCollator
+from ..data.joining import join
 from ..data.manifest import load_manifest
 from ..files import write_json
 from ..loading import load
@@ -82,7 +83,10 @@ def read_data(folders: tuple[str, ...], recipe: Recipe, processor: VideoMa2mbaPr
 
     if recipe.streaming:
         return datasets.interleave_datasets(parts).shuffle(seed=recipe.seed, buffer_size=1000)
-    return datasets.concatenate_datasets(parts).map(estimate, batched=True)
+    rows = datasets.concatenate_datasets(parts)
+    if recipe.joining is not None:
+        rows = join(rows, recipe.joining, recipe.seed)
+    return rows.map(estimate, batched=True)
 
 
 def computes_in_bfloat16(recipe: Recipe) -> bool:
@@ -152,6 +156,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
     trainer = make(
         model, arguments, collator, prepared.train_data, prepared.evaluation_data, callbacks=[tensorboard],
         processing_class=prepared.processor, vision_learning_rate=recipe.vision_learning_rate,
+        initial_states=recipe.initial_states,
     )  # fmt: skip
     check_engine(trainer, recipe)
     if recipe.fsdp_config and computes_in_bfloat16(recipe):

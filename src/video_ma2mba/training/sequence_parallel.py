@@ -56,11 +56,16 @@ class SequenceParallelTrainer(VideoMa2mbaTrainer):
         The others: as of `VideoMa2mbaTrainer`.
 
     Raises:
-        ValueError: The number of processes is no multiple of it.
+        ValueError: The number of processes is no multiple of it, or `label_smoothing_factor` is asked for.
     """
 
     def __init__(self, *args: Any, sequence_parallel: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None:
+            raise ValueError(
+                "label_smoothing_factor needs the labels of whole samples, of which sequence_parallel leaves each "
+                "process a part: let one of them be"
+            )
         self.ranks, world = sequence_parallel, self.args.world_size
         if world % self.ranks:
             raise ValueError(f"sequence_parallel {self.ranks} does not divide the {world} process(es)")

@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
+from torch.nn import functional as F
 from transformers import Trainer
+from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.collator import INFO
 from ..data.sampling import LengthGroupedSampler
+from ..modeling.modeling_video_ma2mba import VideoMa2mbaModel
+from .initial_states import InitialStates, InitialStatesOptions
 from .parameters import parameter_groups
 
 COMPLETE = "complete"  # written into a checkpoint when all else is
+OWN_GROUPS = {"params", "model", "optimizer_dict"}  # options of optimizers that group parameters themselves
 COUNTS = ("samples", "tokens", "supervised_tokens", "skipped_samples", "changed_samples")
 
 
@@ -30,36 +35,64 @@ class VideoMa2mbaTrainer(Trainer):
 
     Beyond the stock Trainer, which works too:
     - the vision tower has a rate of its own, and only matrices decay (`parameters.parameter_groups`);
+    - `label_smoothing_factor` smooths the loss of the next token, at the cost of logits for the supervised tokens alone
+      (the stock Trainer shifts labels only for the text models it knows by name);
     - a data set with `num_tokens` is sampled by length (`LengthGroupedSampler`);
     - samples that `VideoChatCollator(with_info=True)` left out are counted, warned of and written to
       `skipped_samples.jsonl`; an error names the samples and videos of its batch;
     - a loss that is not finite stops the training, with the batch saved;
+    - an evaluation without metrics asks for no logits;
     - the log has tokens and samples per second, and the part of the tokens that is supervised;
     - a checkpoint counts only when it is whole: see `last_checkpoint`.
 
     Args:
         vision_learning_rate: Of the tower; None for that of the rest.
+        initial_states: Where the states of a training sample begin; None: with zeros.
         The others: as of `transformers.Trainer`.
     """
 
     model: Any  # of `Trainer`, which declares that it may be missing
     autocast_dtype: torch.dtype | None = None  # in which to compute where the engine would cast the weights for it
 
-    def __init__(self, *args: Any, vision_learning_rate: float | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        vision_learning_rate: float | None = None,
+        initial_states: InitialStatesOptions | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.vision_learning_rate = vision_learning_rate
+        self.initial_states = None
+        if initial_states is not None and initial_states.kind != "zeros":
+            self.initial_states = InitialStates(initial_states, self.args.seed, self.args.process_index)
         self._counts = dict.fromkeys(COUNTS, 0)
         self._counted_since = time.perf_counter()
         self._batch_info: list[dict[str, Any]] = []
+        self._loss_only = False
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            groups = parameter_groups(
-                model or self.model, self.args.learning_rate, self.vision_learning_rate, self.args.weight_decay
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        given = self.optimizer_cls_and_kwargs
+        make, options = given or self.get_optimizer_cls_and_kwargs(self.args, model)
+        if is_optimizer_factory(make) or not OWN_GROUPS.isdisjoint(options):
+            if self.vision_learning_rate is not None:
+                raise ValueError(
+                    f"{make} groups the parameters itself: leave out vision_learning_rate, or take another"
+                )
+        else:
+            rate, decay = (
+                options.get("lr", self.args.learning_rate),
+                options.get("weight_decay", self.args.weight_decay),
             )
-            make, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = make(groups, **options)
-        return self.optimizer
+            options = {**options, "params": parameter_groups(model, rate, self.vision_learning_rate, decay)}
+        self.optimizer_cls_and_kwargs = make, options  # which the stock Trainer reads, with all else it does for it
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -104,8 +137,31 @@ class VideoMa2mbaTrainer(Trainer):
             error.add_note(f"step {self.state.global_step}, samples: {'; '.join(names) or 'unknown'}")
             raise
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        self._loss_only = prediction_loss_only
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        if self.label_smoother is not None and self.compute_loss_func is None and "labels" in inputs:
+            inputs = for_label_smoothing(inputs, all_logits=return_outputs and not self._loss_only)
+            if num_items_in_batch is not None:
+                num_items_in_batch = max(num_items_in_batch, 1)  # nothing supervised: a loss of zero
+        elif self._loss_only and not self.model.training and "labels" in inputs:
+            inputs = {"logits_to_keep": torch.arange(0), **inputs}  # no logits, however long the video
+        states = self.initial_states if self.model.training else None
+        base = next(module for module in self.model.modules() if isinstance(module, VideoMa2mbaModel))
+        if states is not None:  # the model moves the cache on in place
+            ids = inputs["input_ids"]
+            inputs["cache"] = states.begin(base.language_model.new_cache(len(ids), ids.device))
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if states is not None:
+            states.end(inputs.pop("cache"))
         loss, *rest = result if isinstance(result, tuple) else (result,)
         if self.model.training and not torch.isfinite(loss):
             raise NonFiniteLoss(self._save_batch(inputs, loss))
@@ -154,10 +210,33 @@ class VideoMa2mbaTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.initial_states is not None:
+            self.initial_states.save(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (folder / COMPLETE).touch()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.initial_states is not None:
+            self.initial_states.load(Path(checkpoint))
+
+
+def for_label_smoothing(inputs: dict[str, Any], all_logits: bool) -> dict[str, Any]:
+    """Inputs whose labels stand beside the logits that predict them, as the stock Trainer's label smoother wants them.
+
+    Args:
+        inputs: With `labels` (batch, tokens), beside the tokens themselves.
+        all_logits: Ask for the logits of all tokens, and not only where a row is supervised.
+    """
+    labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # token t predicts token t + 1
+    if all_logits:
+        return {**inputs, "labels": labels}
+    supervised = (labels != -100).any(dim=0)
+    supervised[0] |= not supervised.any()  # a model gives some logits
+    positions = supervised.nonzero()[:, 0]
+    return {**inputs, "labels": labels[:, positions], "logits_to_keep": positions}
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -162,14 +163,22 @@ class Conversion:
         check_answers(folder)
 
 
-def check_answers(folder: Path) -> None:
-    """Load a model and its processor, and let it answer a question about one frame.
+def check_answers(folder: Path) -> str:
+    """Load a model and its processor, and let it answer a question about one frame; returns the answer.
 
     Raises:
         ValueError: weights that are not all there, or too many; logits that are not finite.
     """
     model = load(VideoMa2mbaForConditionalGeneration, str(folder))
-    processor = load(VideoMa2mbaProcessor, str(folder))
+    return answer_to_a_frame(folder, model, load(VideoMa2mbaProcessor, str(folder)))
+
+
+def answer_to_a_frame(name: str | Path, model: Any, processor: VideoMa2mbaProcessor) -> str:
+    """What the model called `name` says of one black frame.
+
+    Raises:
+        ValueError: its logits are not finite.
+    """
     side = processor.video_processor.side
     frames = torch.zeros(1, side, side, 3, dtype=torch.uint8).numpy()
     content = [{"type": "video", "video": frames}, {"type": "text", "text": "What is shown?"}]
@@ -179,8 +188,9 @@ def check_answers(folder: Path) -> None:
     with torch.no_grad():
         logits = model(**inputs, logits_to_keep=1).logits
     if not logits.isfinite().all():
-        raise ValueError(f"{folder}: the logits of a forward pass are not finite")
-    model.generate(**inputs, max_new_tokens=2)
+        raise ValueError(f"{name}: the logits of a forward pass are not finite")
+    ids = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(ids, skip_special_tokens=True).strip()
 
 
 def _shards(sizes: dict[str, int], most: int) -> list[dict[str, int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling, processing
+from .adapters import CONFIG, WEIGHTS, check_adapter, is_adapter
 from .checkpoint_reader import CheckpointReader, read_json
 from .conversion import check_answers
 from .model_card import check_card
@@ -21,11 +22,13 @@ def files_to_share(folder: Path) -> list[str]:
     """The names of the files that a Hub repository of this checkpoint needs, sorted, README.md aside.
 
     What else lies there, such as the Trainer's `training_args.bin`, is not among them; so no pickle ever is. A folder
-    without code gets that of this package.
+    without code gets that of this package; one of adapters needs none.
 
     Raises:
         ValueError: files that are missing, weights that are broken or a pickle.
     """
+    if is_adapter(folder):
+        return [CONFIG, WEIGHTS]
     if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
         raise ValueError(
             f"{folder}: lacks {', '.join(missing)}; write them with model.save_pretrained and processor.save_pretrained"
@@ -61,14 +64,14 @@ def _with_imports(modules: Iterable[Path]) -> set[Path]:
     return {Path(file) for module in modules for file in [str(module), *get_relative_import_files(module)]}
 
 
-def check_folder(folder: Path) -> None:
-    """Load the model and its processor, let it answer, and read its card.
+def check_folder(folder: Path) -> str:
+    """Read the card, load the model, or the adapters on their model, and let it answer; returns the answer.
 
     Raises:
         ValueError: a card that the Hub cannot read, or an answer that is none.
     """
     check_card(folder / "README.md")
-    check_answers(folder)
+    return check_adapter(folder) if is_adapter(folder) else check_answers(folder)
 
 
 def upload(folder: Path, repo: str, files: list[str], private: bool) -> str:

@@ -1,0 +1,368 @@
+"""Teach the tiny Video-Ma²mba to remember for hours: carried states, on stories of up to 30,000 seconds.
+
+    python examples/train_tiny_long.py --model long                   # from model_cards/video-ma2mba-tiny, resumable
+    python examples/train_tiny.py --evaluate-only --model long --beyond 2880 14400
+
+A model knows only the states that its training length leads to, and is lost beyond it (Ruiz and Gu, arXiv 2507.02782).
+So a few stories run beside the training, as streams. At every step some of them go on: by a stretch that is only
+watched, then by a window with a gradient, which begins with the true states, carried over and detached; then questions
+about all that was seen so far are asked from copies of the states, each in a row of its own, as `VideoMemory.ask` does.
+Every third step is of short videos, all of whose tokens get a gradient. There the model learns what to write; on the
+streams, to keep it.
+
+Two things are changed in the model first, and hardly change its answers: every layer gets heads that forget slowly, and
+two more layers, which do nothing yet, find their places between the old ones. Tower and projector stay frozen, so
+frames are turned into features once: a bank of scenes, from H.264, of which stories of any length are put together.
+"""
+
+import argparse
+import copy
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from train_tiny import CARD, decode_story, save
+
+from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
+from video_ma2mba.data.synthetic import COLOURS, SHAPES, Question, make_story
+
+NUM_HEADS, NUM_LAYERS = 8, 6
+NEW_LAYERS = (1, 4)  # their places among the six
+HALF_LIVES = (2000.0, 8000.0, 30000.0, 120000.0)  # of the new heads, in tokens, at the time step they begin with
+TIME_STEP = 0.03
+BANK_STORY_S, BANK_SEED, STREAM_SEED = 24, 3 * 10**8, 10**10
+NUM_STREAMS, STREAMS_S = 8, ((0.7, 400, 24_000), (0.3, 8_000, 30_000))  # share of the streams, seconds from, to
+WINDOWS = ((0.35, 128, 8), (0.3, 256, 6), (0.2, 512, 4), (0.15, 1024, 2))  # share of the steps, frames, streams
+SHORT = ((0.25, 3, 30, 24), (0.6, 8, 180, 8), (0.15, 180, 480, 3))  # share of the steps, seconds from, to, videos
+WATCHED_AT_A_TIME = 2048
+SAVED = "training.safetensors"
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def grown(old: VideoMa2mbaForConditionalGeneration) -> VideoMa2mbaForConditionalGeneration:
+    """The model with twice the heads in every layer and two layers more; it answers much as before."""
+    config = copy.deepcopy(old.config)
+    text = config.text_config
+    inner, state, heads = text.num_heads * text.head_dim, text.state_size, text.num_heads
+    places = [place for place in range(NUM_LAYERS) if place not in NEW_LAYERS]
+    text.num_heads, text.num_hidden_layers = NUM_HEADS, NUM_LAYERS
+    text.expand = NUM_HEADS * text.head_dim // text.hidden_size
+    new = VideoMa2mbaForConditionalGeneration(config)
+    wide = NUM_HEADS * text.head_dim
+    given = dict(old.named_parameters())
+    for name, parameter in new.named_parameters():
+        before, layers, rest = name.partition("language_model.layers.")
+        place, _, tail = rest.partition(".")
+        if not layers:
+            parameter.copy_(given[name])
+            continue
+        is_new = int(place) in NEW_LAYERS
+        value = None if is_new else given[f"{before}{layers}{places.index(int(place))}.{tail}"]
+        if tail.endswith(("A_log", "dt_bias")):
+            steps = torch.full((NUM_HEADS,), TIME_STEP)
+            steps[:heads] = torch.tensor([0.003, 0.02, 0.1, 0.3])
+            decays = torch.tensor([1.0, 1.0, 2.0, 3.0, *(math.log(2) / (TIME_STEP * life) for life in HALF_LIVES)])
+            begin = decays.log() if tail.endswith("A_log") else steps + torch.log(-torch.expm1(-steps))
+            parameter.copy_(begin if is_new else torch.cat([value, begin[heads:]]))
+        elif is_new:
+            if tail.endswith("out_proj.weight"):
+                parameter.zero_()  # the layer adds nothing yet
+        elif tail.endswith("in_proj.weight"):
+            mine = parameter.split([wide, wide, 2 * state, NUM_HEADS])
+            theirs = value.split([inner, inner, 2 * state, heads])
+            for part, old_part in zip(mine, theirs, strict=True):
+                part[: len(old_part)] = old_part
+            mine[1][inner:] *= 0.2  # new heads are quiet at first
+            mine[3][heads:] *= 0.3
+        elif "conv1d" in tail:
+            parameter[:inner], parameter[wide:] = value[:inner], value[inner:]
+            if tail.endswith("bias"):
+                parameter[inner:wide] = 0
+        elif tail.endswith("mixer.norm.weight"):  # the mean square of twice as many numbers, half of them small
+            parameter[:inner], parameter[inner:] = value, value.mean()
+            parameter *= math.sqrt(inner / wide)
+        elif tail.endswith("out_proj.weight"):
+            parameter[:, :inner] = value
+            parameter[:, inner:] *= 0.3
+        elif tail.endswith("mixer.D"):
+            parameter[:heads] = value
+        else:
+            parameter.copy_(value)
+    new.generation_config = old.generation_config
+    return new
+
+
+# --- the stories ----------------------------------------------------------------------------------------------------
+
+
+class Bank:
+    """Features of scenes by name and length, from decoded H.264: float32 (frames, hidden) each."""
+
+    def __init__(self, model, processor, num_stories: int, file: Path):
+        names, lengths = [], []
+        stories = [
+            make_story(BANK_SEED + i, BANK_STORY_S, source_fps=(1, 4)[i % 2]) for i in range(num_stories)
+        ]  # files of one frame a second look a little different
+        for story in stories:
+            names += [scene.name for scene in story.scenes]
+            lengths += [scene.duration_s for scene in story.scenes]
+        if not file.is_file():
+            with torch.inference_mode():
+                parts = [model.get_video_features(decode_story(s, processor)).pooler_output[:, 0] for s in stories]
+            save_file({"features": torch.cat(parts)}, file)
+        self.features = load_file(file)["features"]
+        starts = np.cumsum([0, *lengths[:-1]])
+        self.scenes: dict[tuple[str, int], np.ndarray] = {}
+        for name in set(names):
+            for length in range(1, 5):
+                fits = [s for s, n, have in zip(starts, names, lengths, strict=True) if n == name and have >= length]
+                self.scenes[name, length] = np.asarray(fits)
+
+    def place(self, name: str, length: int, rng: np.random.Generator) -> np.ndarray:
+        """Rows of `features`, so many seconds of a scene of this name."""
+        fits = self.scenes[name, length]
+        if not len(fits):  # circles stay for two seconds at most
+            return np.concatenate([self.place(name, 1, rng) for _ in range(length)])
+        start = fits[rng.integers(len(fits))]
+        return np.arange(start, start + length)
+
+
+class Tape:
+    """A story made of scenes of the bank, which can be asked about at any second.
+
+    With `needle` the circle stands anywhere, also first or last, as in the test of the needle in a haystack.
+    """
+
+    def __init__(self, seed: int, duration_s: int, bank: Bank, rng: np.random.Generator, needle: bool = False):
+        story = make_story(seed, duration_s)
+        scenes = [(scene.name, scene.duration_s) for scene in story.scenes]
+        self.circle = story.circle.name
+        if needle:
+            circle = next(scene for scene in scenes if scene[0] == self.circle)
+            scenes.remove(circle)
+            scenes.insert(int(rng.choice([0, len(scenes), rng.integers(len(scenes) + 1)])), circle)
+        self.names = [name for name, _ in scenes]
+        self.ends = np.cumsum([length for _, length in scenes])
+        self.rows = np.concatenate([bank.place(*scene, rng) for scene in scenes])
+        self.debuts: dict[str, int] = {}
+        for (name, length), end in zip(scenes, self.ends, strict=True):
+            self.debuts.setdefault(name, int(end) - length)
+
+    def questions(self, second: int, rng: np.random.Generator, repeats: int) -> list[Question]:
+        """What can be asked after so many seconds; `ever_appears` and `which_first` several times."""
+        first, last = self.names[0], self.names[int(np.searchsorted(self.ends, second - 1, side="right"))]
+        seen = [name for name, debut in self.debuts.items() if debut < second and name != self.circle]
+        unseen = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in seen]
+        asked = []
+        if self.debuts[self.circle] < second:  # what was shown once counts more: it is asked for several times
+            asked += 4 * [Question("circle_colour", "What colour was the circle?", self.circle.split()[0])]
+        if first != self.circle:
+            asked += 2 * [Question("first_shape", "Which shape came first of all?", first.split()[1])]
+        if last != self.circle:
+            asked.append(Question("last_shape", "Which shape came last of all?", last.split()[1]))
+        for number in range(repeats):
+            among, answer = (seen, "yes") if number % 2 and seen else (unseen, "no")
+            asked.append(Question("ever_appears", f"Did a {rng.choice(among)} ever appear?", answer))
+            if len(seen) > 1:
+                one, other = rng.choice(len(seen), 2, replace=False)
+                text = f"Which came first, the {seen[one]} or the {seen[other]}?"
+                asked.append(Question("which_first", text, seen[min(one, other)]))
+        return asked
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+class Teacher:
+    """Makes the losses: of short videos, and of the streams.
+
+    Args:
+        model, processor: What is taught, and its processor.
+        bank: Of scenes.
+        rng: Source of all choices.
+        next_seed: Of the next story.
+    """
+
+    def __init__(self, model, processor, bank: Bank, rng: np.random.Generator, next_seed: int):
+        self.model, self.processor, self.bank, self.rng, self.next_seed = model, processor, bank, rng, next_seed
+        frame = {"type": "video", "video": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}
+        self.frame, self.video_id = frame, processor.video_token_id
+        self.head = self._ids([Question("", "?", "!")])[1]
+        self.streams = [self._new_stream(0) for _ in range(NUM_STREAMS)]
+
+    def short_loss(self) -> torch.Tensor:
+        _, low, high, count = SHORT[self.rng.choice(len(SHORT), p=[part[0] for part in SHORT])]
+        duration_s = int(self.rng.integers(low, high + 1))
+        tapes = [self._new_tape(duration_s) for _ in range(count)]
+        cache = self._watch(self._begin(count), np.stack([tape.rows for tape in tapes]))
+        return self._ask(cache, [tape.questions(duration_s, self.rng, 3) for tape in tapes])
+
+    def stream_loss(self) -> torch.Tensor:
+        """Some streams go on: a stretch that is watched, longer in an older one, and a window with a gradient."""
+        _, window, count = WINDOWS[self.rng.choice(len(WINDOWS), p=[part[0] for part in WINDOWS])]
+        chosen = self.rng.permutation(NUM_STREAMS)[:count]
+        for number in chosen:
+            stream = self.streams[number]
+            stretch = int(self.rng.integers(20, 200) + self.rng.uniform(0, 0.6) * stream["at"])
+            if stream["at"] + stretch + window > len(stream["tape"].rows):
+                stream = self.streams[number] = self._new_stream(window)
+                stretch = int(self.rng.integers(min(300, len(stream["tape"].rows) - window) + 1))
+            with torch.no_grad():
+                for start in range(stream["at"], stream["at"] + stretch, WATCHED_AT_A_TIME):
+                    end = min(start + WATCHED_AT_A_TIME, stream["at"] + stretch)
+                    self._watch(stream["cache"], stream["tape"].rows[None, start:end])
+            stream["at"] += stretch
+        streams = [self.streams[number] for number in chosen]
+        rows = np.stack([s["tape"].rows[s["at"] : s["at"] + window] for s in streams])
+        cache = self._watch(type(streams[0]["cache"]).joined([s["cache"] for s in streams]), rows)
+        for number, stream in enumerate(streams):
+            stream["at"] += window
+            stream["cache"].layers = [
+                type(layer)(*(state[number : number + 1].detach() for state in layer)) for layer in cache.layers
+            ]
+        return self._ask(cache, [s["tape"].questions(s["at"], self.rng, 4) for s in streams])
+
+    def _new_tape(self, duration_s: int) -> Tape:
+        self.next_seed += 1
+        return Tape(self.next_seed, duration_s, self.bank, self.rng, needle=self.rng.random() < 0.2)
+
+    def _new_stream(self, at_least_s: int) -> dict:
+        _, low, high = STREAMS_S[self.rng.choice(len(STREAMS_S), p=[part[0] for part in STREAMS_S])]
+        low, high = np.log([max(low, at_least_s + 30), high])
+        tape = self._new_tape(int(np.exp(self.rng.uniform(low, high))))
+        with torch.no_grad():
+            return {"tape": tape, "at": 0, "cache": self._begin(1)}
+
+    def _begin(self, count: int):
+        """The states after what stands before a video."""
+        ids = torch.tensor([self.head] * count)
+        return self.model(ids, use_cache=True, logits_to_keep=1).cache
+
+    def _watch(self, cache, rows: np.ndarray):
+        """rows: (videos, frames) of the bank. The cache is moved on."""
+        features = self.bank.features[torch.from_numpy(rows)]
+        return self.model(inputs_embeds=features, cache=cache, use_cache=True, logits_to_keep=1).cache
+
+    def _ids(self, questions: Sequence[Question]) -> tuple[list[int], list[int], list[int]]:
+        """What stands before the video; and after it ids and labels of a dialogue of these questions."""
+        chat = []
+        for question in questions:
+            content = [{"type": "text", "text": question.text}]
+            chat += [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
+        chat[0]["content"].insert(0, self.frame)
+        batch = self.processor.apply_chat_template(chat, tokenize=True, return_labels=True)
+        ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+        place = ids.index(self.video_id)
+        return ids[place + 1 :], ids[:place], labels[place + 1 :]
+
+    def _ask(self, cache, questions: Sequence[list[Question]]) -> torch.Tensor:
+        """Each question in a row of its own, from a copy of its video's states; now and then a few in one dialogue."""
+        together = int(self.rng.choice([1, 1, 1, 3, 12]))
+        rows, owners = [], []
+        for owner, asked in enumerate(questions):
+            shuffled = [asked[i] for i in self.rng.permutation(len(asked))]
+            for start in range(0, len(shuffled), together):
+                ids, _, labels = self._ids(shuffled[start : start + together])
+                rows.append((ids, labels))
+                owners.append(owner)
+        longest = max(len(ids) for ids, _ in rows)
+        pad = self.processor.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row, _ in rows])
+        labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in rows])
+        cache = cache.copy()
+        cache.reorder_cache(torch.tensor(owners))
+        return self.model(ids, labels=labels, cache=cache).loss
+
+
+# --- the training ---------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model) -> Iterator[tuple[dict, list[str]]]:
+    """What decides how fast states decay learns four times as fast; only matrices decay."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    slow = [name for name in trained if name.endswith(("A_log", "dt_bias"))]
+    vectors = [name for name, p in trained.items() if p.ndim < 2 and name not in slow]
+    for names, factor, decay in ((slow, 4.0, 0.0), (vectors, 1.0, 0.0), ([*trained], 1.0, 0.05)):
+        chosen = [name for name in names if name in trained]
+        yield {"params": [trained.pop(name) for name in chosen], "factor": factor, "weight_decay": decay}, chosen
+
+
+def train(model, processor, args: argparse.Namespace) -> None:
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+    model.train()
+    groups, names = zip(*parameter_groups(model), strict=True)
+    by_group = zip(names, groups, strict=True)
+    parameters = {name: p for some, group in by_group for name, p in zip(some, group["params"], strict=True)}
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
+    bank = Bank(model, processor, args.bank_stories, args.output / "bank.safetensors")
+    saved, step = args.output / SAVED, 0
+    if saved.is_file():
+        kept = load_file(saved)
+        step = int(kept["step"])
+        for name, parameter in parameters.items():
+            parameter.data.copy_(kept[name])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)), **{k: kept[f"{k}.{name}"] for k in ("exp_avg", "exp_avg_sq")},
+            }  # fmt: skip
+    teacher = Teacher(model, processor, bank, np.random.default_rng([args.seed, step]), STREAM_SEED + 10**4 * step)
+    start, losses = time.perf_counter(), {True: [], False: []}
+    while step < args.steps:
+        rate = args.learning_rate * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        is_short = step % 3 == 0
+        loss = teacher.short_loss() if is_short else teacher.stream_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0, error_if_nonfinite=True)
+        optimizer.step()
+        step += 1
+        losses[is_short].append(loss.item())
+        if step % 50 == 0:
+            short, streams = (np.mean(losses[key]) for key in (True, False))
+            print(
+                f"step {step}, {time.perf_counter() - start:.0f} s: short {short:.4f}, streams {streams:.4f}",
+                flush=True,
+            )
+            losses = {True: [], False: []}
+        if step % 200 == 0 or step == args.steps:
+            kept = {"step": torch.tensor(step)} | {name: p.detach() for name, p in parameters.items()}
+            for name, parameter in parameters.items():
+                kept |= {f"{k}.{name}": optimizer.state[parameter][k] for k in ("exp_avg", "exp_avg_sq")}
+            save_file({name: value.contiguous() for name, value in kept.items()}, saved.with_suffix(".partial"))
+            os.replace(saved.with_suffix(".partial"), saved)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--begin-with", type=Path, default=CARD, metavar="DIR", help="default: the published model")
+    parser.add_argument("--model", type=Path, required=True, help="where the model is saved")
+    parser.add_argument("--steps", type=int, default=6000, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=8e-4, help="default: %(default)s")
+    parser.add_argument("--bank-stories", type=int, default=2500, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("train_tiny_long_output"), help="bank and checkpoint")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    processor = VideoMa2mbaProcessor.from_pretrained(args.begin_with)
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(args.begin_with)
+    if model.config.text_config.num_hidden_layers < NUM_LAYERS:
+        model = grown(model)
+    train(model, processor, args)
+    save(model, processor, args.model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Opening a video with PyAV: only as what it is, and leading nowhere else."""
+
+from fractions import Fraction
+
+from .media_location import URL_TIMEOUT_S, MediaLocation, VideoReadError, silent
+
+try:
+    import av
+except ImportError:  # `video_source` says what to install
+    av = None  # type: ignore[assignment]
+
+# Containers round durations, and sound may end a little after the pictures: less than this is not "missing".
+TRUNCATION_TOLERANCE_S = 0.5
+_UNREAD_PART = 4  # more than a fourth of such a file behind the last packet is more than indexes and tags
+# Formats whose packets stand one after another: bytes between them, more than so many of their headers, where times
+# have a gap too, are lost packets. A program stream tells no places, but its frames come at one rate: any gap is loss.
+_HEADERS_BYTES = {"matroska,webm": 100, "flv": 100, "mpegts": 188 * 8, "mpeg": 0}
+# Formats that name other files or addresses; those of the web may, for what they name is then in the web too.
+PLAYLISTS = {"hls", "dash"}
+_NOT_VIDEO = {
+    "concat",
+    "imf",
+    "sdp",
+    "rtsp",
+    "sap",
+    "rtp",
+    "image2",
+    "webm_dash_manifest",
+    "lavfi",
+    "tty",
+    "ffmetadata",
+}
+_WEB_PROTOCOLS = "http,https,httpproxy,tcp,tls,crypto,data"
+
+
+def open_container(location: MediaLocation) -> "av.container.InputContainer":
+    """What PyAV makes of a file, an address or bytes.
+
+    Raises:
+        VideoReadError: It is none that FFmpeg reads, or its server is silent.
+    """
+    target, is_url = location.target, location.is_url
+    if hasattr(target, "seek"):
+        target.seek(0)
+    refused = _NOT_VIDEO if is_url else _NOT_VIDEO | PLAYLISTS
+    options = {
+        "format_whitelist": ",".join(sorted(av.formats_available - refused)),
+        "protocol_whitelist": _WEB_PROTOCOLS if is_url else "file",
+    }
+    if is_url:
+        options["rw_timeout"] = str(round(URL_TIMEOUT_S * 1e6))
+    try:
+        # Titles in unknown encodings are no reason to refuse a video.
+        return av.open(
+            target, "r", options=options, metadata_errors="ignore", timeout=URL_TIMEOUT_S if is_url else None
+        )
+    except (av.error.ExitError, av.error.TimeoutError) as error:
+        raise VideoReadError(silent(location)) from error
+    except PermissionError as error:
+        raise VideoReadError(f"{location.name}: no permission to read this file. Change its access rights.") from error
+    except (av.FFmpegError, OSError, ValueError) as error:
+        if location.header[4:8] == b"ftyp":
+            raise VideoReadError(
+                f"{location.name}: an mp4 file without a readable index, most likely cut off while it was recorded or "
+                "downloaded. Copy or download it again."
+            ) from error
+        if location.header.startswith((b"#EXTM3U", b"ffconcat")):
+            raise VideoReadError(
+                f"{location.name}: a list of other files, which are not opened for it. "
+                "Put them into one file: ffmpeg -i LIST -c copy OUTPUT.mp4"
+            ) from error
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise VideoReadError(
+            f"{location.name}: this is not a video that FFmpeg can read ({reason}). "
+            "Check that it plays in a video player, or convert it to mp4."
+        ) from error
+
+
+def video_stream(container: "av.container.InputContainer", name: str) -> "av.VideoStream":
+    """The default video stream, or the first.
+
+    Raises:
+        VideoReadError: There is none, or of no codec that is known.
+    """
+    # The cover picture of a song counts as a video stream in FFmpeg, not here.
+    kinds = av.stream.Disposition
+    streams = [
+        stream
+        for stream in container.streams.video
+        if not stream.disposition & (kinds.attached_pic | kinds.timed_thumbnails)
+    ]
+    if not streams:
+        found = sorted({stream.type for stream in container.streams})
+        raise VideoReadError(
+            f"{name}: there are no pictures in this file, only {', '.join(found) or 'nothing'}. Name a video file."
+        )
+    stream = next((stream for stream in streams if stream.disposition & kinds.default), streams[0])
+    if stream.codec_context is None:
+        raise VideoReadError(
+            f"{name}: its pictures are in a format that this FFmpeg cannot decode. Convert it to mp4, "
+            "or, if it should be one, copy or download it again."
+        )
+    return stream
+
+
+def may_have_joints(container: "av.container.InputContainer", location: MediaLocation) -> bool:
+    """Whether only looking at every packet tells; a list of pieces tells its length, and a live stream has none."""
+    form = container.format
+    if form.name in PLAYLISTS or (location.is_url and container.size <= 0):
+        return False
+    return bool(av.format.Flags.ts_discont.value & form.flags) or form.name == "flv"
+
+
+class PacketPlaces:
+    """Where the packets lie in a file: bytes that belong to none, between them or behind the last."""
+
+    def __init__(self, container: "av.container.InputContainer", stream_index: int):
+        self.container, self.stream_index = container, stream_index
+        self._read_to: int | None = None
+        self._skipped_before = False
+
+    def skips(self, packet: "av.Packet") -> bool:
+        """Whether bytes between this packet and the ones before, of any stream, were left out by the demuxer."""
+        form = self.container.format.name
+        if form == "mpeg":
+            return True
+        if form not in _HEADERS_BYTES or packet.pos is None or packet.pos < 0:
+            return False
+        skipped = self._read_to is not None and packet.pos - self._read_to > _HEADERS_BYTES[form]
+        size = packet.size if form != "mpegts" else packet.size * 188 // 184
+        self._read_to = max(self._read_to or 0, packet.pos + size)
+        if packet.stream_index != self.stream_index:
+            self._skipped_before = skipped or self._skipped_before
+            return False
+        skipped, self._skipped_before = skipped or self._skipped_before, False
+        return skipped
+
+    def unread(self) -> int:
+        """Bytes behind the last packet, where so much is there that it must be another file; else 0."""
+        size, counts = self.container.size, self.container.format.name in ("matroska,webm", "flv")
+        behind = size - self._read_to if self._read_to and counts else 0
+        return behind if behind * _UNREAD_PART > size else 0
+
+
+def declared_end(container: "av.container.InputContainer", stream: "av.VideoStream") -> Fraction | None:
+    """The end that the file declares, in seconds of its own clock, of which Matroska's durations are ends."""
+    if stream.duration:
+        return ((stream.start_time or 0) + stream.duration) * (stream.time_base or Fraction(1, av.time_base))
+    try:  # Matroska: 00:01:02.345000000
+        hours, minutes, seconds = map(Fraction, stream.metadata.get("DURATION", "").split(":"))
+        return hours * 3600 + minutes * 60 + seconds
+    except ValueError:
+        return Fraction(container.duration, av.time_base) if container.duration else None
+
+
+def as_whole(packet: "av.Packet") -> "av.Packet":
+    """A copy without the mark of corruption."""
+    copy = av.Packet(bytes(packet))
+    copy.pts, copy.dts, copy.duration = packet.pts, packet.dts, packet.duration
+    copy.time_base, copy.is_keyframe, copy.stream = packet.time_base, packet.is_keyframe, packet.stream
+    return copy
+
+
+def stands_alone(frame: "av.VideoFrame") -> bool:
+    return bool(frame.key_frame) or frame.pict_type == av.video.frame.PictureType.I
