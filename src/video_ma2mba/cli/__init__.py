@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from . import ask, bench, chat, convert, data, evaluate, merge, plan, share, train, ui, watch
+from . import ask, bench, chat, convert, data, evaluate, merge, plan, serve, share, train, ui, watch
 from .quiet import silence_other_libraries
 
 COMMANDS = {
     "ask": ask, "bench": bench, "chat": chat, "convert": convert, "data": data, "eval": evaluate,
-    "merge": merge, "plan": plan, "share": share, "train": train, "ui": ui, "watch": watch,
+    "merge": merge, "plan": plan, "serve": serve, "share": share, "train": train, "ui": ui, "watch": watch,
 }  # fmt: skip
 # Packages that only some commands need, and the extra that brings each.
 EXTRAS = {"datasets": "train", "peft": "train", "tensorboard": "train", "matplotlib": "train", "evaluate": "eval",
-          "gradio": "ui"}  # fmt: skip
+          "gradio": "ui", "fastapi": "serve", "uvicorn": "serve", "python_multipart": "serve"}  # fmt: skip
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 

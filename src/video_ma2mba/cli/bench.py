@@ -19,6 +19,7 @@ BENCHMARKS = {
     "train": "training throughput by checkpointing method",
     "generate": "prefill, seconds per new token by length of the context, and frames per second of the tower",
     "memory-of-video": "a video memory against an attention model: bytes and seconds per question, by minutes of video",
+    "serve": "questions over HTTP: requests a second and time to the first token, by clients at once",
     "study": "small experiments: backbone, fps, intervals, length, max-length, stability",
     "backends": "which kernels run on this machine, and why not the others",
 }

@@ -6,7 +6,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import watching
 
@@ -26,13 +26,18 @@ HELP_LINES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("video", metavar="MEMORY_OR_VIDEO", help="folder of a memory, or path or URL of a video")
+    parser.add_argument(
+        "video",
+        metavar="MEMORY_OR_VIDEO",
+        help="folder of a memory, or path or URL of a video; with --server also a memory's id",
+    )
     watching.add_arguments(parser)
+    watching.add_server_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="per answer (default: 128)")
 
 
 def run(args: argparse.Namespace) -> None:
-    memory, _ = watching.open_memory(args)
+    memory: Any = watching.remote_memory(args) if args.server else watching.open_memory(args)[0]
     talk = Talk(memory, args.max_new_tokens)
     in_terminal = sys.stdin.isatty()
     if in_terminal:

@@ -15,14 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
+    watching.add_server_arguments(parser)
     parser.add_argument("--max-upload", default="2gb", metavar="SIZE", help="of a video (default: 2gb)")
 
 
 def run(args: argparse.Namespace) -> None:
     from ..ui import Page
 
-    model, processor = watching.load_model_and_processor(args)
-    page = Page(model, processor, args.memories, example=args.model is None).build()
+    if args.server:
+        page = Page(None, None, args.memories, example=True, server=watching.open_server(args)).build()
+    else:
+        model, processor = watching.load_model_and_processor(args)
+        page = Page(model, processor, args.memories, example=args.model is None).build()
     page.queue().launch(
         server_name=args.host, server_port=args.port, max_file_size=args.max_upload, share=False, quiet=True,
         prevent_thread_lock=True, enable_monitoring=False,

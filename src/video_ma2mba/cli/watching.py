@@ -11,6 +11,7 @@ from ..progress import progress_bars
 
 if TYPE_CHECKING:
     from ..modeling.video_memory import VideoMemory
+    from ..serving.client import RemoteMemory, Server
 
 
 TINY_KNOWS = "which knows videos of coloured shapes and nothing else"
@@ -40,6 +41,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--end", type=float, metavar="SECONDS", help="where to stop (default: the end)")
     parser.add_argument("--max-duration", type=float, metavar="SECONDS", help="watch no more than this of the video")
     parser.add_argument("--snapshots", type=float, nargs="+", default=[], metavar="SECONDS", help="times to go back to")
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that a server can answer."""
+    parser.add_argument("--server", metavar="URL", help="let a `video-ma2mba serve` watch and answer")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key of the server, in its first line")
+
+
+def open_server(args: argparse.Namespace) -> "Server":
+    """The server of the options.
+
+    Raises:
+        ValueError: there are options that only a model on this machine could follow.
+    """
+    from ..serving.client import Server
+
+    elsewhere = ("model", "adapter", "max_frames", "end", "max_duration", "snapshots")
+    given = [name for name in elsewhere if getattr(args, name, None)] + ["start"] * bool(getattr(args, "start", 0))
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{options}: with --server the server's model watches whole videos; leave it out")
+    key = None
+    if args.api_key_file is not None:
+        key = next(iter(args.api_key_file.read_text(encoding="utf-8").split()), None)
+    return Server(args.server, key)
+
+
+def remote_memory(args: argparse.Namespace) -> "RemoteMemory":
+    """A memory of a server: one that it keeps, by its id, or of a video that is sent to it now."""
+    from ..serving.client import RemoteMemory
+
+    server = open_server(args)
+    if not Path(args.video).exists():
+        return RemoteMemory(server, server.wait(args.video))
+    described = server.upload(args.video, args.fps)
+    with progress_bars() as show:
+        described = server.wait(
+            described["id"], progress=lambda done, expected: show("Watching, frames", done, expected)
+        )
+    return RemoteMemory(server, described)
 
 
 def load_model_and_processor(args: argparse.Namespace, video: str | None = None) -> tuple[Any, Any]:

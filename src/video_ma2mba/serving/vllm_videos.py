@@ -1,0 +1,175 @@
+"""How vLLM reads videos for this model: every frame at the processor's rate, in items of a few frames each."""
+
+import hashlib
+import math
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+)
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
+
+from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
+from .media import check
+from .prompts import prefix_hash
+from .vllm_plugin import ServedConfig
+
+FRAMES_PER_ITEM = 32  # encoded and held at once; a longer video is several items
+MAX_KEPT_BYTES = 2 * 2**30  # of decoded videos, for the next questions about them
+_NOT_ASKED = 32  # the number of frames that vLLM takes of a video where nobody says
+
+
+@VIDEO_LOADER_REGISTRY.register("video_ma2mba", video_processor="VideoMa2mbaVideoProcessor")
+class Undecoded(VideoLoader):
+    """Hands the file on as it is: `Processor` knows how large frames must be, and decodes them."""
+
+    @classmethod
+    def load_bytes(cls, data: bytes, num_frames: int = _NOT_ASKED, fps: float | None = None, **unknown: Any) -> Any:
+        if num_frames not in (_NOT_ASKED, -1) or unknown:
+            wrong = ", ".join(["num_frames"] * (num_frames not in (_NOT_ASKED, -1)) + [*unknown])
+            raise ValueError(f"media_io_kwargs: videos are sampled by fps alone, not by {wrong}")
+        return np.frombuffer(data, np.uint8), {"fps": fps}
+
+
+class Info(BaseProcessingInfo):
+    """What vLLM asks of the model's inputs."""
+
+    def get_hf_config(self) -> ServedConfig:
+        return self.ctx.get_hf_config(ServedConfig)
+
+    def get_hf_processor(self, **kwargs: object) -> VideoMa2mbaProcessor:
+        return self.ctx.get_hf_processor(VideoMa2mbaProcessor, **kwargs)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None, "video": None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        tokens = self.get_hf_config().tokens_per_frame
+        return {"image": tokens, "video": FRAMES_PER_ITEM * tokens}
+
+
+class DummyInputs(BaseDummyInputsBuilder[Info]):
+    """The largest inputs, by which vLLM plans its memory."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return "<video>" * mm_counts.get("video", 0) + "<image>" * mm_counts.get("image", 0)
+
+    def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
+        side = self.info.get_hf_config().vision_config.image_size
+        videos, images = mm_counts.get("video", 0), mm_counts.get("image", 0)
+        return {
+            "video": [np.zeros((FRAMES_PER_ITEM, side, side, 3), np.uint8)] * videos,
+            "image": self._get_dummy_images(width=side, height=side, num_images=images),
+        }
+
+
+class Processor(BaseMultiModalProcessor[Info]):
+    """From files and images to frames and placeholders.
+
+    A video becomes items of `FRAMES_PER_ITEM` frames, side by side in the prompt, which is the same prompt: vLLM holds
+    the embeddings of an item or two at a time, however long the video.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._decoded: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        prompt = self._tags_apart(inputs.prompt)
+        videos = inputs.mm_data_items.get("video")
+        if not videos:
+            return super().apply(replace(inputs, prompt=prompt), timing_ctx)
+        parts, names, counts = [], [], []
+        for video in videos.get_all():
+            digest, frames = self._frames(*(video if isinstance(video, tuple) else (video, None)))
+            split = frames.split(FRAMES_PER_ITEM)
+            parts += split
+            names += [prefix_hash(digest, [[number]]) for number in range(len(split))]
+            counts.append(len(split))
+        token, left = self.info.get_hf_config().video_token_id, iter(counts)
+        prompt = [one for ids in prompt for one in [ids] * (next(left) if ids == token else 1)]
+        items = MultiModalDataItems({**inputs.mm_data_items, "video": VideoProcessorItems(parts)})
+        uuids = {**(inputs.mm_uuid_items or {}), "video": names}
+        return super().apply(replace(inputs, prompt=prompt, mm_data_items=items, mm_uuid_items=uuids), timing_ctx)
+
+    def _tags_apart(self, ids: list[int]) -> list[int]:
+        """The tokens of the chat schema: vLLM tokenises a rendered prompt whole, which may fuse a tag with its text."""
+        processor = self.info.get_hf_processor()
+        tokenizer = processor.tokenizer
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        segments = processor._split(text, {"video": repeat(None), "image": repeat(None)})
+        pieces = tokenizer([segment.text for segment in segments], add_special_tokens=False)["input_ids"]
+        return [one for piece in pieces for one in piece]
+
+    def _frames(self, video: Any, metadata: dict[str, Any] | None) -> tuple[str, torch.Tensor]:
+        """A name, and (frames, 3, side, side) uint8, of an undecoded file or of frames in memory."""
+        array, processor = np.asarray(video), self.info.get_hf_processor().video_processor
+        if array.ndim != 1:
+            frames = processor.load(array).frames
+            return prefix_hash("frames", [{"hash": _hash_of(frames)}]), frames
+        fps = (metadata or {}).get("fps") or processor.fps
+        digest = prefix_hash("file", [{"hash": hashlib.sha256(array).hexdigest(), "fps": fps}])
+        if digest not in self._decoded:
+            with tempfile.NamedTemporaryFile() as file:
+                array.tofile(file)
+                file.flush()
+                check(Path(file.name), "video", math.inf)
+                self._decoded[digest] = processor.load(file.name, fps=fps).frames
+            while len(self._decoded) > 1 and sum(one.nbytes for one in self._decoded.values()) > MAX_KEPT_BYTES:
+                self._decoded.popitem(last=False)
+        self._decoded.move_to_end(digest)
+        return digest, self._decoded[digest]
+
+    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        processor = self.info.get_hf_processor().video_processor
+        data: dict[str, Any] = {}
+        videos: Any = hf_data.get("videos")
+        images: Any = hf_data.get("images")
+        if videos:
+            data["pixel_values_videos"] = [processor.load(video).frames for video in videos]  # sized already: as it is
+        if images:
+            data["pixel_values"] = [processor.load_image(image) for image in images]
+        return BatchFeature(data)
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        return {
+            "pixel_values_videos": MultiModalFieldConfig.batched("video"),
+            "pixel_values": MultiModalFieldConfig.batched("image"),
+        }
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[PromptReplacement]:
+        config = self.info.get_hf_config()
+
+        def of_video(item: int) -> list[int]:
+            frames = out_mm_kwargs["video"][item]["pixel_values_videos"].data
+            return [config.video_token_id] * (len(frames) * config.tokens_per_frame)
+
+        return [
+            PromptReplacement(modality="video", target=[config.video_token_id], replacement=of_video),
+            PromptReplacement(
+                modality="image", target=[config.image_token_id],
+                replacement=[config.image_token_id] * config.tokens_per_frame,
+            ),
+        ]  # fmt: skip
+
+
+def _hash_of(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy()).hexdigest()
