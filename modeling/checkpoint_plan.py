@@ -434,6 +434,15 @@ class Costs:
         return max(kept + max(back, self.loss), 2 * S * self.embedding + self.vision)
 
 
+def pipeline_idle(plan, num_layers, ranks):
+    """The part of a step in which each of the ranks that share a sequence is idle (see `sequence_parallel`).
+
+    In `layer_major` order it is (R - 1) / (G + R - 1) for G layer blocks; else the ranks work one after the other.
+    """
+    blocks = -(-num_layers // plan.layer_interval) if plan is not None and plan.order == "layer_major" else 1
+    return (ranks - 1) / (blocks + ranks - 1)
+
+
 def _vision_bytes(config, num_frames, e, trains):
     """What a micro-batch of frames takes; a tower that trains keeps the activations of all its layers."""
     frames = min(num_frames, config.vision_chunk_size)

@@ -17,6 +17,8 @@ Rules:
        once.
     3. Only tokens that the caller asked for leave the loop.
     4. The executor knows blocks and states (see `run_layers`), not Mamba-2.
+    5. Parameters that are sharded over processes are gathered once for the forward pass and once for the backward pass
+       (see `sharded_parameters`); hooks on blocks run once per cell, and again where it is computed again.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -28,9 +30,12 @@ from torch import nn
 
 from .autocast import autocast_dtype, autocast_to
 from .run_layers import kept_tokens, run_layers
+from .sharded_parameters import engine_hooks_aside, run_gathered
 
 
-def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, store=None, device=None, windows=None):
+def run_checkpointed(
+    blocks, plan, inputs_embeds, states, mask=None, keep=None, store=None, device=None, windows=None, neighbours=None
+):
     """Run all `blocks` on all tokens as `plan` says; the result and all gradients are those of `run_layers`.
 
     Args:
@@ -43,18 +48,31 @@ def run_checkpointed(blocks, plan, inputs_embeds, states, mask=None, keep=None, 
         store: where borders wait; None for what `plan.offload` says.
         device: where the blocks compute; None for where the states lie.
         windows: `GradientWindows` of these tokens, outside of which none has a gradient; None for all.
+        neighbours: `SequenceGroup` whose ranks hold the tokens before and after; None where all are here.
 
     Returns:
         (kept, hidden), or (batch, tokens, hidden) where `keep` is None, and the list of final states.
     """
+    run: Any = None
+    sizes = [len(state) for state in states]
     device = states[0][0].device if device is None else device
     if store is None:
         store = HostStore(device) if plan.offload else DeviceStore()
-    names = _trainable(blocks)
-    run = _Run(blocks, plan, mask, keep, store, device, [len(state) for state in states], names, windows)
-    flat_states = [tensor for state in states for tensor in state]
-    params = [module._parameters[name] for owners in names for module, name in owners[:1]]
-    out, *final = _Checkpointed.apply(run, inputs_embeds, *flat_states, *params)
+
+    def run_all(inputs_embeds, *flat_states):
+        nonlocal run
+        names = _trainable(blocks)
+        pipelined = neighbours and neighbours.executor(plan.order)
+        run = (pipelined or _Run)(blocks, plan, mask, keep, store, device, sizes, names, windows)
+        params = [module._parameters[name] for owners in names for module, name in owners[:1]]
+        if neighbours is None or pipelined:
+            run.neighbours = neighbours
+            return _Checkpointed.apply(run, inputs_embeds, *flat_states, *params)
+        flat_states = neighbours.receive(flat_states)
+        out, *final = _Checkpointed.apply(run, inputs_embeds, *flat_states, *params)
+        return neighbours.send(out, final), *final
+
+    out, *final = run_gathered(blocks, run_all, inputs_embeds, *(tensor for state in states for tensor in state))
     return out, run.unflatten(final)
 
 
@@ -169,8 +187,7 @@ class _Run:
             yield
 
     def forward(self, inputs_embeds, states):
-        batch, num_tokens, _ = inputs_embeds.shape
-        out = None
+        num_tokens, out = inputs_embeds.shape[1], None
         for time, span in enumerate(self.spans(num_tokens)):
             goes_back = self.goes_back(span)
             if goes_back:
@@ -184,15 +201,20 @@ class _Run:
                 hidden_states, states[group] = self.cell(time, group, hidden_states, states[group], span)
             if goes_back:
                 self.lower_borders.append(lower)
-            if out is None:
-                shape = (batch, num_tokens) if self.keep is None else (int(self.keep.max()) + 1,)
-                out = hidden_states.new_empty(*shape, hidden_states.shape[-1])
-            if self.keep is None:
-                out[:, span] = hidden_states
-            else:
-                positions, rows = (index.to(self.device) for index in kept_tokens(self.keep, span))
-                out[rows] = hidden_states.flatten(0, 1)[positions]
+            out = self.keep_wanted(out, hidden_states, span, num_tokens)
         return out, states
+
+    def keep_wanted(self, out, hidden_states, span, num_tokens):
+        """The result, None at first, with what the caller asked for of a time block's last hidden states."""
+        if out is None:
+            shape = (len(hidden_states), num_tokens) if self.keep is None else (int(self.keep.max()) + 1,)
+            out = hidden_states.new_empty(*shape, hidden_states.shape[-1])
+        if self.keep is None:
+            out[:, span] = hidden_states
+        else:
+            positions, rows = (index.to(self.device) for index in kept_tokens(self.keep, span))
+            out[rows] = hidden_states.flatten(0, 1)[positions]
+        return out
 
     def backward(self, inputs_embeds, grad_out, grad_states, needs_grad_embeds):
         grad_embeds: Any = self.store.empty_like(inputs_embeds) if needs_grad_embeds else None
@@ -210,20 +232,12 @@ class _Run:
             coming = self._fetch_borders(inputs_embeds, blocks, index - 1) if index else None
             lower = [hidden_states, *(lower or self._lower_borders_again(time, span, hidden_states, states))]
             del hidden_states
-            grad_hidden = self._grad_out(grad_out, span, lower[-1])
+            grad_hidden = self.grad_of_wanted(grad_out, span, lower[-1])
             for group in reversed(self.groups):
-                entering = lower.pop().detach().requires_grad_(group.start > 0 or needs_grad_embeds)
-                entering_states = [tuple(t.detach().requires_grad_() for t in state) for state in states[group]]
-                with torch.enable_grad():
-                    leaving, leaving_states = self.cell(time, group, entering, entering_states, span)
-                outputs = [leaving, *(t for state in leaving_states for t in state)]
-                gradients = [grad_hidden, *(g for grads in grad_states[group] for g in grads)]
-                # the last chunk's final states have no gradient, unless the caller uses them
-                used = [i for i, gradient in enumerate(gradients) if gradient is not None]
-                torch.autograd.backward([outputs[i] for i in used], [gradients[i] for i in used])
-                grad_hidden = entering.grad
-                grad_states[group] = [tuple(t.grad for t in state) for state in entering_states]
-                del outputs, gradients, leaving, leaving_states, entering, entering_states
+                grad_hidden, grad_states[group] = self.cell_backward(
+                    time, group, span, lower.pop(), states[group], grad_hidden, grad_states[group],
+                    group.start > 0 or needs_grad_embeds,
+                )  # fmt: skip
             if needs_grad_embeds:
                 grad_embeds[:, span].copy_(grad_hidden, non_blocking=True)
             if self.windows is not None and (stops := self.windows.starts[:, span.start]).any():
@@ -232,6 +246,19 @@ class _Run:
         if self.device.type == "cuda" and needs_grad_embeds and grad_embeds.device != self.device:
             torch.cuda.synchronize(self.device)  # the copies must be done before the host reads them
         return grad_embeds, grad_states
+
+    def cell_backward(self, time, group, span, hidden_states, states, grad_hidden, grad_states, needs_grad_hidden):
+        """Compute a cell again and go back through it: the gradients of what entered, None of what needs none."""
+        entering = hidden_states.detach().requires_grad_(needs_grad_hidden)
+        entering_states = [tuple(t.detach().requires_grad_() for t in state) for state in states]
+        with torch.enable_grad():
+            leaving, leaving_states = self.cell(time, group, entering, entering_states, span)
+        outputs = [leaving, *(t for state in leaving_states for t in state)]
+        gradients = [grad_hidden, *(g for grads in grad_states for g in grads)]
+        # the last chunk's final states have no gradient, unless the caller uses them
+        used = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        torch.autograd.backward([outputs[i] for i in used], [gradients[i] for i in used])
+        return entering.grad, [tuple(t.grad for t in state) for state in entering_states]
 
     def _fetch_borders(self, inputs_embeds, blocks, index):
         """What enters a time block from the left and, as far as it was kept, from below. It is let go of here."""
@@ -251,7 +278,7 @@ class _Run:
                 lower.append(hidden_states)
         return lower
 
-    def _grad_out(self, grad_out, span, like):
+    def grad_of_wanted(self, grad_out, span, like):
         """The gradient that reaches the last layer's hidden states of a time block from the result."""
         if self.keep is None:
             return grad_out[:, span]
@@ -298,7 +325,7 @@ class _Checkpointed(torch.autograd.Function):
             )
         if grad_out is None:
             grad_out = torch.zeros(ctx.out_shape, dtype=ctx.out_dtype, device=run.device)
-        with run.summed_gradients() as sums:
+        with engine_hooks_aside(run.blocks), run.summed_gradients() as sums:
             grad_embeds, grad_states = run.backward(
                 inputs_embeds, grad_out, run.unflatten(grad_states), ctx.needs_input_grad[1]
             )

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from .autocast import autocast_dtype, autocast_to
 from .checkpoint_plan import CheckpointPlan
 from .checkpointing import run_checkpointed
+from .sharded_parameters import run_gathered
 
 
 class TokenLosses(nn.Module):
@@ -34,7 +35,9 @@ def head_loss(head, hidden_states, targets, chunk_size, num_items_in_batch=None)
         num_items_in_batch: divides the sum; None for the number of targets.
     """
     if targets.numel() == 0:
-        return head(hidden_states).float().sum()  # nothing supervised: a zero in which all takes part
+        # nothing supervised: a zero in which all takes part, and what is sharded is gathered as by the other processes
+        (zero,) = run_gathered([head], lambda hidden_states: (head(hidden_states).float().sum(),), hidden_states)
+        return zero
     device = hidden_states.device
     plan = CheckpointPlan("sequence_major", layer_interval=1, sequence_interval=chunk_size, offload=False)
     # autocast may not remember the head's weight as it casts it here, where there is no graph

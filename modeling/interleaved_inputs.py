@@ -69,17 +69,16 @@ class InterleavedInputs:
                 rests = here & ~torch.isin(of_frame, of_frame[here & live.to(here.device)])
             for mask, builds_graph in ((here & ~rests, True), (rests, False)):
                 if mask.any():
-                    with torch.set_grad_enabled(builds_graph and torch.is_grad_enabled()):
-                        parts.append((mask, self._encode(frames, numbers[mask], to_host)))
-        return self.model._interleave(self.input_ids[:, span], None, parts, to_host)
+                    parts.append((mask, builds_graph, *self._frames_of(frames, numbers[mask])))
+        input_ids = self.input_ids[:, span]
+        return self.model._interleave(input_ids, None, self.model._encode_parts(parts, input_ids, to_host), to_host)
 
-    def _encode(self, frames, numbers, to_host):
-        """The tokens `numbers` (tokens,) of the frames, each frame encoded once: (tokens, hidden)."""
+    def _frames_of(self, frames, numbers):
+        """The frames of the tokens `numbers` (tokens,), each once, and what picks these tokens from their features."""
         per_frame = self.model.config.tokens_per_frame
         wanted, place = (numbers // per_frame).unique(return_inverse=True)
         if len(wanted) < len(frames):
             frames = frames[wanted.to(frames.device)]
-        values = self.model._encode(frames, to_host=to_host).flatten(0, 1)
         place = place * per_frame + numbers % per_frame
-        whole = len(place) == len(values) and bool((place[1:] > place[:-1]).all())
-        return values if whole else values[place.to(values.device)]
+        whole = len(place) == len(frames) * per_frame and bool((place[1:] > place[:-1]).all())
+        return frames, lambda values: values if whole else values[place.to(values.device)]

@@ -20,6 +20,7 @@ from .recompute import recompute_segments, saved_as_recipe
 from .run_layers import kept_tokens, run_layers
 from .scan_backends import choose_backends
 from .segment_sizes import SEGMENT
+from .sharded_parameters import run_gathered
 from .ssd import causal_conv1d, ssd_scan, ssd_step
 from .ssd_kernels import CoreShape, kernel_core
 
@@ -314,6 +315,7 @@ class Mamba2Backbone(nn.Module):
     def __init__(self, config, prefill_chunk_size, scan_backend="auto"):
         super().__init__()
         self.prefill_chunk_size = prefill_chunk_size
+        self.neighbours: Any = None  # `SequenceGroup` that holds the tokens before and after, while it trains
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers: Any = nn.ModuleList([Mamba2Block(config, scan_backend) for _ in range(config.num_hidden_layers)])
         self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -321,6 +323,10 @@ class Mamba2Backbone(nn.Module):
     def new_cache(self, batch_size, device=None, dtype=None):
         """The `Mamba2Cache` before the first token; device and dtype as of `Mamba2Mixer.new_state`."""
         return Mamba2Cache([layer.mixer.new_state(batch_size, device, dtype) for layer in self.layers])
+
+    def planned_tokens(self, num_tokens):
+        """For how many tokens a checkpoint plan is made: those here, or of the longest span over all ranks."""
+        return num_tokens if self.neighbours is None else self.neighbours.longest(num_tokens)
 
     def forward(
         self, inputs_embeds, cache, mask=None, keep=None, chunk_size=None, plan=None, every_layer=None, windows=None
@@ -343,7 +349,7 @@ class Mamba2Backbone(nn.Module):
         """
         if plan is not None:
             hidden_states, cache.layers = run_checkpointed(
-                self.layers, plan, inputs_embeds, cache.layers, mask, keep, None, None, windows
+                self.layers, plan, inputs_embeds, cache.layers, mask, keep, None, None, windows, self.neighbours
             )
         else:
             chunk_size = chunk_size or self.prefill_chunk_size
@@ -355,8 +361,26 @@ class Mamba2Backbone(nn.Module):
         return normed
 
     def _loop(self, inputs_embeds, cache, mask, keep, chunk_size, every_layer=None):
+        if not torch.is_grad_enabled():
+            (hidden_states,) = run_gathered(
+                self.layers, lambda: (self._chunks(inputs_embeds, cache, mask, keep, chunk_size, every_layer),)
+            )
+            return hidden_states
         num_tokens = inputs_embeds.shape[1]
-        step = num_tokens if torch.is_grad_enabled() else chunk_size
+        if self.neighbours is None:
+            return self._chunks(inputs_embeds, cache, mask, keep, num_tokens, every_layer)
+
+        def run_span(inputs_embeds):
+            states = iter(self.neighbours.receive([tensor for state in cache.layers for tensor in state]))
+            cache.layers = [LayerState(next(states), next(states)) for _ in self.layers]
+            out = self._chunks(inputs_embeds, cache, mask, keep, num_tokens, every_layer)
+            return (self.neighbours.send(out, [tensor for state in cache.layers for tensor in state]),)
+
+        (hidden_states,) = run_gathered(self.layers, run_span, inputs_embeds)
+        return hidden_states
+
+    def _chunks(self, inputs_embeds, cache, mask, keep, step, every_layer):
+        num_tokens = inputs_embeds.shape[1]
         kept, kept_rows, seen = [], [], []
         for start in range(0, num_tokens, step):
             span = slice(start, start + step)

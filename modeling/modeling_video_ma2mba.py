@@ -21,6 +21,7 @@ from .interleaved_inputs import InterleavedInputs, WholeEmbeddings
 from .mamba2 import Mamba2Backbone, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .outputs import VideoMa2mbaOutput
+from .sharded_parameters import as_unsharded_class, run_gathered
 from .visual_features import VideoMa2mbaProjector, VisualFeatures, build_tower
 
 logger = logging.get_logger(__name__)
@@ -40,8 +41,9 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
     _supports_flash_attn = True  # in the tower, the only place with attention
     _is_stateful = True
 
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers; a folder saved with its code names it for every Auto class, not only for this one's."""
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+        """As in transformers; a folder saved with its code names it for every Auto class, not only for this one's, and
+        is the same whatever engine held the weights."""
         if self._auto_class is not None:
             here = "modeling_video_ma2mba."
             self.config.auto_map = {
@@ -50,7 +52,13 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
                 "AutoModelForImageTextToText": here + "VideoMa2mbaForConditionalGeneration",
                 "AutoModelForMultimodalLM": here + "VideoMa2mbaForConditionalGeneration",
             }
-        super().save_pretrained(*args, **kwargs)
+        if state_dict is not None:  # gathered by an engine, which writes out a tied tensor twice
+            tied = self._tied_weights_keys or {} if self.config.text_config.tie_word_embeddings else {}
+            state_dict = {
+                name: tensor for name, tensor in state_dict.items() if not (name in tied and tied[name] in state_dict)
+            }
+        with as_unsharded_class(self):
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def initialize_weights(self):
         """As in transformers, which, for code not its own, passes over modules of a tower that have no own weights."""
@@ -98,13 +106,19 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
         """The `GradientWindows` of a batch in the backbone's layout, for the horizon asked for; None for no end."""
         if (horizon := self.checkpoint_options.gradient_horizon) is None:
             return None
+        if self.language_model.neighbours is not None:
+            raise ValueError(
+                "gradient_horizon and sequence parallel do not go together: with a horizon the memory does not grow "
+                "with the video; leave one of them out"
+            )
         lengths = torch.full((batch,), num_tokens) if mask is None else mask.sum(dim=1).cpu()
         supervised = torch.ones(batch, num_tokens, dtype=torch.bool) if rows is None else rows >= 0
         return gradient_windows(lengths, supervised, horizon)
 
     def _watch_and_train(self, inputs, cache, mask, rows, chunk_size, plan, windows):
         """What comes before all windows is watched, a chunk at a time; the rest goes through the plan."""
-        dtype, first = self.get_input_embeddings().weight.dtype, windows.first
+        # asked for by its name, a sharded weight would be gathered, which other processes may not do here
+        dtype, first = next(self.get_input_embeddings().parameters()).dtype, windows.first
         step = chunk_size or self.language_model.prefill_chunk_size
         if cache is None:
             cache = self.language_model.new_cache(len(windows.live), inputs.device, dtype)
@@ -112,10 +126,14 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
         def at(span):
             return (None if tensor is None else tensor[:, span] for tensor in (mask, rows))
 
-        with torch.no_grad():
+        def watch():
             for span in (slice(start, min(start + step, first)) for start in range(0, first, step)):
                 embeds = inputs.embed(span).to(cache.layers[0][0].device)
                 self.language_model(embeds, cache, *at(span))
+            return ()
+
+        with torch.no_grad():
+            run_gathered((*self._vision, self.language_model), watch)
         span = slice(first, first + windows.live.shape[1])
         embeds = inputs.embed(span, plan.offload, windows.live)
         return self.language_model(embeds, cache, *at(span), plan=plan, windows=windows), cache
@@ -188,8 +206,13 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
             rows = None if rows is None else rows.gather(1, order.cpu())
 
         windows = self._gradient_windows(mask, rows, batch, num_tokens) if checkpoints else None
-        first = 0 if windows is None else windows.first
-        plan = self.checkpoint_plan(batch, num_tokens, num_tokens - first) if checkpoints else None
+        plan = None
+        if checkpoints:
+            planned = self.language_model.planned_tokens(num_tokens)
+            plan = self.checkpoint_plan(batch, planned, planned - (0 if windows is None else windows.first))
+            if windows is None and self.checkpoint_options.gradient_horizon is not None:
+                # other processes may have something to watch, for which they gather what is sharded
+                run_gathered((*self._vision, self.language_model), lambda: ())
         pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
         if windows is not None and inputs_embeds is None:
             frames_and_text = InterleavedInputs(self, input_ids, pixels, order)

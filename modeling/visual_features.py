@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .arguments import refuse_unknown
+from .sharded_parameters import engine_hooks_aside, others_wait_for, run_gathered
 
 
 class VideoMa2mbaProjector(nn.Module):
@@ -79,7 +80,8 @@ class VisualFeatures:
         options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         said: list = []
         pixels = pixel_values_videos.flatten(0, -4) if pixel_values_videos.ndim > 4 else pixel_values_videos
-        features = self._encode(pixels, said=said, **{name: value for name, value in options.items() if value})
+        options = {name: value for name, value in options.items() if value}
+        (features,) = run_gathered(self._vision, lambda pixels: (self._encode(pixels, said=said, **options),), pixels)
         leading = pixel_values_videos.shape[:-3]
 
         def by_layer(chunks):
@@ -95,6 +97,36 @@ class VisualFeatures:
     def get_image_features(self, pixel_values, **kwargs):
         """As `get_video_features` of `pixel_values`: an image is a video of one frame."""
         return self.get_video_features(pixel_values, **kwargs)
+
+    @property
+    def _vision(self):
+        return self.vision_tower, self.multi_modal_projector
+
+    def _encode_parts(self, parts, input_ids, to_host):
+        """All frames of a batch in one go, as all processes gather what is sharded: [(mask, (tokens, hidden))].
+
+        A process without frames that train runs a black one where others wait for it.
+
+        Args:
+            parts: [(mask (batch, tokens) bool, whether a graph is built, pixels, features -> rows of the mask)].
+        """
+        if not any(builds_graph for _, builds_graph, *_ in parts) and others_wait_for(self._vision):
+            # in the order of a batch with frames, as engines add up gradients in the order in which they come
+            side = self.config.vision_config.image_size
+            black = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=input_ids.device)
+            nowhere = torch.zeros_like(input_ids, dtype=torch.bool)
+            parts = [*parts, (nowhere, True, black, lambda features: features[:0])]
+        if not parts:
+            return []
+
+        def encode():
+            values = []
+            for _, builds_graph, pixels, chosen in parts:
+                with torch.set_grad_enabled(builds_graph and torch.is_grad_enabled()):
+                    values.append(chosen(self._encode(pixels, to_host=to_host).flatten(0, 1)))
+            return tuple(values)
+
+        return list(zip((part[0] for part in parts), run_gathered(self._vision, encode), strict=True))
 
     def _encode(self, pixels, to_host=False, said=None, **options):
         """(frames, 3, height, width) -> (frames, tokens_per_frame, hidden)
@@ -132,8 +164,12 @@ class VisualFeatures:
         return torch.cat(features)
 
     def _again_in_backward(self, fn, inputs):
+        def run(inputs):
+            with engine_hooks_aside(self._vision):  # the engine's part is done once for all micro-batches
+                return fn(inputs)
+
         if self.is_checkpointing() and torch.is_grad_enabled():
-            return checkpoint(fn, inputs, use_reentrant=False)
+            return checkpoint(run, inputs, use_reentrant=False)
         return fn(inputs)
 
     def _pooled_features(self, pixels):
@@ -189,7 +225,9 @@ class VisualFeatures:
                 continue
             counts = self._frames_per_row(is_placeholder, pixels, name, input_ids is None)
             frames = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
-            parts.append((is_placeholder, self._encode(frames, to_host=to_host).flatten(0, 1)))
+            parts.append((is_placeholder, True, frames, lambda features: features))
+        if input_ids is not None or parts:
+            parts = self._encode_parts(parts, is_placeholder, to_host)
         return self._interleave(input_ids, inputs_embeds, parts, to_host)
 
     def _interleave(self, input_ids, inputs_embeds, parts, to_host):

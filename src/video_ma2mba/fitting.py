@@ -81,6 +81,7 @@ class Case:
         optimizer: One of OPTIMIZER_BYTES.
         batch_size: Videos on the GPU.
         scan_backend: As of `plan_checkpoints`.
+        ranks: GPUs that share each video, with a span for each.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class Case:
         optimizer: str = "adamw",
         batch_size: int = 1,
         scan_backend: str = "torch",
+        ranks: int = 1,
     ):
+        self.ranks = ranks
         self.config, self.optimizer, self.batch_size = config, optimizer, batch_size
         self.gpu_bytes, self.host_bytes, self.scan_backend = gpu_bytes, host_bytes, scan_backend
         model = on_meta(config, "bfloat16")
@@ -146,6 +149,9 @@ class Case:
         return total_bytes <= self.gpu_bytes and (plan is None or host is None or plan.predicted_host_bytes <= host)
 
     def row(self, name: str, options: dict | None, num_frames: int, num_tokens: int) -> dict[str, Any]:
+        from .modeling.checkpoint_plan import pipeline_idle
+
+        num_frames, num_tokens = -(-num_frames // self.ranks), -(-num_tokens // self.ranks)  # of the longest span
         fixed = self.fixed(options, num_frames)
         plan, activations_bytes = self.plan(options, num_frames, num_tokens)
         total_bytes = fixed.total + activations_bytes + RESERVED_BYTES
@@ -159,7 +165,8 @@ class Case:
             "plan": str(plan) if plan else "no checkpointing",
             "recompute_factor": plan.recompute_factor if plan else 1.0,
             "fits": self.within(total_bytes, plan),
-            "longest_frames": longest,
+            "idle": pipeline_idle(plan, self.config.text_config.num_hidden_layers, self.ranks),
+            "longest_frames": longest * self.ranks,
             "longest_is_bound": is_bound,
         }
 

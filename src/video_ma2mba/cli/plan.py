@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZER_BYTES, default="adamw", help="default: adamw")
     parser.add_argument("--batch", type=int, default=1, help="videos per device (default: 1)")
     parser.add_argument(
+        "--sequence-parallel", type=int, default=1, metavar="R", help="GPUs that share each video, as in a recipe"
+    )
+    parser.add_argument(
         "--gradient-horizon", type=int, metavar="TOKENS", help="gradients flow through the last so many tokens alone"
     )
     parser.add_argument("--offload", action="store_true", help="let states and embeddings wait in host memory")
@@ -54,6 +57,13 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
+    if args.sequence_parallel < 1:
+        raise ValueError(f"--sequence-parallel must be at least 1, got {args.sequence_parallel}")
+    if args.sequence_parallel > 1 and args.gradient_horizon is not None:
+        raise ValueError(
+            "--gradient-horizon and --sequence-parallel do not go together: with a horizon the memory does not grow "
+            "with the video, so leave out --sequence-parallel"
+        )
     config = load_config(args.model)
     per_frame = config.tokens_per_frame
     if args.tokens is not None:
@@ -67,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     case = Case(
         config,
         gpu_bytes=args.gpu_memory, host_bytes=args.host_memory, optimizer=args.optimizer, batch_size=args.batch,
-        scan_backend=args.scan_backend,
+        scan_backend=args.scan_backend, ranks=args.sequence_parallel,
     )  # fmt: skip
     from ..methods import METHODS
 
@@ -79,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     report = {
         "model": args.model, "frames": num_frames, "tokens": num_tokens, "hours": num_frames / args.fps / 3600,
         "batch": args.batch, "optimizer": args.optimizer, "gpu_bytes": args.gpu_memory,
-        "reserved_bytes": RESERVED_BYTES, "rows": rows,
+        "reserved_bytes": RESERVED_BYTES, "sequence_parallel": args.sequence_parallel, "rows": rows,
     }  # fmt: skip
     if args.json:
         print(json.dumps(report, indent=2))
@@ -109,10 +119,18 @@ def print_report(report: dict[str, Any], fps: float) -> None:
     for key, label in labels.items():
         table.add_row(label, *(format_bytes(row[key]) for row in rows))
     table.add_row("compute of a step", *(f"{row['recompute_factor']:.2f} x" for row in rows))
+    if (ranks := report["sequence_parallel"]) > 1:
+        table.add_row("waits for other ranks", *(f"{row['idle']:.0%}" for row in rows))
     table.add_row("fits", *("yes" if row["fits"] else "no" for row in rows))
     table.add_row("longest that fits", *(_length(row, fps) for row in rows))
     console = Console(width=None if len(rows) == 1 else 150, highlight=False)
     console.print(table)
+    if ranks > 1:
+        console.print(
+            f"planned, not measured: {ranks} GPUs share the video, and the numbers are of one of them. Ranks work at "
+            "the same time with order layer_major; with sequence_major, which needs the least memory, one after the "
+            "other"
+        )
     for row in rows:
         console.print(f"{row['method']}: {row['plan']}", soft_wrap=True)
 

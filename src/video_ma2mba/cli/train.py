@@ -1,7 +1,9 @@
 """Train a model as a recipe says: the paper's three stages, or fine-tuning on videos of your own.
 
 Several devices, also on several machines: start the same command by `torchrun`, as in
-`torchrun --nproc-per-node 8 -m video_ma2mba.cli train 3.1b-stage2`. The recipe's global batch stays what it is.
+`torchrun --nproc-per-node 8 -m video_ma2mba.cli train 3.1b-stage2`, or by `accelerate launch -m video_ma2mba.cli train`
+with the same words. The recipe's global batch stays what it is. Model, data and output must lie on a disk that all
+machines share.
 """
 
 import argparse
@@ -66,8 +68,11 @@ def run(args: argparse.Namespace) -> None:
 def _batch_line(recipe: "Recipe") -> str:
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     steps = recipe.accumulation_steps(devices)
+    taking = f"{devices} device(s)"
+    if recipe.sequence_parallel > 1:
+        taking = f"{devices // recipe.sequence_parallel} group(s) of {recipe.sequence_parallel} devices"
     return (
-        f"global batch {recipe.global_batch_size} = {recipe.device_batch_size} at a time x {devices} device(s) x "
+        f"global batch {recipe.global_batch_size} = {recipe.device_batch_size} at a time x {taking} x "
         f"{steps} batch(es) accumulated"
     )
 

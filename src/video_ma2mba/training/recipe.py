@@ -62,7 +62,9 @@ class Recipe:
         num_workers: Processes that decode.
         streaming: Read the manifest row by row; needs max_steps.
         strict: Stop at a sample that cannot be used, instead of leaving it out.
-        deepspeed, fsdp_config: Files of these; `training/distributed/` has some. At most one of them.
+        deepspeed, fsdp_config: Files of these, or the name of a shipped one: zero1, zero2, zero3; fsdp2, hsdp. At most
+            one of them.
+        sequence_parallel: Devices that share each sample, a span of its tokens and frames for each.
     """
 
     model: str
@@ -101,6 +103,7 @@ class Recipe:
     strict: bool = False
     deepspeed: str | None = None
     fsdp_config: str | None = None
+    sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
         if unknown := set(self.trains) - set(PARTS):
@@ -124,18 +127,42 @@ class Recipe:
             raise ValueError("save_total_limit must be at least 2: the newest checkpoint may be half written")
         if self.deepspeed and self.fsdp_config:
             raise ValueError("give either deepspeed or fsdp_config, not both")
+        if self.sequence_parallel < 1:
+            raise ValueError(f"sequence_parallel must be at least 1, got {self.sequence_parallel}")
+        if self.sequence_parallel > 1 and (self.device_batch_size > 1 or self.streaming):
+            raise ValueError(
+                "sequence_parallel shares one sample at a time, drawn by its number: let device_batch_size be 1 and "
+                "streaming false"
+            )
+        if self.sequence_parallel > 1 and (self.gradient_checkpointing or {}).get("gradient_horizon") is not None:
+            raise ValueError(
+                "gradient_horizon and sequence_parallel do not go together: with a horizon the memory does not grow "
+                "with the video, so let sequence_parallel be 1"
+            )
+        if self.sequence_parallel > 1 and self.initial_states is not None and self.initial_states.kind != "zeros":
+            raise ValueError(
+                f"initial_states.kind {self.initial_states.kind} takes the last states of whole samples, of which "
+                "sequence_parallel leaves each device a part: let one of them be, or kind be zeros"
+            )
 
     def accumulation_steps(self, num_devices: int) -> int:
-        """Batches of one device that make up a global batch.
+        """Batches of one device, or of one group that shares samples, that make up a global batch.
 
         Raises:
-            ValueError: The global batch is no multiple of what all devices take at a time.
+            ValueError: The global batch is no multiple of what all devices take at a time, or `sequence_parallel` does
+                not divide the devices.
         """
-        at_a_time = self.device_batch_size * num_devices
+        if num_devices % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel {self.sequence_parallel} does not divide the {num_devices} device(s): start a "
+                "multiple of it"
+            )
+        at_a_time = self.device_batch_size * (num_devices // self.sequence_parallel)
         if self.global_batch_size % at_a_time:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is no multiple of device_batch_size "
-                f"{self.device_batch_size} x {num_devices} device(s); change one of them"
+                f"{self.device_batch_size} x {num_devices // self.sequence_parallel} device(s) or group(s) of them; "
+                "change one of them"
             )
         return self.global_batch_size // at_a_time
 

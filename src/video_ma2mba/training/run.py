@@ -6,11 +6,12 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from ..data.collator import VideoChatCollator
@@ -20,12 +21,13 @@ from ..files import write_json
 from ..loading import load
 from ..modeling import VideoMa2mbaForConditionalGeneration
 from ..processing import VideoMa2mbaProcessor
+from .engines import check_engine, check_shared, engine_arguments
 from .parameters import parameter_groups, set_trainable
 from .recipe import Recipe
 from .report import write_report
+from .sequence_parallel import SequenceParallelTrainer
 from .trainer import VideoMa2mbaTrainer, last_checkpoint
 
-DISTRIBUTED = Path(__file__).with_name("distributed")
 CHECKPOINTS, MODEL = "checkpoints", "model"
 
 
@@ -87,6 +89,11 @@ def read_data(folders: tuple[str, ...], recipe: Recipe, processor: VideoMa2mbaPr
     return rows.map(estimate, batched=True)
 
 
+def computes_in_bfloat16(recipe: Recipe) -> bool:
+    """Whether products are computed in bfloat16, with weights as they are."""
+    return recipe.bf16 and torch.cuda.is_available()
+
+
 def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
     """The Trainer of a recipe."""
     recipe, model = prepared.recipe, prepared.model
@@ -98,11 +105,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         checkpointing = {name: True, f"{name}_kwargs": dict(recipe.gradient_checkpointing)}
     config: Any = model.config
-    distributed: dict[str, Any] = {}
-    if recipe.deepspeed:
-        distributed["deepspeed"] = find_distributed(recipe.deepspeed)
-    if recipe.fsdp_config:
-        distributed |= {"fsdp": "full_shard", "fsdp_config": find_distributed(recipe.fsdp_config)}
+    engine = engine_arguments(recipe, num_devices, computes_in_bfloat16(recipe))
     arguments = TrainingArguments(
         output_dir=str(Path(recipe.output) / CHECKPOINTS),
         learning_rate=recipe.learning_rate,
@@ -117,7 +120,6 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         gradient_accumulation_steps=recipe.accumulation_steps(num_devices),
         num_train_epochs=recipe.num_epochs,
         max_steps=recipe.max_steps or -1,
-        bf16=recipe.bf16 and on_gpu,
         use_cpu=not on_gpu,
         accelerator_config={"dispatch_batches": False},  # each process makes its own batches
         remove_unused_columns=False,  # the collator reads them
@@ -133,7 +135,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         ddp_find_unused_parameters=False,  # the Trainer sees to it that every batch uses all
         report_to="none",  # TensorBoard is told below where to write
         seed=recipe.seed,
-        **distributed,
+        **engine,
         **checkpointing,
     )
     collator = VideoChatCollator(
@@ -148,20 +150,18 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
     )
     tensorboard = TensorBoardCallback()
     tensorboard.logging_dir = str(Path(recipe.output) / "logs")  # the Trainer's own way is an environment variable
-    return VideoMa2mbaTrainer(
+    make: Any = VideoMa2mbaTrainer
+    if recipe.sequence_parallel > 1:
+        make = partial(SequenceParallelTrainer, sequence_parallel=recipe.sequence_parallel)
+    trainer = make(
         model, arguments, collator, prepared.train_data, prepared.evaluation_data, callbacks=[tensorboard],
         processing_class=prepared.processor, vision_learning_rate=recipe.vision_learning_rate,
         initial_states=recipe.initial_states,
     )  # fmt: skip
-
-
-def find_distributed(name: str) -> str:
-    """A configuration that is shipped, by its name, or a file."""
-    file = Path(name) if name.endswith(".json") else DISTRIBUTED / f"{name}.json"
-    if not file.is_file():
-        shipped = ", ".join(sorted(path.stem for path in DISTRIBUTED.glob("*.json")))
-        raise ValueError(f"{name}: no such configuration; shipped are {shipped}, or give a .json file")
-    return str(file)
+    check_engine(trainer, recipe)
+    if recipe.fsdp_config and computes_in_bfloat16(recipe):
+        trainer.autocast_dtype = torch.bfloat16
+    return trainer
 
 
 def train(prepared: Prepared, *, resume: bool = False) -> dict[str, Any]:
@@ -174,7 +174,8 @@ def train(prepared: Prepared, *, resume: bool = False) -> dict[str, Any]:
         The report.
 
     Raises:
-        ValueError: There are checkpoints in `output` already, and `resume` was not asked for.
+        ValueError: There are checkpoints in `output` already, and `resume` was not asked for; or `output` is not one
+            folder for all processes.
         NonFiniteLoss: See `VideoMa2mbaTrainer`.
     """
     output = Path(prepared.recipe.output)
@@ -185,51 +186,63 @@ def train(prepared: Prepared, *, resume: bool = False) -> dict[str, Any]:
         raise ValueError(f"{checkpoints} holds checkpoints: go on with --resume, or choose another output")
     start = time.perf_counter()
     trainer = make_trainer(prepared)
+    check_shared(trainer, output)
     checkpoint = None
     if resume:
         if first:
             last_checkpoint(checkpoints)  # removes what was cut off, before the others look
         trainer.accelerator.wait_for_everyone()
         checkpoint = last_checkpoint(checkpoints)
-    before = _held_out_loss(trainer, output, checkpoint is not None)
+    held_out = HeldOutLoss(trainer, output / "held_out_loss.json", checkpoint is not None)
+    trainer.add_callback(held_out)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     after = trainer.evaluate()["eval_loss"] if prepared.evaluation_data is not None else None
     report: dict[str, Any] = {}
     if trainer.is_world_process_zero():
-        report = write_report(output, prepared, trainer, before, after, time.perf_counter() - start)
+        report = write_report(output, prepared, trainer, held_out.before, after, time.perf_counter() - start)
     _save_model(trainer, output / MODEL)
     return report
 
 
-def _held_out_loss(trainer: VideoMa2mbaTrainer, output: Path, resumed: bool) -> float | None:
-    """The loss on the evaluation data before the first step; a resumed run remembers it."""
-    if trainer.eval_dataset is None:
-        return None
-    kept = output / "held_out_loss.json"
-    if resumed and kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8"))["before"]
-    loss = trainer.evaluate()["eval_loss"]
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        # prepared for evaluation, without a wrapper that sums gradients over processes; as it is marked as prepared,
-        # accelerate would leave it so for training too
-        trainer.model._is_accelerate_prepared = False
-    if trainer.is_world_process_zero():
-        write_json(kept, {"before": loss})
-    return loss
+class HeldOutLoss(TrainerCallback):
+    """Measures the loss on the evaluation data before the first step; a resumed run remembers it.
+
+    At the beginning of the training and not before it: only then are model and optimizer what the engine made of them.
+
+    Attributes:
+        before: The loss; None without evaluation data.
+    """
+
+    def __init__(self, trainer: VideoMa2mbaTrainer, kept: Path, resumed: bool):
+        self.trainer, self.kept, self.resumed = trainer, kept, resumed
+        self.before: float | None = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.eval_dataset is None:
+            return
+        if self.resumed and self.kept.is_file():
+            self.before = json.loads(self.kept.read_text(encoding="utf-8"))["before"]
+            return
+        self.before = self.trainer.evaluate()["eval_loss"]
+        if self.trainer.is_world_process_zero():
+            write_json(self.kept, {"before": self.before})
 
 
 def _save_model(trainer: VideoMa2mbaTrainer, folder: Path) -> None:
     """Model and processor, or adapters alone; the folder appears when it is whole."""
-    partial = folder.with_name(f"{folder.name}.partial")
+    unfinished = folder.with_name(f"{folder.name}.partial")
     if trainer.is_world_process_zero():
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(partial))
+    if trainer.is_fsdp_enabled:  # whole, also where the checkpoints are sharded
+        trainer._save(str(unfinished), state_dict=trainer.accelerator.get_state_dict(trainer.model))
+    else:
+        trainer.save_model(str(unfinished))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to who loads the model
+        (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to who loads the model
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        unfinished.rename(folder)
 
 
 def describe_groups(prepared_model: torch.nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

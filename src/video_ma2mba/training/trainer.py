@@ -52,6 +52,7 @@ class VideoMa2mbaTrainer(Trainer):
     """
 
     model: Any  # of `Trainer`, which declares that it may be missing
+    autocast_dtype: torch.dtype | None = None  # in which to compute where the engine would cast the weights for it
 
     def __init__(
         self,
@@ -162,18 +163,15 @@ class VideoMa2mbaTrainer(Trainer):
         if states is not None:
             states.end(inputs.pop("cache"))
         loss, *rest = result if isinstance(result, tuple) else (result,)
-        if self.model.training:
-            if not torch.isfinite(loss):
-                raise NonFiniteLoss(self._save_batch(inputs, loss))
-            frames = "pixel_values_videos" in inputs or "pixel_values" in inputs
-            if self.args.world_size > 1 and not (frames and base.checkpoint_options.gradient_horizon is None):
-                # processes wait for a gradient of every parameter; a batch of text alone has none of the tower, and so
-                # may one whose frames lie before the horizon
-                parameters = [
-                    p for n, p in self.model.named_parameters() if p.requires_grad and "language_model" not in n
-                ]
-                loss = loss + sum(0.0 * parameter.sum() for parameter in parameters)
+        if self.model.training and not torch.isfinite(loss):
+            raise NonFiniteLoss(self._save_batch(inputs, loss))
         return (loss, *rest) if rest else loss
+
+    def compute_loss_context_manager(self) -> Any:
+        context = super().compute_loss_context_manager()
+        if self.autocast_dtype is not None:
+            context.enter_context(torch.autocast(self.args.device.type, self.autocast_dtype))
+        return context
 
     @property
     def _folder(self) -> Path:

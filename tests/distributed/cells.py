@@ -1,0 +1,58 @@
+"""Which cells of engine x checkpointing x what trains x accumulation are run, and what each must be."""
+
+import json
+
+from .engines import ENGINES, MODES, TRAINS
+from .launch import launch, lines
+
+FOUR = ("hsdp", "sequence 4", "sequence 2, fsdp2")
+# Two processes and one batch each: the sum of two numbers, whoever adds them, is one process's to the bit.
+SAME_ORDER = ("ddp", "zero1", "zero2", "fsdp2", "fsdp2, one group")
+
+
+def num_processes(engine):
+    return 4 if engine in FOUR else 2
+
+
+def modes(engine):
+    """All but the horizon, which is refused where a video is shared."""
+    return [mode for mode in MODES if not (mode == "horizon" and engine.startswith("sequence"))]
+
+
+def cover(engine):
+    """A cell of an engine per mode; over all engines every mode meets all that trains, and both numbers."""
+    turn = list(ENGINES).index(engine)
+    return [
+        {"engine": engine, "mode": mode, "trains": TRAINS[(i + turn) % 3], "accumulated": (1, 3)[(i + turn // 3) % 2]}
+        for i, mode in enumerate(modes(engine))
+    ]
+
+
+def all_cells(engine):
+    return [
+        {"engine": engine, "mode": mode, "trains": trains, "accumulated": accumulated}
+        for mode in modes(engine)
+        for trains in ("all", "lora")
+        for accumulated in (1, 3)
+    ]
+
+
+def measured(cells, timeout_s=1200):
+    """What `engines` found for cells of one engine."""
+    done = launch(
+        "tests.distributed.engines", json.dumps(cells), processes=num_processes(cells[0]["engine"]), timeout_s=timeout_s
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return lines(done, "CELL")
+
+
+def is_exact(cell):
+    """Losses, gradients and weights as near to float64 as one process comes, up to a factor of two.
+
+    None is asked to be nearer than float32 rounds.
+    """
+    return all(error <= 2 * max(own, 2**-24) for own, error in zip(cell["own"], cell["error"], strict=True))
+
+
+def must_be_equal(cell):
+    return cell["engine"] in SAME_ORDER and cell["accumulated"] == 1

@@ -1,0 +1,24 @@
+"""Every engine under every way of checkpointing trains what one process trains."""
+
+import pytest
+
+from .cells import cover, is_exact, measured, modes, must_be_equal
+from .engines import ENGINES
+
+SLICE = ("fsdp2", "zero3", "sequence 2")
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=[pytest.mark.slice] if name in SLICE else []) for name in ENGINES]
+)
+def test_losses_gradients_and_weights_are_those_of_one_process(engine):
+    cells = measured(cover(engine))
+    assert [cell["mode"] for cell in cells] == modes(engine)
+    assert [cell for cell in cells if not is_exact(cell)] == []
+    assert [cell for cell in cells if must_be_equal(cell) and not cell["to_the_bit"]] == []
+
+
+def test_a_head_of_its_own_is_gathered_too():
+    """Not tied to the embeddings, it is a unit that nobody calls."""
+    (cell,) = measured([{"engine": "fsdp2", "mode": "layer_major", "trains": "all", "accumulated": 1, "tie": False}])
+    assert is_exact(cell)
