@@ -7,8 +7,11 @@ A model knows only the states that its training length leads to, and is lost bey
 So a few stories run beside the training, as streams. At every step some of them go on: by a stretch that is only
 watched, then by a window with a gradient, which begins with the true states, carried over and detached; then questions
 about all that was seen so far are asked from copies of the states, each in a row of its own, as `VideoMemory.ask` does.
-Every third step is of short videos, all of whose tokens get a gradient. There the model learns what to write; on the
-streams, to keep it.
+That teaches to keep what was written. What to write is learnt on short videos, all of whose tokens get a gradient, but
+there a head that forgets within the hour serves as well. So half of the steps cross a *gap*: a window with a gradient
+around a fact, then the rest of a story, hours maybe, watched without a graph, then the questions. In each layer the
+state after the gap is D times the state before it plus what was written since; D, the product of all decays, is noted
+while watching, and the gradient crosses the gap along this one path, to what was written hours ago.
 
 Two things are changed in the model first, and hardly change its answers: every layer gets heads that forget slowly, and
 two more layers, which do nothing yet, find their places between the old ones. Tower and projector stay frozen, so
@@ -21,11 +24,13 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from train_tiny import CARD, decode_story, save
 
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
@@ -39,6 +44,8 @@ BANK_STORY_S, BANK_SEED, STREAM_SEED = 24, 3 * 10**8, 10**10
 NUM_STREAMS, STREAMS_S = 8, ((0.7, 400, 24_000), (0.3, 8_000, 30_000))  # share of the streams, seconds from, to
 WINDOWS = ((0.35, 128, 8), (0.3, 256, 6), (0.2, 512, 4), (0.15, 1024, 2))  # share of the steps, frames, streams
 SHORT = ((0.25, 3, 30, 24), (0.6, 8, 180, 8), (0.15, 180, 480, 3))  # share of the steps, seconds from, to, videos
+GAPS = ((96, 5), (224, 4))  # frames of the window, stories
+GAP_STORY_S = (600, 16_000)
 WATCHED_AT_A_TIME = 2048
 SAVED = "training.safetensors"
 
@@ -178,6 +185,26 @@ class Tape:
         return asked
 
 
+@contextmanager
+def decays(model) -> Iterator[list[torch.Tensor]]:
+    """Gives for every layer what is left, by head, of a state after all that is watched inside: (batch, heads)."""
+    layers = model.model.language_model.layers
+    kept = [torch.ones(1, layer.mixer.num_heads) for layer in layers]
+    handles = []
+    for place, layer in enumerate(layers):
+
+        def note(module, args, projected, place=place, mixer=layer.mixer):
+            steps = F.softplus(projected[..., -mixer.num_heads :] + mixer.dt_bias)
+            kept[place] = kept[place] * torch.exp(-(steps * mixer.A_log.exp()).sum(dim=1))
+
+        handles.append(layer.mixer.in_proj.register_forward_hook(note))
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 # --- one step -------------------------------------------------------------------------------------------------------
 
 
@@ -216,9 +243,7 @@ class Teacher:
                 stream = self.streams[number] = self._new_stream(window)
                 stretch = int(self.rng.integers(min(300, len(stream["tape"].rows) - window) + 1))
             with torch.no_grad():
-                for start in range(stream["at"], stream["at"] + stretch, WATCHED_AT_A_TIME):
-                    end = min(start + WATCHED_AT_A_TIME, stream["at"] + stretch)
-                    self._watch(stream["cache"], stream["tape"].rows[None, start:end])
+                self._watch_all(stream["cache"], stream["tape"].rows[stream["at"] : stream["at"] + stretch])
             stream["at"] += stretch
         streams = [self.streams[number] for number in chosen]
         rows = np.stack([s["tape"].rows[s["at"] : s["at"] + window] for s in streams])
@@ -229,6 +254,40 @@ class Teacher:
                 type(layer)(*(state[number : number + 1].detach() for state in layer)) for layer in cache.layers
             ]
         return self._ask(cache, [s["tape"].questions(s["at"], self.rng, 4) for s in streams])
+
+    def gap_loss(self) -> torch.Tensor:
+        """A window around a fact, the rest of the story watched, and a gradient across it."""
+        window, count = GAPS[self.rng.integers(len(GAPS))]
+        tapes, starts, caches = [], [], []
+        for _ in range(count):
+            tape = self._new_tape(int(np.exp(self.rng.uniform(*np.log(GAP_STORY_S)))))
+            debut = self.rng.choice([second for name, second in tape.debuts.items() if name != tape.circle])
+            circle = tape.debuts[tape.circle]
+            fact = int(self.rng.choice([0, circle, circle, debut]))
+            start = min(max(0, fact - int(self.rng.integers(window // 2 + 1))), len(tape.rows) - window - 10)
+            tapes.append(tape)
+            starts.append(start)
+            with torch.no_grad():
+                caches.append(self._watch_all(self._begin(1), tape.rows[:start]))
+        rows = np.stack([t.rows[a : a + window] for t, a in zip(tapes, starts, strict=True)])
+        cache = self._watch(type(caches[0]).joined(caches), rows)
+        after = []
+        for number, (tape, start) in enumerate(zip(tapes, starts, strict=True)):
+            own = cache.copy()
+            own.layers = [type(layer)(*(s[number : number + 1].detach() for s in layer)) for layer in own.layers]
+            with torch.no_grad(), decays(self.model) as kept:
+                self._watch_all(own, tape.rows[start + window :])
+            after.append((own, kept))
+        for place, layer in enumerate(cache.layers):
+            conv, ssm = (torch.cat([own.layers[place][i] for own, _ in after]) for i in range(2))
+            direct = torch.cat([kept[place] for _, kept in after])[:, :, None, None]
+            cache.layers[place] = type(layer)(conv, ssm + direct * (layer[1] - layer[1].detach()))
+        return self._ask(cache, [tape.questions(len(tape.rows), self.rng, 4) for tape in tapes])
+
+    def _watch_all(self, cache, rows: np.ndarray):
+        for start in range(0, len(rows), WATCHED_AT_A_TIME):
+            self._watch(cache, rows[None, start : start + WATCHED_AT_A_TIME])
+        return cache
 
     def _new_tape(self, duration_s: int) -> Tape:
         self.next_seed += 1
@@ -314,26 +373,23 @@ def train(model, processor, args: argparse.Namespace) -> None:
                 "step": torch.tensor(float(step)), **{k: kept[f"{k}.{name}"] for k in ("exp_avg", "exp_avg_sq")},
             }  # fmt: skip
     teacher = Teacher(model, processor, bank, np.random.default_rng([args.seed, step]), STREAM_SEED + 10**4 * step)
-    start, losses = time.perf_counter(), {True: [], False: []}
+    start, losses = time.perf_counter(), {}
     while step < args.steps:
         rate = args.learning_rate * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        is_short = step % 3 == 0
-        loss = teacher.short_loss() if is_short else teacher.stream_loss()
+        kind = ("short", "gap", "stream", "gap")[step % 4]
+        loss = getattr(teacher, f"{kind}_loss")()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         step += 1
-        losses[is_short].append(loss.item())
-        if step % 50 == 0:
-            short, streams = (np.mean(losses[key]) for key in (True, False))
-            print(
-                f"step {step}, {time.perf_counter() - start:.0f} s: short {short:.4f}, streams {streams:.4f}",
-                flush=True,
-            )
-            losses = {True: [], False: []}
+        losses.setdefault(kind, []).append(loss.item())
+        if step % 48 == 0:
+            said = ", ".join(f"{kind} {np.mean(values):.4f}" for kind, values in losses.items())
+            print(f"step {step}, {time.perf_counter() - start:.0f} s: {said}", flush=True)
+            losses = {}
         if step % 200 == 0 or step == args.steps:
             kept = {"step": torch.tensor(step)} | {name: p.detach() for name, p in parameters.items()}
             for name, parameter in parameters.items():
