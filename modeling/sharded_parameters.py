@@ -128,7 +128,7 @@ def _fsdp_units(modules):
     fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has sharded nothing
     if fsdp is None:
         return []
-    found = {}
+    found: dict = {}
     for module in modules:
         for part in module.modules():
             if isinstance(part, fsdp.FullyShardedDataParallel):
