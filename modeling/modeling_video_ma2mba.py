@@ -21,7 +21,7 @@ from .interleaved_inputs import InterleavedInputs, WholeEmbeddings
 from .mamba2 import Mamba2Backbone, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .outputs import VideoMa2mbaOutput
-from .sharded_parameters import as_unsharded_class, run_gathered
+from .sharded_parameters import as_unsharded_class, is_partitioned, run_gathered
 from .visual_features import VideoMa2mbaProjector, VisualFeatures, build_tower
 
 logger = logging.get_logger(__name__)
@@ -110,6 +110,11 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
             raise ValueError(
                 "gradient_horizon and sequence parallel do not go together: with a horizon the memory does not grow "
                 "with the video; leave one of them out"
+            )
+        if is_partitioned(self):
+            raise ValueError(
+                "gradient_horizon does not go with the ZeRO-3 of DeepSpeed, which fetches weights ahead in the order "
+                "of an earlier pass, while here each process watches as much as its video is long: take fsdp2 or zero2"
             )
         lengths = torch.full((batch,), num_tokens) if mask is None else mask.sum(dim=1).cpu()
         supervised = torch.ones(batch, num_tokens, dtype=torch.bool) if rows is None else rows >= 0
@@ -360,7 +365,8 @@ class VideoMa2mbaForConditionalGeneration(  # type: ignore[misc]  # as above
         if wanted is not None:
             # all of them, or of the rows that were kept
             rows = (slice(None), wanted) if keep is None else rows_of[:, wanted].to(hidden_states.device)
-            logits = self.lm_head(hidden_states[rows]).float()
+            # as for the loss, and by no hook of an engine, which would fetch ahead for the loss what this one used
+            (logits,) = run_gathered([self.lm_head], lambda rows: (self.lm_head(rows).float(),), hidden_states[rows])
         return VideoMa2mbaOutput(loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states)
 
     def _logits_wanted(self, logits_to_keep, batch, num_tokens, has_targets):

@@ -17,6 +17,7 @@ must divide by one number of supervised tokens, `num_items_in_batch`, and gradie
 import time
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -146,7 +147,7 @@ class PipelinedRun(_Run):
     def backward(self, inputs_embeds, grad_out, grad_states, needs_grad_embeds):
         spans = self.spans(inputs_embeds.shape[1])
         grads = [None] * len(spans)  # of the hidden states between two layer blocks
-        grad_embeds = self.store.empty_like(inputs_embeds) if needs_grad_embeds else None
+        grad_embeds: Any = self.store.empty_like(inputs_embeds) if needs_grad_embeds else None
         for number, group in reversed(list(enumerate(self.groups))):
             left, entering = self.left_borders[number], self.lower_borders[number]
             self.left_borders[number] = self.lower_borders[number] = None  # let go of here

@@ -67,6 +67,11 @@ def others_wait_for(modules):
     return trains or bool(_fsdp_units(modules) or _zero3_units(modules))
 
 
+def is_partitioned(module):
+    """Whether ZeRO-3 shards any parameter of a module."""
+    return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
+
+
 @contextmanager
 def engine_hooks_aside(modules):
     """Inside, the hooks of an engine on `modules` and on what they hold are not called; those of users are."""
@@ -123,7 +128,7 @@ def _fsdp_units(modules):
     fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has sharded nothing
     if fsdp is None:
         return []
-    found = {}
+    found: dict = {}
     for module in modules:
         for part in module.modules():
             if isinstance(part, fsdp.FullyShardedDataParallel):

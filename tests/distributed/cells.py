@@ -15,8 +15,9 @@ def num_processes(engine):
 
 
 def modes(engine):
-    """All but the horizon, which is refused where a video is shared."""
-    return [mode for mode in MODES if not (mode == "horizon" and engine.startswith("sequence"))]
+    """All but the horizon, which is refused where a video is shared, and under ZeRO-3."""
+    refused = engine == "zero3" or engine.startswith("sequence")
+    return [mode for mode in MODES if not (mode == "horizon" and refused)]
 
 
 def cover(engine):

@@ -132,7 +132,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         save_total_limit=recipe.save_total_limit,
         eval_strategy="steps" if recipe.evaluation_steps else "no",
         eval_steps=recipe.evaluation_steps or None,
-        ddp_find_unused_parameters=False,  # the Trainer sees to it that every batch uses all
+        ddp_find_unused_parameters=False,  # the model sees to it that every batch uses all
         report_to="none",  # TensorBoard is told below where to write
         seed=recipe.seed,
         **engine,
