@@ -219,7 +219,7 @@ def test_an_interrupted_watch_leaves_the_old_memory(memory, video, error):
     assert memory.ask(QUESTIONS[0]) == answer
 
 
-@pytest.mark.parametrize("step", ["save_file", "_file_hash", "_identity"])
+@pytest.mark.parametrize("step", ["save_file", "_file_hash", "identity"])
 def test_an_interrupted_save_leaves_the_old_folder(memory, model, processor, video, tmp_path, monkeypatch, step):
     memory.save_pretrained(tmp_path / "memory")
     memory.watch(video)
