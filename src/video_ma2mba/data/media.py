@@ -90,7 +90,7 @@ class MediaIndex:
             self._take(key, self._look(key))
         num_bytes, modified_ns, duration_s, error = self._known[key]
         if error:
-            raise UnusableMedium("unreadable medium", f"{key[1]!r}: {error}")
+            raise UnusableMedium("unreadable medium", error)
         if kind == "video" and not (math.isfinite(duration_s) and 0 < duration_s <= self.max_duration_s):
             raise UnusableMedium(
                 "absurd duration",
