@@ -134,13 +134,20 @@ def _of_object(file: Any, name: str) -> MediaLocation:
     return MediaLocation(name.strip("'"), name, file, header=header)
 
 
+class _Copy(tempfile.SpooledTemporaryFile):
+    """Closed when nobody reads it any more, which is no mistake to be warned of."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def _that_seeks(file: Any) -> Any:
     try:
         if file.seekable():
             return file
     except (AttributeError, OSError, ValueError):
         pass  # an object of others with no more than `read`
-    copy = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115 (whoever reads it lets go of it)
+    copy = _Copy(_IN_MEMORY_BYTES)
     shutil.copyfileobj(file, copy)
     return copy
 
