@@ -16,6 +16,7 @@ import transformers
 
 PACKAGE = "transformers_tests"  # under this name they are imported
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "transformers-source"
+MEDIA: dict[str, str] = {}
 REMEDY = "fetch it by hand into {}: pip download --no-deps --no-binary :all: transformers=={}"
 
 
@@ -47,6 +48,7 @@ def install(media: dict[str, str] | None = None) -> None:
     Args:
         media: The kinds "image" and "video" -> a local file, in place of the files that the tests would download.
     """
+    MEDIA.update(media or {})  # also where another file of this folder has made them importable before
     if PACKAGE in sys.modules:
         return
     tests = fetch()
@@ -58,7 +60,7 @@ def install(media: dict[str, str] | None = None) -> None:
     sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
 
     def local(url: str) -> str:
-        return (media or {}).get("image" if url.endswith((".png", ".jpg")) else "video", url)
+        return MEDIA.get("image" if url.endswith((".png", ".jpg")) else "video", url)
 
     stand_in(f"{PACKAGE}.generation")
     stand_in(f"{PACKAGE}.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
