@@ -41,7 +41,7 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
     _supports_flash_attn = True  # in the tower, the only place with attention
     _is_stateful = True
 
-    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
         """As in transformers; a folder saved with its code names it for every Auto class, not only for this one's, and
         is the same whatever engine held the weights."""
         if self._auto_class is not None:
@@ -58,7 +58,7 @@ class VideoMa2mbaPreTrainedModel(MultiAxisCheckpointing, PreTrainedModel):  # ty
                 name: tensor for name, tensor in state_dict.items() if not (name in tied and tied[name] in state_dict)
             }
         with as_unsharded_class(self):
-            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def initialize_weights(self):
         """As in transformers, which, for code not its own, passes over modules of a tower that have no own weights."""
