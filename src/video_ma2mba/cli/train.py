@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
         dry_run(recipe, args.gpu_memory)
         return
 
+    import torch
+
     from ..loading import find_model
     from ..training.run import prepare_run, train
 
@@ -54,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
     if first:
         print(_batch_line(recipe), file=sys.stderr)
     report = train(prepared, resume=args.resume)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads must not be there any more when the process ends
     if first:
         held_out = report["held_out_loss"]
         if held_out["after"] is not None:
