@@ -46,16 +46,36 @@ def reading(name: str | Path, what: str) -> Iterator[None]:
     """Files of `name` are read in here by libraries, each of which has errors of its own for one that is damaged.
 
     Raises:
-        ValueError: In place of what is neither a ValueError nor an OSError already, or does not say which file it is.
+        ValueError: In place of what is neither a ValueError nor an OSError already, or does not say which file it is;
+            and where the Hub was asked and cannot be reached.
     """
     try:
         yield
     except Exception as error:
+        if hub_is_out_of_reach(error):
+            raise ValueError(
+                f"{name}: no such folder is here, nor was it downloaded before, and the Hub cannot be reached: check "
+                "the network, or name a folder"
+            ) from error
         is_nameless = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
         if isinstance(error, ValueError | OSError) and not is_nameless:
             raise
         said = " ".join(str(error).split())
         raise ValueError(f"{name}: {what} cannot be loaded, a file is damaged: {said}") from error
+
+
+def hub_is_out_of_reach(error: BaseException | None) -> bool:
+    """Whether this error came of a Hub that did not answer, whatever library it went through."""
+    import httpx
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | httpx.TransportError | ConnectionError):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def load(cls: Any, name: str, **kwargs: Any) -> Any:
@@ -76,6 +96,15 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
                     f"{name}: this is a model of type {model_type!r}; this needs one of type 'video_ma2mba'"
                 )
             if issubclass(cls, PreTrainedModel):
+                if (
+                    Path(name).is_dir()
+                    and not any(Path(name).glob("*.safetensors*"))
+                    and not any(Path(name).glob("*.bin*"))
+                ):
+                    raise ValueError(
+                        f"{name}: a card without weights, of config and processor alone; name a trained folder or a "
+                        "Hub id, or begin with `video-ma2mba convert init`, whose command its README.md has"
+                    )
                 (loaded, report), wrong = cls.from_pretrained(name, output_loading_info=True, **kwargs), []
                 # transformers would make up what is missing, and leave out what it does not expect
                 for kind, said in (("missing_keys", "the weights lack"), ("unexpected_keys", "it has no place for")):

@@ -1,4 +1,10 @@
-"""Score a model on a benchmark: videomme, longvideobench, mvbench, nextqa, activitynetqa, videochatgpt, or niah.
+"""Score a model on your own questions, or on a benchmark: videomme, longvideobench, mvbench, nextqa, activitynetqa,
+videochatgpt, or niah.
+
+Your own: `--task own --data questions.jsonl`, the file of the training, a line for each question: {"video", "question",
+"answer", "options"}. With options it is a multiple choice; a free answer is right where it is the same text; without an
+answer the model's is kept and not scored. Every further text in a line is a category. `video-ma2mba eval compare BEFORE
+AFTER` puts the outputs of two models side by side.
 
 Every video is watched once for all of its questions. Answers are kept as they come, and --resume goes on after them.
 
@@ -17,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_json
+from ..files import write_json, write_text
 from ..loading import find_model
 from ..processes import Ranks, Share, files_of, launched
 from ..progress import progress_bars
@@ -28,17 +34,27 @@ if TYPE_CHECKING:
     from ..evaluation.run import Answer, Found
     from ..evaluation.tasks import Task
 
-HELP = "score a model on a benchmark"
-TASK_NAMES = ("videomme", "longvideobench", "mvbench", "activitynetqa", "videochatgpt", "nextqa", "niah")
+HELP = "score a model on your own questions, or on a benchmark"
+TASK_NAMES = ("own", "videomme", "longvideobench", "mvbench", "activitynetqa", "videochatgpt", "nextqa", "niah")
 SETTINGS = "settings.json"
-MERGE = "merge"
+MERGE, COMPARE = "merge", "compare"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder or Hub id; `merge` puts the shards of a run together")
-    parser.add_argument("folders", nargs="*", type=Path, metavar="OUTPUT", help="after `merge`: where the shards are")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder or Hub id; or `merge`, of the shards of a run; or `compare`, of two runs"
+    )
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        type=Path,
+        metavar="OUTPUT",
+        help="after `merge`: where the shards are; after `compare`: two",
+    )
     parser.add_argument("--task", choices=TASK_NAMES)
-    parser.add_argument("--data", metavar="DIR_OR_HUB_ID", help="the published files (default: the task's on the Hub)")
+    parser.add_argument(
+        "--data", metavar="FILE_DIR_OR_HUB_ID", help="the questions, as published (default: the task's on the Hub)"
+    )
     parser.add_argument("--media-root", type=Path, metavar="DIR", help="the videos (default: the folder of --data)")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: evaluation/MODEL/TASK")
     watching.add_loading_arguments(parser)
@@ -64,6 +80,9 @@ def run(args: argparse.Namespace) -> None:
     if args.model == MERGE:
         _merge(args)
         return
+    if args.model == COMPARE:
+        _compare(args)
+        return
     if args.folders:
         raise ValueError(f"one model at a time: what is {args.folders[0]}? Folders follow `eval merge` alone")
     if args.task is None:
@@ -71,6 +90,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("limit", "batch_size", "frames"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.task == "own" and args.data is None:
+        raise ValueError("--task own: name the file of your questions with --data")
     share = args.shard or Share()
     if args.task == "niah" and share.count > 1:
         raise ValueError("--shard deals videos, and niah has one: give each machine --minutes and -o of its own")
@@ -158,8 +179,10 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path,
 
     task = TASKS[args.task]
     data = args.data or task.hub[0]
-    media_root = args.media_root or Path(data)
+    media_root = args.media_root or (Path(data).parent if Path(data).is_file() else Path(data))
     if not media_root.is_dir():
+        if task.hub is None and not Path(data).exists():
+            raise ValueError(f"--data {data}: there is no such file or folder")
         raise ValueError("name the folder of the videos with --media-root")
     if ranks.is_first:
         found = find(read_questions(task, data), media_root, output, args.limit)
@@ -170,7 +193,8 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path,
     ranks.after_first("questions")
     found = read_found(output)
     videos = share.of(found.durations_s) if share.count > 1 else None
-    judge = _judge(args, output) if ranks.is_first and share.count == 1 and task.read_answer is None else None
+    is_judged = task.read_answer is None or (args.judge and any(one.dimension for one in found.questions))
+    judge = _judge(args, output) if ranks.is_first and share.count == 1 and is_judged else None
     model, processor = watching.load_model_and_processor(args)
     with progress_bars() as show:
         answers = answer_all(
@@ -206,21 +230,37 @@ def _merge(args: argparse.Namespace) -> None:
     task = TASKS[settings["task"]]
     output.mkdir(parents=True, exist_ok=True)
     answers = collect([shard / ANSWERS for shard in shards], found, list(found.by_video), output / ANSWERS)
-    judge = _judge(args, output) if task.read_answer is None else None
-    _report(task, found, answers, settings, judge, output)
+    is_judged = task.read_answer is None or (args.judge and any(one.dimension for one in found.questions))
+    _report(task, found, answers, settings, _judge(args, output) if is_judged else None, output)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from ..evaluation.compare import compare, markdown
+
+    if len(args.folders) != 2:
+        raise ValueError("eval compare BEFORE AFTER: name the outputs of two runs over the same questions")
+    report = compare(*args.folders)
+    page = markdown(report)
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_json(args.output / "comparison.json", report)
+        write_text(args.output / "comparison.md", page)
+    print(page, end="")
 
 
 def _report(
     task: "Task", found: "Found", answers: "list[Answer]", settings: dict[str, Any], judge: Any, output: Path
 ) -> None:
-    from ..evaluation.report import flat, make_report, write_report
+    from ..evaluation.report import flat, make_report, tables, write_report
 
     report = make_report(task, found, answers, settings, judge)
     write_report(report, output)
-    for title, scores in ((report["metric"], report["scores"]), ("accuracy", report.get("accuracy"))):
-        for label, one in flat(scores) if scores else ():
+    for title, scores in tables(report):
+        for label, one in flat(scores):
             interval = "" if one["low"] is None else f"  ({one['low']:.3f} to {one['high']:.3f})"
             print(f"{title}, {label}: {one['mean']:.3f}{interval}, {one['num_questions']} questions")
+    if num := report.get("num_without_answer_key"):
+        print(f"{num} questions have no answer to compare with; what the model said is kept", file=sys.stderr)
     if report["num_problems"]:
         print(f"{report['num_problems']} items left out: {report['problems']}", file=sys.stderr)
     print(f"report.md, report.json, report.png and answers.jsonl are in {output}", file=sys.stderr)

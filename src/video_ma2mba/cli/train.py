@@ -14,21 +14,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..fitting import RESERVED_BYTES, Fixed, on_meta, planned
+from ..loading import find_model
 from .plan import parse_bytes
 
 if TYPE_CHECKING:
     import torch
 
+    from ..training.choices import Choice
     from ..training.recipe import Recipe
 
 HELP = "train a model as a recipe says"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="3.1b-stage1, 1.8b-stage2, finetune, finetune-lora, or a file")
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="3.1b-stage1, 1.8b-stage2, finetune, finetune-lora, or a file"
+    )
     parser.add_argument(
         "--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="change one line of the recipe"
     )
+    parser.add_argument("--keys", action="store_true", help="list all keys of a recipe with their meaning, and stop")
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in the output")
     parser.add_argument("--strict", action="store_true", help="stop at a sample that cannot be used")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, and whether it fits")
@@ -38,35 +43,104 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..training.recipe import read_recipe
+    from ..training.recipe import read_recipe, recipe_names
 
+    if args.keys:
+        _print_keys()
+        return
+    if args.recipe is None:
+        raise ValueError(f"name a recipe: {', '.join(recipe_names())}, or a .yaml file")
     recipe = read_recipe(args.recipe, [*args.changes, *(["strict=true"] if args.strict else [])])
     if args.dry_run:
         dry_run(recipe, args.gpu_memory)
         return
+    find_model(recipe.model)
+    for key in ("data", "evaluation_data"):
+        for folder in getattr(recipe, key):
+            _check_prepared(key, Path(folder), Path(recipe.output))
 
     import torch
 
-    from ..loading import find_model
     from ..training.run import prepare_run, train
 
-    find_model(recipe.model)
-    prepared = prepare_run(recipe)
     first = os.environ.get("RANK", "0") == "0"
     if first:
         print(_batch_line(recipe), file=sys.stderr)
-    report = train(prepared, resume=args.resume)
+    prepared = prepare_run(recipe)
+    if first:
+        for choice in prepared.choices:
+            print(f"chosen, {choice}", file=sys.stderr)
+    try:
+        report = train(prepared, resume=args.resume)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(_kept(Path(recipe.output))) from interrupt
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # its threads must not be there any more when the process ends
     if first:
-        held_out = report["held_out_loss"]
-        if held_out["after"] is not None:
-            print(f"held-out loss: {held_out['before']:.4f} before, {held_out['after']:.4f} after")
-        left_out = f", {report['skipped_samples']} left out" if report["skipped_samples"] else ""
-        print(
-            f"{recipe.output}/model: {report['steps']} steps, {report['samples']} samples{left_out}, "
-            f"{report['tokens']} tokens in {report['wall_s']:.0f} s"
-        )
+        _print_report(report, recipe.output)
+
+
+def _print_keys() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..training.recipe import recipe_keys
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("key", "value", "default", "meaning"):
+        table.add_column(name, no_wrap=name == "key", overflow="fold")
+    for key in recipe_keys():
+        table.add_row(key.name, key.kind, key.default or "must be given", key.meaning)
+    Console(highlight=False, markup=False, width=max(Console().width, 120)).print(table)
+
+
+def _check_prepared(key: str, folder: Path, output: Path) -> None:
+    """Refuse data that are none before anything is loaded.
+
+    Raises:
+        ValueError: Says what is there instead, and the command that makes it data.
+    """
+    from ..data.manifest import DESCRIPTION
+
+    if (folder / DESCRIPTION).is_file():
+        if output.resolve() == folder.resolve():
+            raise ValueError(f"output {output} is the folder of the data: choose another, {output}-run for instance")
+        return
+    if not folder.exists():
+        raise ValueError(f"{key}: {folder} is not there")
+    root = folder.parent if folder.is_file() else folder
+    raise ValueError(
+        f"{key}: {folder} is not prepared yet: `video-ma2mba data prepare {folder} --media-root {root} -o PREPARED`, "
+        f"then --set {key}=PREPARED"
+    )
+
+
+def _kept(output: Path) -> str:
+    from ..training.run import CHECKPOINTS
+    from ..training.trainer import last_checkpoint
+
+    checkpoint = last_checkpoint(output / CHECKPOINTS)
+    if checkpoint is None:
+        return f"{output} holds no checkpoint yet: the same command begins anew"
+    return f"{checkpoint} is kept: the same command with --resume goes on from there"
+
+
+def _print_report(report: dict[str, Any], output: str) -> None:
+    held_out, entries = report["held_out_loss"], report["held_out"]
+    if held_out["after"] is not None:
+        print(f"held-out loss: {held_out['before']:.4f} before, {held_out['after']:.4f} after")
+        after = next(entry for entry in reversed(entries) if entry["step"] == report["kept_step"])
+        if "exact" in after:
+            right = [round(entry["exact"] * entry["answers"]) for entry in (entries[0], after)]
+            print(f"held-out answers exact: {right[0]} of {after['answers']} before, {right[1]} after")
+    for warning in report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    left_out = f", {report['skipped_samples']} left out" if report["skipped_samples"] else ""
+    best = f", that of step {report['kept_step']}" if report["kept_step"] != report["steps"] else ""
+    print(
+        f"{output}/model{best}: {report['steps']} steps, {report['samples']} samples{left_out}, "
+        f"{report['tokens']} tokens in {report['wall_s']:.0f} s"
+    )
 
 
 def _batch_line(recipe: "Recipe") -> str:
@@ -91,7 +165,9 @@ def dry_run(recipe: "Recipe", gpu_bytes: int | None) -> None:
 
     if gpu_bytes is None and torch.cuda.is_available():
         gpu_bytes = torch.cuda.get_device_properties(0).total_memory
-    model = make_trainable(on_meta(_config(recipe.model), recipe.dtype), recipe)
+    config = _config(recipe.model)
+    recipe, choices, data_lines, num_tokens = _with_data(recipe, config)
+    model = make_trainable(on_meta(config, str(recipe.dtype)), recipe)
     groups = describe_groups(model, recipe)
     console = Console(highlight=False, width=100)
     table = Table(title="what trains")
@@ -111,8 +187,9 @@ def dry_run(recipe: "Recipe", gpu_bytes: int | None) -> None:
         f"warm-up; gradients clipped at {recipe.max_grad_norm:g}"
     )
     console.print(_batch_line(recipe))
-
-    num_tokens = _data_lines(recipe, console) or recipe.max_tokens
+    for line in [*(f"chosen, {choice}" for choice in choices), *data_lines]:
+        console.print(line)
+    num_tokens = num_tokens or recipe.max_tokens
     if num_tokens is None:
         console.print(
             "the data are not there yet, so neither steps nor memory can be told; max_tokens would do for memory"
@@ -134,23 +211,28 @@ def _config(model: str) -> Any:
     return VideoMa2mbaConfig.from_preset(size)
 
 
-def _data_lines(recipe: "Recipe", console: Any) -> int | None:
-    """Print samples and steps; returns the tokens of the longest sample, if the data and the model are there."""
+def _with_data(recipe: "Recipe", config: Any) -> "tuple[Recipe, list[Choice], list[str], int | None]":
+    """The recipe with nothing left open, what was chosen, what to say of the data, tokens of the longest sample.
+
+    Where the model or the data are not there yet, what depends on them is not told.
+    """
     from ..loading import load
     from ..processing import VideoMa2mbaProcessor
-    from ..training.run import read_data
+    from ..training.choices import choose
+    from ..training.run import read_all, settle
 
     if not all(Path(folder).is_dir() for folder in (recipe.model, *recipe.data)):
-        return None
-    processor = load(VideoMa2mbaProcessor, recipe.model)
-    data = read_data(recipe.data, recipe, processor)
+        hidden_size = config.text_config.hidden_size
+        options = {"num_samples": None, "is_held_out": bool(recipe.held_out), "on_gpu": True, "num_cores": 1}
+        return *choose(recipe, hidden_size=hidden_size, **options), [], None
+    data, held_out, choices = read_all(recipe, load(VideoMa2mbaProcessor, recipe.model))
+    recipe, made = settle(recipe, data, held_out)
     if recipe.streaming:
-        console.print(f"streamed; {recipe.max_steps} steps")
-        return None
+        return recipe, [*choices, *made], [f"streamed; {recipe.max_steps} steps"], None
     steps = recipe.max_steps or -(-len(data) * recipe.num_epochs // recipe.global_batch_size)
     longest = max(data["num_tokens"])
-    console.print(f"{len(data):,} samples, {steps:,.0f} steps; the longest sample has about {longest:,} tokens")
-    return min(longest, recipe.max_tokens or longest)
+    line = f"{len(data):,} samples, {steps:,.0f} steps; the longest sample has about {longest:,} tokens"
+    return recipe, [*choices, *made], [line], min(longest, recipe.max_tokens or longest)
 
 
 def _memory_lines(

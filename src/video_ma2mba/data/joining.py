@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JoiningOptions:
-    """From `shortest_s` to `longest_s` seconds of video in a sample; longer ones stay as they are."""
+    """How long samples become; longer ones stay as they are.
+
+    Attributes:
+        shortest_s: Seconds of video in a sample, at least.
+        longest_s: Seconds of video in a sample, at most.
+    """
 
     shortest_s: float = 60.0
     longest_s: float = 3600.0

@@ -176,7 +176,7 @@ def _entry(entry: Any, media_beside: bool) -> Parts:
 
 
 def plain(source: Path) -> Iterator[Record | Problem]:
-    """`{"video" | "image", "question", "answer"}`: the least that one's own data need."""
+    """`{"video" | "image", "question", "answer"}`: the least that one's own data need; `options` may be given, too."""
     return each(source, lambda item: [_from_plain(item)])
 
 
@@ -185,8 +185,16 @@ def _from_plain(item: Item) -> Record:
     question, answer = text_of(record, "question"), text_of(record, "answer")
     if any(record.get(name) for name in MEDIA_KEYS["video"]) == any(record.get(name) for name in MEDIA_KEYS["image"]):
         raise Malformed("a record needs the path of either a 'video' or an 'image'")
+    kind = "chat"
+    if options := record.get("options"):
+        if not isinstance(options, list) or not 2 <= len(options) <= 26:
+            raise Malformed(f"'options' must be a list of two to 26, got {str(options)[:60]!r}")
+        from .question_sets import multiple_choice, number_of_answer  # which is built on this module
+
+        options, kind = [str(option) for option in options], "multiple_choice"
+        question, answer = multiple_choice(question, options, number_of_answer(answer, options))
     messages = [user(*_media(record), question), assistant(answer)]
-    return Record(str(record.get("id", item.where)), item.where, messages)
+    return Record(str(record.get("id", item.where)), item.where, messages, kind)
 
 
 def question_and_answer(

@@ -212,13 +212,17 @@ def prepare(
 
 
 def _read(file: Path, form: str, run: Preparation, progress: Progress) -> None:
-    what, records = f"checking {file.name}", FORMATS[form](file)
+    what, opening, records = f"checking {file.name}", f"opening media of {file.name}", FORMATS[form](file)
+    num_opened = 0
     while window := list(itertools.islice(records, RECORDS_AT_A_TIME)):
-        for number, _ in enumerate(run.index.look_at_all(_media(window)), 1):
-            progress("opening media", number, None)
+        for _ in run.index.look_at_all(_media(window)):
+            num_opened += 1
+            progress(opening, num_opened, None)
         for record in window:
             run.add(record)
         progress(what, run.num_read, None)
+    if num_opened:  # how many there are is known when all were opened
+        progress(opening, num_opened, num_opened)
     progress(what, run.num_read, run.num_read)
 
 

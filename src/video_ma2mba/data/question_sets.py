@@ -126,3 +126,21 @@ def letter_of(number: Any, options: list[str]) -> str:
     if not 0 <= number < len(options):
         raise Malformed(f"answer {number} of {len(options)} options")
     return ascii_uppercase[number]
+
+
+def number_of_answer(answer: str, options: list[str]) -> int:
+    """The number of an option, from 0, that one's own data give as its text, its letter or its number.
+
+    Raises:
+        Malformed: It is none of them, or two options are the same.
+    """
+    if options.count(answer) > 1:
+        raise Malformed(f"two options are {answer!r}")
+    if answer in options:
+        return options.index(answer)
+    letter = answer.rstrip(".)").upper()
+    if len(letter) == 1 and letter in ascii_uppercase[: len(options)]:
+        return ascii_uppercase.index(letter)
+    if answer.isdecimal() and int(answer) < len(options):
+        return int(answer)
+    raise Malformed(f"the answer {answer!r} is none of the options {', '.join(options)}, nor a letter or number of one")

@@ -3,8 +3,7 @@
 import re
 import zlib
 from dataclasses import dataclass, field
-
-LETTERS = "ABCDE"
+from string import ascii_uppercase as LETTERS
 
 
 @dataclass(frozen=True)
@@ -98,3 +97,18 @@ def bracketed_letter(text: str, question: Question) -> str:
             if option.lower() in text.lower():
                 return letter
     return drawn(question)
+
+
+def own_answer(text: str, question: Question) -> str:
+    """One's own questions: the letter of an option, by its mark or by the option's own words; else the plain text."""
+    if not question.options:
+        return plain_text(text)
+    for letter, option in zip(question.letters, question.options, strict=True):
+        if plain_text(text) == plain_text(option):
+            return letter
+    return marked_letter(text, question)
+
+
+def plain_text(text: str) -> str:
+    """By which free answers are compared: without case, marks at either end, and spaces beyond one."""
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'")

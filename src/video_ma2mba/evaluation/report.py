@@ -23,24 +23,28 @@ def make_report(
     Args:
         answers: In the order of `found`.
         settings: Model, frames and so on, which are put at the top.
-        judge: For free answers.
+        judge: For free answers; where they are compared as texts without one, its scores stand beside those.
     """
     pairs = list(zip(found.questions, answers, strict=True))
     report: dict[str, Any] = {"task": task.name, **settings, "num_questions": len(pairs)}
+    free = [(question, answer) for question, answer in pairs if question.dimension and question.answer]
     if task.read_answer is not None:
         known = [(q, a) for q, a in pairs if q.answer and a.parsed is not None]
         report["metric"], report["scores"] = "accuracy", _by_group(known, _accuracy) if known else {}
         report["num_without_answer_key"] = sum(not q.answer for q, _ in pairs)
         report["num_left_out_of_score"] = sum(a.parsed is None for _, a in pairs)
     else:
+        free, report["metric"] = pairs, "score"
         assert judge is not None
-        judged = _judged(pairs, judge)
+    if judge is not None:
+        judged = _judged(free, judge)
         report["judge"] = describe(judge)
         report["num_not_understood"] = sum(not verdict.understood for _, (_, verdict) in judged)
-        report["metric"] = "score"
-        report["scores"] = _by_group(judged, _mean(lambda verdict: verdict.score)) if judged else {}
+        scores = _by_group(judged, _mean(lambda verdict: verdict.score)) if judged else {}
+        report["scores" if task.read_answer is None else "judged_score"] = scores
         if any(verdict.correct is not None for _, (_, verdict) in judged):
-            report["accuracy"] = _by_group(judged, _mean(lambda verdict: float(bool(verdict.correct))))
+            name = "accuracy" if task.read_answer is None else "judged_accuracy"
+            report[name] = _by_group(judged, _mean(lambda verdict: float(bool(verdict.correct))))
     videos = {answer.video: answer for answer in answers}
     report["num_videos"] = len(videos)
     report["num_problems"] = len(found.problems)
@@ -105,14 +109,20 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [f"{report['num_questions']} questions about {report['num_videos']} videos, {report['frames']}."]
     if judge := report.get("judge"):
         lines += ["", f"Judged by {judge['name']}." + ("" if judge["published"] else " Not to be set beside papers.")]
-    for title, scores in ((report["metric"], report["scores"]), ("accuracy", report.get("accuracy"))):
-        if scores:
-            lines += ["", f"| {title} | | 95 % interval | questions | videos |", "|---|---|---|---|---|"]
-            lines += [_row(name, one) for name, one in flat(scores)]
+    for title, scores in tables(report):
+        lines += ["", f"| {title} | | 95 % interval | questions | videos |", "|---|---|---|---|---|"]
+        lines += [_row(name, one) for name, one in flat(scores)]
     if report["num_problems"]:
         lines += ["", f"{report['num_problems']} items were left out:", ""]
         lines += [f"- {reason}: {count}" for reason, count in report["problems"].items()]
     return "\n".join(lines) + "\n"
+
+
+def tables(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(title, scores) of all there are in a report."""
+    found = [(report["metric"], report["scores"])]
+    found += [(name.replace("_", " "), report.get(name)) for name in ("accuracy", "judged_score", "judged_accuracy")]
+    return [(title, scores) for title, scores in found if scores]
 
 
 def flat(scores: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

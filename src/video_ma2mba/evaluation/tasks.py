@@ -8,9 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from ..data.formats import annotation_files
-from ..data.question_sets import activitynet_answers, as_question, letter_of, lettered, nextqa_videos
-from ..data.records import Item, Malformed, Problem, convert_all, read_items, text_of
-from .questions import LETTERS, Question, bracketed_letter, first_capital, leading_letter, marked_letter
+from ..data.llava import MEDIA_KEYS, SPANS
+from ..data.question_sets import (
+    activitynet_answers,
+    as_question,
+    letter_of,
+    lettered,
+    multiple_choice,
+    nextqa_videos,
+    number_of_answer,
+)  # fmt: skip
+from ..data.records import SUFFIXES, Item, Malformed, Problem, convert_all, read_items, text_of
+from ..loading import reading
+from .questions import (
+    LETTERS,
+    Question,
+    bracketed_letter,
+    first_capital,
+    leading_letter,
+    marked_letter,
+    own_answer,
+    plain_text,
+)  # fmt: skip
 
 ONLY_THE_LETTER = "Answer with the option's letter from the given choices directly."
 Convert = Callable[[Item], Iterable[Question]]
@@ -21,7 +40,8 @@ class Task:
     """A benchmark.
 
     Attributes:
-        hub: Data set, configuration and split on the Hub; None where there is more than one configuration.
+        hub: Data set, configuration and split on the Hub; None in place of the configuration where there is more than
+            one, and of all where the questions are one's own.
         open_source: Given an annotation file (None: rows of the Hub), how to read its items.
         read_answer: The letter in an answer; None as a letter leaves the question out. None where a judge reads.
         max_new_tokens: Of an answer, as lmms-eval has them.
@@ -29,7 +49,7 @@ class Task:
     """
 
     name: str
-    hub: tuple[str, str | None, str]
+    hub: tuple[str, str | None, str] | None
     open_source: Callable[[Path | None], Convert]
     read_answer: Callable[[str, Question], str | None] | None
     max_new_tokens: int
@@ -40,12 +60,17 @@ def read_questions(task: Task, data: str) -> Iterator[Question | Problem]:
     """Everything a task asks.
 
     Args:
-        data: A folder with the published files, or the id of a data set on the Hub.
+        data: A folder with the published files, one of them, or the id of a data set on the Hub.
 
     Raises:
         ValueError: There is no such folder, or none of the task's files is in it.
     """
     folder = Path(data).expanduser()
+    if folder.is_file():
+        if folder.suffix not in SUFFIXES:
+            raise ValueError(f"{data}: questions are read from {', '.join(SUFFIXES)} files, or a folder of them")
+        yield from convert_all(read_items(folder), task.open_source(folder))
+        return
     if folder.is_dir():
         sources = [path for path in annotation_files(folder) if re.fullmatch(task.files, path.name)]
         if not sources:
@@ -53,11 +78,14 @@ def read_questions(task: Task, data: str) -> Iterator[Question | Problem]:
         for source in sources:
             yield from convert_all(read_items(source), task.open_source(source))
         return
+    if task.hub is None:
+        raise ValueError(f"--data {data}: there is no such file or folder")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", data):
-        raise ValueError(f"{data}: there is no such folder, and a Hub id looks like owner/name")
+        raise ValueError(f"{data}: there is no such file or folder, and a Hub id looks like owner/name")
     import datasets
 
-    rows = datasets.load_dataset(data, task.hub[1], split=task.hub[2])
+    with reading(data, "the data set"):
+        rows = datasets.load_dataset(data, task.hub[1], split=task.hub[2])
     yield from convert_all((Item(f"{data}, row {i}", row) for i, row in enumerate(rows, 1)), task.open_source(None))
 
 
@@ -275,9 +303,53 @@ def video_chatgpt(source: Path | None) -> Convert:
     return convert
 
 
+# --- one's own -------------------------------------------------------------------------------------------------------
+
+KNOWN = {"id", "video", "question", "answer", "options"}
+
+
+def own(source: Path | None) -> Convert:
+    """A line of one's own training data: video and question; answer and options may be absent.
+
+    An answer to options is one of them, its letter or its number, from 0; and the model is asked as training asks, in
+    `question_sets.multiple_choice`. A free answer is compared as a text. Every other text or number is a category.
+    """
+
+    def convert(item: Item) -> Iterator[Question]:
+        row = item.value
+        other = [key for names in MEDIA_KEYS.values() for key in names if key != "video" and row.get(key)]
+        other += [key for span in SPANS for key in span if row.get(key) is not None]
+        if other:
+            raise Malformed(f"{', '.join(other)}: a question is about one whole video, under 'video'")
+        video, asked = text_of(row, "video"), text_of(row, "question")
+        options = [str(option) for option in _list(row, "options", len(LETTERS))] if row.get("options") else []
+        answer = "" if row.get("answer") in (None, "") else str(row["answer"]).strip()
+        prompt = asked
+        if options:
+            number = number_of_answer(answer, options) if answer else 0
+            prompt, letter = multiple_choice(asked, options, number)
+            answer = letter.rstrip(".") if answer else ""
+        groups = {key: str(value) for key, value in row.items()
+                  if key not in KNOWN and isinstance(value, str | int | float) and value != ""}  # fmt: skip
+        yield Question(
+            id=str(row.get("id") or item.where),
+            where=item.where,
+            videos=(video, f"videos/{video}"),
+            prompt=prompt,
+            answer=answer if options else plain_text(answer),
+            options=tuple(options),
+            groups={**groups, "kind": "multiple choice" if options else "free answer"},
+            asked=asked,
+            dimension="" if options else "match",
+        )
+
+    return convert
+
+
 TASKS = {
     task.name: task
     for task in (
+        Task("own", None, own, own_answer, 64),
         Task("videomme", ("lmms-eval/Video-MME", "videomme", "test"), video_mme, marked_letter, 16),
         Task(
             "longvideobench", ("longvideobench/LongVideoBench", None, "validation"), long_video_bench,
@@ -297,10 +369,10 @@ TASKS = {
 }  # fmt: skip
 
 
-def _list(row: dict[str, Any], key: str) -> list[Any]:
+def _list(row: dict[str, Any], key: str, most: int = 5) -> list[Any]:
     value = row.get(key)
-    if not isinstance(value, list) or not 2 <= len(value) <= len(LETTERS):
-        raise Malformed(f"{key!r} must be a list of two to five options, got {str(value)[:60]!r}")
+    if not isinstance(value, list) or not 2 <= len(value) <= most:
+        raise Malformed(f"{key!r} must be a list of two to {most} options, got {str(value)[:60]!r}")
     return value
 
 

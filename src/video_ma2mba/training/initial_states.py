@@ -18,7 +18,12 @@ MEMORY = 0.99  # of the running mean and variance, per batch
 
 @dataclass(frozen=True)
 class InitialStatesOptions:
-    """What a recipe says: `kind`, one of `KINDS`, and the `share` of samples that begin so; the others have zeros."""
+    """What a recipe says of where states begin.
+
+    Attributes:
+        kind: "zeros"; "passed", with the states that another sample left; or "noise", of their mean and spread.
+        share: Of the samples that begin so; the others have zeros.
+    """
 
     kind: str = "zeros"
     share: float = 0.5

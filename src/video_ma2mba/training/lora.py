@@ -18,15 +18,10 @@ def lora_config(rank: int = 16, alpha: int = 32, dropout: float = 0.05, vision_t
 
         model = get_peft_model(model, lora_config(rank=16))
 
-    For QLoRA load the model with a `quantization_config` first; nothing else changes.
+    For QLoRA load the model with a `quantization_config` first; nothing else changes. No task type is named: with that
+    of a causal model, PEFT's `AutoPeftModel` would look for this one among those that know no videos.
     """
     from peft import LoraConfig
 
     targets = [BACKBONE, PROJECTOR, *([TOWER] if vision_tower else [])]
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=rf".*({'|'.join(targets)})",
-        task_type="CAUSAL_LM",
-    )
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=rf".*({'|'.join(targets)})")

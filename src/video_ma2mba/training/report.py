@@ -15,41 +15,68 @@ if TYPE_CHECKING:
 
 
 def write_report(
-    output: Path, prepared: "Prepared", trainer: "VideoMa2mbaTrainer", before: float | None, after: float | None,
-    wall_s: float,
+    output: Path, prepared: "Prepared", trainer: "VideoMa2mbaTrainer", evaluations: list[dict[str, Any]],
+    after: dict[str, Any] | None, warnings: list[str], wall_s: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write both files to `output`; returns the report."""
+    """Write both files to `output`; returns the report.
+
+    Args:
+        evaluations: Of the held-out data, by step.
+        after: That of the model that is kept; None without such data.
+        warnings: Of `held_out.advice`.
+    """
     history = trainer.state.log_history
     losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry]
     report = {
         "recipe": asdict(prepared.recipe),
+        "choices": {choice.key: choice.reason for choice in prepared.choices},
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "devices": trainer.args.world_size,
         "global_batch_size": trainer.get_total_train_batch_size(trainer.args),
         # from the log, which a resumed run inherits
         **{name: sum(entry.get(name, 0) for entry in history) for name in COUNTS},
-        "held_out_loss": {"before": before, "after": after},
+        "held_out_loss": {
+            "before": evaluations[0]["loss"] if evaluations else None,
+            "after": after["loss"] if after else None,
+        },
+        "held_out": evaluations,
+        "kept_step": after["step"] if after else trainer.state.global_step,
+        "warnings": warnings,
         "losses": losses,
         "wall_s": round(wall_s, 1),
         "peak_bytes": peak_bytes(trainer.args.device),
     }
     write_json(output / "train_report.json", report)
-    if losses:
+    if losses or evaluations:
         try:
-            plot_losses(losses, output / "loss.png")
+            plot_losses(losses, evaluations, after, output / "loss.png")
         except ImportError:
             print("no picture of the loss: pip install matplotlib", file=sys.stderr)
     return report
 
 
-def plot_losses(losses: list[dict[str, Any]], path: Path) -> None:
+def plot_losses(
+    losses: list[dict[str, Any]], evaluations: list[dict[str, Any]], kept: dict[str, Any] | None, path: Path
+) -> None:
+    """Both curves with their points, and which of the held-out ones the model is."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([entry["step"] for entry in losses], [entry["loss"] for entry in losses])
+    for name, entries, colour in (("training", losses, "tab:blue"), ("held out", evaluations, "tab:orange")):
+        if entries:
+            steps, values = ([entry[key] for entry in entries] for key in ("step", "loss"))
+            axes.plot(steps, values, "o-", markersize=4, color=colour, label=name)
+    if kept is not None:
+        axes.plot(kept["step"], kept["loss"], "o", markersize=11, fillstyle="none", color="tab:orange")
+        said = f"model/: step {kept['step']}, {kept['loss']:.3g}"
+        said += f", {kept['exact']:.0%} exact" if "exact" in kept else ""
+        axes.annotate(said, (kept["step"], kept["loss"]), xytext=(0, 14), textcoords="offset points", ha="center")
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
+    if losses or evaluations:
+        axes.legend()
     write_png(path, figure)

@@ -1,27 +1,31 @@
 """From a recipe to a trained model: data, model, Trainer, and a report of what happened."""
 
-import json
+import importlib.util
 import math
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from ..data.collator import VideoChatCollator
+from ..data.holding_out import hold_out, videos_of
 from ..data.joining import join
 from ..data.manifest import load_manifest
-from ..files import write_json
 from ..loading import load
 from ..modeling import VideoMa2mbaForConditionalGeneration
+from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 from ..processing import VideoMa2mbaProcessor
+from .choices import Choice, choose, keeps_best
 from .engines import check_engine, check_shared, engine_arguments
+from .held_out import HeldOut, Lines, advice, answer_metrics
 from .parameters import parameter_groups, set_trainable
 from .recipe import Recipe
 from .report import write_report
@@ -33,23 +37,83 @@ CHECKPOINTS, MODEL = "checkpoints", "model"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a recipe comes to, before anything is trained."""
+    """What a recipe comes to, before anything is trained.
+
+    Attributes:
+        recipe: With nothing left open.
+        choices: What was, and what it became.
+    """
 
     recipe: Recipe
     model: torch.nn.Module
     processor: VideoMa2mbaProcessor
     train_data: Any
     evaluation_data: Any | None
+    choices: tuple[Choice, ...] = ()
+
+    @property
+    def keeps_best(self) -> bool:
+        return keeps_best(self.recipe, self.evaluation_data is not None)
 
 
 def prepare_run(recipe: Recipe) -> Prepared:
-    """Read model, processor and data of a recipe, and freeze what does not train."""
+    """Read model, processor and data of a recipe, choose what it leaves open, and freeze what does not train.
+
+    Raises:
+        ValueError: Data, model or recipe cannot be used; what costs least to find out is said first.
+    """
     set_seed(recipe.seed)
+    quantization = _quantization(recipe)
     processor = load(VideoMa2mbaProcessor, recipe.model)
-    train_data = read_data(recipe.data, recipe, processor)
-    evaluation_data = read_data(recipe.evaluation_data, recipe, processor) if recipe.evaluation_data else None
-    model = load(VideoMa2mbaForConditionalGeneration, recipe.model, dtype=getattr(torch, recipe.dtype))
-    return Prepared(recipe, make_trainable(model, recipe), processor, train_data, evaluation_data)
+    train_data, evaluation_data, choices = read_all(recipe, processor)
+    recipe, made = settle(recipe, train_data, evaluation_data)
+    keeps_best(recipe, evaluation_data is not None)  # before the weights are read
+    model = load(
+        VideoMa2mbaForConditionalGeneration, recipe.model, dtype=getattr(torch, str(recipe.dtype)), **quantization
+    )
+    model = make_trainable(model, recipe)
+    return Prepared(recipe, model, processor, train_data, evaluation_data, (*choices, *made))
+
+
+def settle(recipe: Recipe, train_data: Any, evaluation_data: Any | None) -> tuple[Recipe, list[Choice]]:
+    """The recipe with nothing left open, and what was chosen."""
+    config = load(VideoMa2mbaConfig, recipe.model)
+    num_cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return choose(
+        recipe,
+        hidden_size=config.text_config.hidden_size,
+        num_samples=None if recipe.streaming else len(train_data),
+        is_held_out=evaluation_data is not None,
+        on_gpu=torch.cuda.is_available(),
+        num_cores=max(num_cores, 1),
+    )
+
+
+def _quantization(recipe: Recipe) -> dict[str, Any]:
+    """What `from_pretrained` takes for weights in 4 bits.
+
+    Raises:
+        ValueError: They cannot be had here; says what to do.
+    """
+    if recipe.quantization is None:
+        return {}
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "quantization nf4: needs an NVIDIA GPU, and torch finds none here; leave it out, and finetune-lora trains "
+            "the same adapters on weights as they are"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("quantization nf4: needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],  # a twentieth of the weights
+    )
+    return {"quantization_config": config, "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
 
 
 def make_trainable(model: torch.nn.Module, recipe: Recipe) -> torch.nn.Module:
@@ -70,20 +134,47 @@ def make_trainable(model: torch.nn.Module, recipe: Recipe) -> torch.nn.Module:
     return model
 
 
+def read_all(recipe: Recipe, processor: VideoMa2mbaProcessor) -> tuple[Any, Any | None, list[Choice]]:
+    """Data to train on, data that are held out (None: nothing is), and what is to be said of them."""
+    if recipe.evaluation_data or not recipe.held_out:
+        held = read_data(recipe.evaluation_data, recipe, processor) if recipe.evaluation_data else None
+        return read_data(recipe.data, recipe, processor), held, []
+    rows = read_rows(recipe.data, recipe)
+    trained, kept = hold_out(rows, recipe.held_out, recipe.seed)
+    if not kept:
+        reason = "all samples show one video: nothing can be held out, so nothing tells what it knows of new ones"
+        return complete(rows, recipe, processor), None, [Choice("held_out", 0, reason)]
+    videos = {medium for index in kept for medium in videos_of(rows[index])}
+    said = f"of {len(rows)} samples, drawn by video: {len(videos)} are not trained on; --set held_out=0 trains on all"
+    parts = (complete(rows.select(indices), recipe, processor) for indices in (trained, kept))
+    return *parts, [Choice("held_out", len(kept), said)]
+
+
 def read_data(folders: tuple[str, ...], recipe: Recipe, processor: VideoMa2mbaProcessor) -> Any:
     """All folders as one data set, with `num_tokens`, an estimate by which samples are grouped."""
+    return complete(read_rows(folders, recipe), recipe, processor)
+
+
+def read_rows(folders: tuple[str, ...], recipe: Recipe) -> Any:
+    """All folders as one data set."""
     import datasets
 
     parts = [load_manifest(folder, recipe.streaming) for folder in folders]
+    if recipe.streaming:
+        return datasets.interleave_datasets(parts).shuffle(seed=recipe.seed, buffer_size=1000)
+    return datasets.concatenate_datasets(parts)
+
+
+def complete(rows: Any, recipe: Recipe, processor: VideoMa2mbaProcessor) -> Any:
+    """Rows joined where the recipe asks for it, with their `num_tokens`."""
+    if recipe.streaming:
+        return rows
     per_frame = processor.tokens_per_frame
 
     def estimate(batch: dict[str, list]) -> dict[str, list]:
         rows = zip(batch["watched_s"], batch["num_images"], batch["num_characters"], strict=True)
         return {"num_tokens": [math.ceil(s * recipe.fps + n) * per_frame + c // 4 for s, n, c in rows]}
 
-    if recipe.streaming:
-        return datasets.interleave_datasets(parts).shuffle(seed=recipe.seed, buffer_size=1000)
-    rows = datasets.concatenate_datasets(parts)
     if recipe.joining is not None:
         rows = join(rows, recipe.joining, recipe.seed)
     return rows.map(estimate, batched=True)
@@ -105,6 +196,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         checkpointing = {name: True, f"{name}_kwargs": dict(recipe.gradient_checkpointing)}
     config: Any = model.config
+    is_evaluated = prepared.evaluation_data is not None
     engine = engine_arguments(recipe, num_devices, computes_in_bfloat16(recipe))
     arguments = TrainingArguments(
         output_dir=str(Path(recipe.output) / CHECKPOINTS),
@@ -125,13 +217,16 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         remove_unused_columns=False,  # the collator reads them
         dataloader_num_workers=recipe.num_workers,
         dataloader_pin_memory=on_gpu,
-        prediction_loss_only=True,
+        prediction_loss_only=not recipe.sample_answers,
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,
         save_steps=recipe.save_steps,
         save_total_limit=recipe.save_total_limit,
-        eval_strategy="steps" if recipe.evaluation_steps else "no",
+        eval_strategy="steps" if recipe.evaluation_steps and is_evaluated else "no",
         eval_steps=recipe.evaluation_steps or None,
+        load_best_model_at_end=prepared.keeps_best,
+        metric_for_best_model="eval_loss" if prepared.keeps_best else None,
+        greater_is_better=False if prepared.keeps_best else None,
         ddp_find_unused_parameters=False,  # the model sees to it that every batch uses all
         report_to="none",  # TensorBoard is told below where to write
         seed=recipe.seed,
@@ -156,8 +251,12 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
     trainer = make(
         model, arguments, collator, prepared.train_data, prepared.evaluation_data, callbacks=[tensorboard],
         processing_class=prepared.processor, vision_learning_rate=recipe.vision_learning_rate,
-        initial_states=recipe.initial_states,
+        initial_states=recipe.initial_states, compute_metrics=answer_metrics if recipe.sample_answers else None,
     )  # fmt: skip
+    trainer.compares_answers = recipe.sample_answers > 0
+    for raw in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(raw)
+    trainer.add_callback(Lines())
     check_engine(trainer, recipe)
     if recipe.fsdp_config and computes_in_bfloat16(recipe):
         trainer.autocast_dtype = torch.bfloat16
@@ -180,52 +279,60 @@ def train(prepared: Prepared, *, resume: bool = False) -> dict[str, Any]:
     """
     output = Path(prepared.recipe.output)
     checkpoints = output / CHECKPOINTS
+    new = [folder for folder in (checkpoints, *checkpoints.parents) if not folder.exists()]
     checkpoints.mkdir(parents=True, exist_ok=True)
     first = os.environ.get("RANK", "0") == "0"
     if not resume and any(checkpoints.glob("checkpoint-*")):
         raise ValueError(f"{checkpoints} holds checkpoints: go on with --resume, or choose another output")
     start = time.perf_counter()
-    trainer = make_trainer(prepared)
-    check_shared(trainer, output)
+    try:
+        trainer = make_trainer(prepared)
+        check_shared(trainer, output)
+    except Exception:
+        with suppress(OSError):  # a start that fails leaves no folder behind
+            for folder in new if first else ():
+                folder.rmdir()
+        raise
     checkpoint = None
     if resume:
         if first:
             last_checkpoint(checkpoints)  # removes what was cut off, before the others look
         trainer.accelerator.wait_for_everyone()
         checkpoint = last_checkpoint(checkpoints)
-    held_out = HeldOutLoss(trainer, output / "held_out_loss.json", checkpoint is not None)
-    trainer.add_callback(held_out)
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
+    held_out = _watch_held_out(trainer, prepared, output, step)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    after = trainer.evaluate()["eval_loss"] if prepared.evaluation_data is not None else None
+    after = None
+    if prepared.evaluation_data is not None:
+        after = held_out.best if prepared.keeps_best else held_out.measure()
     report: dict[str, Any] = {}
     if trainer.is_world_process_zero():
-        report = write_report(output, prepared, trainer, held_out.before, after, time.perf_counter() - start)
+        losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+        num_samples = None if prepared.recipe.streaming else len(prepared.train_data)
+        warnings = advice(
+            held_out.evaluations, losses, num_samples=num_samples, max_steps=trainer.state.max_steps,
+            keeps_best=prepared.keeps_best,
+        )  # fmt: skip
+        report = write_report(
+            output, prepared, trainer, held_out.evaluations, after, warnings, time.perf_counter() - start
+        )
     _save_model(trainer, output / MODEL)
     return report
 
 
-class HeldOutLoss(TrainerCallback):
-    """Measures the loss on the evaluation data before the first step; a resumed run remembers it.
-
-    At the beginning of the training and not before it: only then are model and optimizer what the engine made of them.
-
-    Attributes:
-        before: The loss; None without evaluation data.
-    """
-
-    def __init__(self, trainer: VideoMa2mbaTrainer, kept: Path, resumed: bool):
-        self.trainer, self.kept, self.resumed = trainer, kept, resumed
-        self.before: float | None = None
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        if self.trainer.eval_dataset is None:
-            return
-        if self.resumed and self.kept.is_file():
-            self.before = json.loads(self.kept.read_text(encoding="utf-8"))["before"]
-            return
-        self.before = self.trainer.evaluate()["eval_loss"]
-        if self.trainer.is_world_process_zero():
-            write_json(self.kept, {"before": self.before})
+def _watch_held_out(trainer: VideoMa2mbaTrainer, prepared: Prepared, output: Path, step: int | None) -> HeldOut:
+    """Lets the trainer measure the held-out data, and stop early where the recipe asks for it."""
+    recipe = prepared.recipe
+    tensorboard = next(
+        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TensorBoardCallback)
+    )
+    # one process answers while the others wait, which only works where it has the whole model
+    is_whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or recipe.sequence_parallel > 1)
+    held_out = HeldOut(trainer, output, step, recipe.sample_answers if is_whole else 0, tensorboard)
+    trainer.add_callback(held_out)
+    if recipe.patience and prepared.keeps_best:
+        trainer.add_callback(EarlyStoppingCallback(recipe.patience))
+    return held_out
 
 
 def _save_model(trainer: VideoMa2mbaTrainer, folder: Path) -> None:
@@ -247,6 +354,7 @@ def _save_model(trainer: VideoMa2mbaTrainer, folder: Path) -> None:
 
 def describe_groups(prepared_model: torch.nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """The parameter groups as numbers: name, tensors, parameters, lr, weight_decay."""
+    assert recipe.learning_rate is not None
     groups = parameter_groups(prepared_model, recipe.learning_rate, recipe.vision_learning_rate, recipe.weight_decay)
     return [
         {

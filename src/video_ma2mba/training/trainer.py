@@ -53,6 +53,7 @@ class VideoMa2mbaTrainer(Trainer):
 
     model: Any  # of `Trainer`, which declares that it may be missing
     autocast_dtype: torch.dtype | None = None  # in which to compute where the engine would cast the weights for it
+    compares_answers = False  # in an evaluation with metrics: these are given `answers_in`, and no logits
 
     def __init__(
         self,
@@ -124,8 +125,9 @@ class VideoMa2mbaTrainer(Trainer):
 
     def _warn(self, text: str) -> None:
         for callback in self.callback_handler.callbacks:
-            if bar := getattr(callback, "training_bar", None):
-                bar.write(f"warning: {text}")
+            bar = getattr(callback, "training_bar", None)
+            if write := getattr(bar, "write", None) or getattr(callback, "write_line", None):
+                write(f"warning: {text}")
                 return
         print(f"warning: {text}", flush=True)
 
@@ -139,7 +141,10 @@ class VideoMa2mbaTrainer(Trainer):
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         self._loss_only = prediction_loss_only
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.compares_answers and not prediction_loss_only:
+            logits = answers_in(logits, labels)
+        return loss, logits, labels
 
     def compute_loss(
         self,
@@ -154,6 +159,8 @@ class VideoMa2mbaTrainer(Trainer):
                 num_items_in_batch = max(num_items_in_batch, 1)  # nothing supervised: a loss of zero
         elif self._loss_only and not self.model.training and "labels" in inputs:
             inputs = {"logits_to_keep": torch.arange(0), **inputs}  # no logits, however long the video
+        elif self.compares_answers and not self.model.training and "labels" in inputs:
+            inputs = {"logits_to_keep": (inputs["labels"][:, 1:] != -100).any(dim=0).nonzero()[:, 0], **inputs}
         states = self.initial_states if self.model.training else None
         base = next(module for module in self.model.modules() if isinstance(module, VideoMa2mbaModel))
         if states is not None:  # the model moves the cache on in place
@@ -237,6 +244,40 @@ def for_label_smoothing(inputs: dict[str, Any], all_logits: bool) -> dict[str, A
     supervised[0] |= not supervised.any()  # a model gives some logits
     positions = supervised.nonzero()[:, 0]
     return {**inputs, "labels": labels[:, positions], "logits_to_keep": positions}
+
+
+def answers_in(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How each answer of a batch compares with what greedy decoding would say.
+
+    Greedy decoding gives an answer to the token if and only if, read along, every token of it and its end are the
+    likeliest: so one pass tells what asking each question would.
+
+    Args:
+        logits: (batch, supervised, vocabulary), of the positions before those where some row is supervised.
+        labels: (batch, tokens), -100 where nothing is supervised; an answer is a run of others.
+
+    Returns:
+        int64 (batch, answers, 3): exact or not, the first token that would be said, the first of the right ones; rows
+        with fewer answers end with -100.
+    """
+    target = labels[:, 1:]
+    positions = (target != -100).any(dim=0).nonzero()[:, 0]
+    said = torch.full_like(target, -100)
+    said[:, positions] = logits[:, : len(positions)].argmax(-1).to(said)
+    rows = []
+    for row_said, row_target in zip(said.cpu(), target.cpu(), strict=True):
+        answers, start = [], None
+        for index, is_supervised in enumerate([*(row_target != -100).tolist(), False]):
+            if is_supervised and start is None:
+                start = index
+            elif not is_supervised and start is not None:
+                right = torch.equal(row_said[start:index], row_target[start:index])
+                answers.append([int(right), int(row_said[start]), int(row_target[start])])
+                start = None
+        rows.append(answers)
+    longest = max(1, *map(len, rows))
+    table = [[*answers, *[[-100] * 3] * (longest - len(answers))] for answers in rows]
+    return torch.tensor(table, device=labels.device)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..loading import load, load_model, reading
+from ..loading import hub_is_out_of_reach, is_hub_id, load, load_model, reading
 from ..processing import VideoMa2mbaProcessor
 from .checkpoint_reader import read_json
 from .conversion import answer_to_a_frame
@@ -68,6 +68,8 @@ def base_model(adapter: str) -> str:
         try:
             name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
         except ValueError as error:  # PEFT looks on the Hub for a folder that is not there
+            if is_hub_id(adapter) and hub_is_out_of_reach(error):
+                raise
             raise ValueError(f"{adapter}: there is no {CONFIG}; `train finetune-lora` writes one") from error
     if not name:
         raise ValueError(f"{adapter}: the adapters do not name their model; say it with --model")
