@@ -158,17 +158,17 @@ class Recipe:
             raise ValueError("say how long to train: num_epochs or max_steps must be positive")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must lie in [0, 1), got {self.held_out}")
-        if self.streaming and self.held_out and not self.evaluation_data:
-            raise ValueError(
-                "held_out: of data that is read row by row no part can be drawn; let held_out be 0, or name "
-                "evaluation_data"
-            )
         if self.quantization not in (None, "nf4"):
             raise ValueError(f"quantization must be nf4 or null, got {self.quantization!r}")
         if self.quantization and (self.lora is None or self.trains):
             raise ValueError("quantization: weights in 4 bits cannot move; train adapters alone, as finetune-lora does")
         if self.streaming and not self.max_steps:
             raise ValueError("streaming: data that is read row by row has no known end, so max_steps must be given")
+        if self.streaming and self.held_out and not self.evaluation_data:
+            raise ValueError(
+                "held_out: of data that is read row by row no part can be drawn; let held_out be 0, or name "
+                "evaluation_data"
+            )
         if self.streaming and self.joining:
             raise ValueError("joining: needs to know all samples beforehand, so streaming must be off")
         if self.save_total_limit < 2:
