@@ -5,7 +5,7 @@
 
 The folder holds the videos and `questions.jsonl`, a line for each question:
 
-    {"video": "0.mp4", "question": "What is this?", "answer": "a blue cross"}
+    {"video": "0.mp4", "question": "What is this?", "answer": "yes"}
 
 These are the three commands that it runs; each can be run by hand, and has more to offer:
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--example", type=Path, metavar="DIR", help="make such a folder, and do nothing else")
     parser.add_argument("-o", "--output", type=Path, default=Path("my_run"), help="default: %(default)s")
     parser.add_argument("--model", default=str(TINY), help="folder or Hub id (default: the tiny model)")
-    parser.add_argument("--steps", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="default: as many as the data need")
     parser.add_argument("--ask", nargs=2, metavar=("VIDEO", "QUESTION"), help="a question when it is done")
     args = parser.parse_args()
     if args.example is not None:
@@ -41,10 +41,9 @@ def main() -> None:
         parser.error("say which folder holds the videos and questions.jsonl; --example DIR makes one")
 
     run("data", "prepare", args.videos / "questions.jsonl", "--media-root", args.videos, "-o", args.output / "data")
-    changes = {
-        "model": args.model, "data": args.output / "data", "output": args.output, "max_steps": args.steps,
-        "learning_rate": 1e-2 if args.model == str(TINY) else 2e-4, "dtype": "float32", "logging_steps": 10,
-    }  # fmt: skip
+    changes = {"model": args.model, "data": args.output / "data", "output": args.output}
+    if args.steps is not None:
+        changes["max_steps"] = args.steps
     run("train", "finetune-lora", *(word for key, value in changes.items() for word in ("--set", f"{key}={value}")))
     if args.ask:
         video, question = args.ask

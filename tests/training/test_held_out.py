@@ -113,6 +113,7 @@ def test_lines_are_for_people_and_training_stops_early(changes, tmp_path, capsys
     assert "step 1 of 40: loss " in err
     assert "held out, step 0: loss " in err
     assert ", the best so far" in err
+    assert f"stopped at step {report['steps']}: " in err
     assert 'right is "' in err
     assert "warning: the held-out loss did not fall below the" in err
     assert f"held-out loss: {report['held_out_loss']['before']:.4f} before" in out

@@ -1,11 +1,14 @@
 """Adapters as things of their own: merged into a folder like any other, and shared with a card of ours."""
 
+import json
+import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, cli
@@ -72,3 +75,54 @@ def test_a_folder_of_adapters_is_shared_with_a_card_of_ours(adapter, capsys):
     assert (card.data.library_name, card.data.base_model) == ("peft", "video-ma2mba/video-ma2mba-tiny")
     assert "More Information Needed" not in card.text
     assert "pip install" in card.text
+
+
+@pytest.fixture
+def published(adapter, tmp_path, monkeypatch):
+    """The adapters as the Hub's client keeps `me/adapters` once it was downloaded."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--me--adapters"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(adapter, repo / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "me/adapters"
+
+
+def test_adapters_of_the_hub_answer_as_those_of_a_folder(published, adapter, video, tmp_path, capsys):
+    said = []
+    for name in (published, str(adapter)):
+        assert cli.main(["ask", video, "What colour was the circle?", "--adapter", name, "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out)["answers"][0]["answer"])
+    assert said[0] == said[1]
+    assert cli.main(["merge", published, "-o", str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_auto_peft_model_finds_the_model_of_the_adapters(adapter):
+    """The ids are of PEFT's own class, which needs no task to tell it what to load."""
+    found = AutoPeftModel.from_pretrained(adapter, import_allowlist=["video_ma2mba"])
+    assert isinstance(found.base_model.model, VideoMa2mbaForConditionalGeneration)
+    expected = PeftModel.from_pretrained(VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL), adapter)
+    ids = torch.randint(2, 40, (1, 9), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(found.eval()(input_ids=ids).logits, expected.eval()(input_ids=ids).logits)
+    assert found.generate(input_ids=ids, max_new_tokens=2).shape == (1, 11)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_as_that(video, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for words in (["--model", "no/such"], ["--adapter", "no/such"]):
+        assert cli.main(["ask", video, "What?", *words]) == 2
+        err = capsys.readouterr().err
+        assert "no/such" in err
+        assert "the Hub cannot be reached: check the network, or name a folder" in err
+        assert err.count("\n") == 1 + err.startswith("the tiny model")
+    assert cli.main(["merge", "no/such", "-o", str(tmp_path / "out")]) == 2
+    assert "the Hub cannot be reached" in capsys.readouterr().err
+
+
+def test_a_card_without_weights_is_called_that(video, capsys):
+    card = Path(__file__).parents[2] / "model_cards" / "video-ma2mba-0.7b"
+    assert cli.main(["ask", video, "What?", "--model", str(card)]) == 2
+    assert f"{card}: a card without weights, of config and processor alone" in capsys.readouterr().err

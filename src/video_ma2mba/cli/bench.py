@@ -17,7 +17,7 @@ BENCHMARKS = {
     "scan": "forward and backward of the Mamba-2 scan against transformers' own",
     "memory": "memory of training by checkpointing method and length: counted at full size, or measured",
     "train": "training throughput by checkpointing method",
-    "finetune": "fine-tuning on small tasks by the defaults alone: new clips answered right, before and after",
+    "finetune": "fine-tuning on small tasks by the defaults alone: new clips answered right",
     "generate": "prefill, seconds per new token by length of the context, and frames per second of the tower",
     "memory-of-video": "a video memory against an attention model: bytes and seconds per question, by minutes of video",
     "serve": "questions over HTTP: requests a second and time to the first token, by clients at once",

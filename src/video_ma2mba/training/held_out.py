@@ -59,6 +59,10 @@ class Lines(TrainerCallback):
             f"step {state.global_step} of {state.max_steps}: {', '.join(parts)}, {minutes}:{seconds:02d} left"
         )
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.global_step < state.max_steps:
+            self.write_line(f"stopped at step {state.global_step}: more steps do not lower the held-out loss any more")
+
 
 class HeldOut(TrainerCallback):
     """Measures the held-out data before the first step, whenever the Trainer does, and after the last step.

@@ -60,7 +60,7 @@ class Recipe:
         evaluation_steps: Measures it every so many steps too; 0 does not, null: chosen.
         sample_answers: So many answers to it are shown each time, and the share of exact answers; 0: the loss alone.
         keep_best: `model` becomes the checkpoint whose held-out loss was the lowest, not the last.
-        patience: Stops after so many evaluations in a row without a lower held-out loss; 0 never does.
+        patience: Stops after so many evaluations in a row that lower the held-out loss by less than 0.01; 0 never does.
         trains: Parts whose weights move: vision_tower, multi_modal_projector, language_model. The others are frozen.
         lora: Adapters instead of weights; null trains the weights.
         quantization: "nf4" keeps the frozen weights in 4 bits (QLoRA), with bitsandbytes on a GPU; null does not.

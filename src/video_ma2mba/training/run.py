@@ -33,6 +33,7 @@ from .sequence_parallel import SequenceParallelTrainer
 from .trainer import VideoMa2mbaTrainer, last_checkpoint
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
+WORTH_GOING_ON = 0.01  # by which the held-out loss must fall; less is no reason to train on
 
 
 @dataclass(frozen=True)
@@ -331,7 +332,7 @@ def _watch_held_out(trainer: VideoMa2mbaTrainer, prepared: Prepared, output: Pat
     held_out = HeldOut(trainer, output, step, recipe.sample_answers if is_whole else 0, tensorboard)
     trainer.add_callback(held_out)
     if recipe.patience and prepared.keeps_best:
-        trainer.add_callback(EarlyStoppingCallback(recipe.patience))
+        trainer.add_callback(EarlyStoppingCallback(recipe.patience, early_stopping_threshold=WORTH_GOING_ON))
     return held_out
 
 
