@@ -274,3 +274,28 @@ def test_the_command_notes_scenes_that_are_not_there(tmp_path, media, capsys):
     source, root = write(tmp_path / "a.jsonl", {"id": "x", "messages": messages}), media("good.mp4")
     assert main(["data", "prepare", str(source), "--media-root", str(root), "-o", str(tmp_path / "out")]) == 0
     assert "note, scenes beyond the end of their video: 1" in capsys.readouterr().err
+
+
+def test_every_bar_ends_where_all_is_done(tmp_path, media):
+    """The last that is said of each piece of work: as much done as there is."""
+    root = media("good.mp4", "other.mp4")
+    records = [{"id": str(i), "messages": chat({"type": "video", "path": name}, text(f"{i}?"))}
+               for i, name in enumerate(["good.mp4", "other.mp4", "good.mp4", "gone.mp4"])]  # fmt: skip
+    last = {}
+    prepare(
+        write(tmp_path / "all.jsonl", *records), root, tmp_path / "out",
+        progress=lambda what, done, total: last.update({what: (done, total)}),
+    )  # fmt: skip
+    assert last == {"opening media of all.jsonl": (2, 2), "checking all.jsonl": (4, 4)}
+
+
+def test_what_an_unfinished_training_left_among_the_data_is_not_read(tmp_path, media):
+    root = media("good.mp4")
+    write(root / "questions.jsonl", {"video": "good.mp4", "question": "What?", "answer": "a"})
+    for name, files in {"run": ["held_out_history.json", "checkpoints/checkpoint-1/trainer_state.json"],
+                        "compared": ["comparison.json", "comparison.md"]}.items():  # fmt: skip
+        for file in files:
+            (root / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / name / file).write_text("{}")
+    report = prepare(root, root, tmp_path / "out")
+    assert [source["file"] for source in report["sources"]] == ["questions.jsonl"]

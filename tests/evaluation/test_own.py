@@ -153,7 +153,7 @@ def test_a_judge_is_asked_about_free_answers_besides(own, tmp_path, monkeypatch)
     ("task", "data", "says"),
     [
         ("own", [], "--task own: name the file of your questions with --data"),
-        ("own", ["--data", "gone.jsonl"], "--data gone.jsonl: there is no such file or folder"),
+        ("own", ["--data", "gone.jsonl"], "--data gone.jsonl: there is no such folder or file"),
         ("own", ["--data", "FILE.txt"], "questions are read from .json, .jsonl, .csv, .parquet files"),
         ("videomme", ["--data", "FILE.csv"], "not one question can be asked"),
     ],

@@ -78,7 +78,7 @@ def test_a_part_is_held_out_and_told_of_before_during_and_after(trained):
     kept = min(evaluations[1:], key=lambda entry: entry["loss"])
     assert report["kept_step"] == kept["step"]
     assert report["held_out_loss"] == {"before": evaluations[0]["loss"], "after": kept["loss"]}
-    assert json.loads((trained / "held_out.json").read_text()) == evaluations
+    assert json.loads((trained / "held_out_history.json").read_text()) == evaluations
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -197,3 +197,19 @@ def test_output_may_not_be_the_data(changes, stories, capsys):
 def test_without_a_recipe_their_names_are_said(capsys):
     assert main(["train"]) == 2
     assert "name a recipe: finetune, finetune-lora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"), [((), "holds no checkpoint yet"), ((2, 4), "checkpoint-4 is kept: the same")]
+)
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(changes, tmp_path, monkeypatch, capsys, kept, says):
+    def interrupted(*args, **kwargs):
+        for step in kept:
+            folder = tmp_path / "run" / "checkpoints" / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            (folder / "complete").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", interrupted)
+    assert main(["train", "finetune", *options(changes)]) == 130
+    assert says in capsys.readouterr().err

@@ -182,7 +182,7 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path,
     media_root = args.media_root or (Path(data).parent if Path(data).is_file() else Path(data))
     if not media_root.is_dir():
         if task.hub is None and not Path(data).exists():
-            raise ValueError(f"--data {data}: there is no such file or folder")
+            raise ValueError(f"--data {data}: there is no such folder or file")
         raise ValueError("name the folder of the videos with --media-root")
     if ranks.is_first:
         found = find(read_questions(task, data), media_root, output, args.limit)

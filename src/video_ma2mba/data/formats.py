@@ -24,6 +24,8 @@ _WRITTEN = (
     ("settings.json", "media.jsonl"),
     ("settings.json", "cells.jsonl"),
     ("train_report.json",),
+    ("held_out_history.json",),
+    ("comparison.json", "comparison.md"),
 )
 # Files that lie beside the data and are no records of their own.
 _COMPANIONS = ("map_vid_vidorID.json", "_a.json", "_meta.json", "dataset.json", "report.json")

@@ -79,9 +79,9 @@ def read_questions(task: Task, data: str) -> Iterator[Question | Problem]:
             yield from convert_all(read_items(source), task.open_source(source))
         return
     if task.hub is None:
-        raise ValueError(f"--data {data}: there is no such file or folder")
+        raise ValueError(f"--data {data}: there is no such folder or file")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", data):
-        raise ValueError(f"{data}: there is no such file or folder, and a Hub id looks like owner/name")
+        raise ValueError(f"{data}: there is no such folder or file, and a Hub id looks like owner/name")
     import datasets
 
     with reading(data, "the data set"):

@@ -16,7 +16,7 @@ from ..data.holding_out import videos_of
 from ..files import write_json
 from .trainer import VideoMa2mbaTrainer
 
-HISTORY = "held_out.json"
+HISTORY = "held_out_history.json"
 MAX_MORE_TOKENS = 16  # that a shown answer may be longer than the right one
 
 
@@ -70,7 +70,7 @@ class HeldOut(TrainerCallback):
     Before the first step, and not before the training: only then are model and optimizer what the engine made of them.
 
     Args:
-        folder: Where `held_out.json` keeps what was found, for a run that is resumed.
+        folder: Where `held_out_history.json` keeps what was found, for a run that is resumed.
         resumed_step: Of the checkpoint that the run goes on from; None where it begins.
         num_samples: So many answers are shown.
         tensorboard: Where they are written, too.
