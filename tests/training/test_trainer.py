@@ -132,7 +132,8 @@ def test_output_that_holds_checkpoints_is_not_overwritten(changes, capsys):
 
 
 def test_resume_after_a_kill_within_a_save_equals_the_uninterrupted_run(changes, stories, tmp_path):
-    more = {"max_steps": 9, "save_steps": 3, "evaluation_data": str(stories), "global_batch_size": 2}
+    more = {"max_steps": 9, "save_steps": 3, "evaluation_steps": 3, "evaluation_data": str(stories)}
+    more["global_batch_size"] = 2
     whole, cut = (changes(output=str(tmp_path / name), **more) for name in ("whole", "cut"))
     run_alone(command(whole))
     save = "video_ma2mba.training.trainer:VideoMa2mbaTrainer._save_optimizer_and_scheduler"

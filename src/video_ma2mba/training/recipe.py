@@ -301,15 +301,21 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
             raise ValueError(f"--set {change}: write key=value")
         group = values
         *path, last = key.split(".")
-        for part in path:
-            if group.get(part) is None:
+        for depth, part in enumerate(path):
+            if group.get(part) is None and (depth or _may_hold_keys(part)):
                 group[part] = {}
-            group = group[part]
+            group = group.get(part)
             if not isinstance(group, dict):
                 raise ValueError(f"--set {change}: {part} holds no further keys")
         group[last] = _parse(value, f"--set {change}")
         said[key] = f"--set {change}"
     return _make(Recipe, values, where, said)
+
+
+def _may_hold_keys(name: str) -> bool:
+    """Whether a key of a recipe is a group; one that is unknown is refused later, with what was meant."""
+    options = _options(typing.get_type_hints(Recipe).get(name, dict))
+    return any(dataclasses.is_dataclass(one) or (typing.get_origin(one) or one) is dict for one in options)
 
 
 def _parse(text: str, where: str) -> Any:
