@@ -26,7 +26,8 @@ class Command:
         self.root = root
         self.values = {
             "model": str(model), "data": str(data), "global_batch_size": 4, "max_steps": 4, "save_steps": 2,
-            "logging_steps": 1, "learning_rate": 1e-3, "vision_learning_rate": 1e-4,
+            "logging_steps": 1, "learning_rate": 1e-3, "vision_learning_rate": 1e-4, "held_out": 0,
+            "evaluation_steps": 0,
         }  # fmt: skip
         shards = json.loads((DISTRIBUTED / "hsdp.json").read_text())
         (root / "hsdp.json").write_text(json.dumps({**shards, "dp_shard_size": 2}))  # here all are on one node

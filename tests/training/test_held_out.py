@@ -1,6 +1,7 @@
 """What a run says of data it is not trained on, and which of its checkpoints the model becomes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -89,6 +90,14 @@ def test_the_model_is_the_checkpoint_that_was_best(trained, changes, stories):
     trainer = make_trainer(prepare_run(read_recipe("finetune", changes(**same))))
     losses = [entry["loss"] for entry in report["held_out"][1:]]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_a_held_out_sample_that_cannot_be_read_is_said_once(changes, stories, tmp_path, capsys):
+    folder = shutil.copytree(stories.parent, tmp_path / "damaged")
+    (folder / "3.mp4").write_bytes(b"gone")
+    more = {"evaluation_data": str(folder / "prepared"), "max_steps": 1, "evaluation_steps": 1}
+    assert main(["train", "finetune", *options(changes, **more)]) == 0
+    assert capsys.readouterr().err.count("warning: held-out sample 3-0 counts as a loss of 0") == 1
 
 
 def test_tensorboard_has_loss_share_and_answers(trained):

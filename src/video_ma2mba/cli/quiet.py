@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 # Of packages that transformers imports wherever they are installed, and of what the Hub's client tries again.
 CHATTY = ("torchao", "torch.utils._pytree", "huggingface_hub", "httpx")
@@ -13,6 +14,8 @@ def silence_other_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # what one of them will rename one day, another of them will follow
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\.")
     import torch  # noqa: F401 - it sets up its loggers, which must be there to be told
 
     for name in CHATTY:

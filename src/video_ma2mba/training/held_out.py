@@ -1,5 +1,6 @@
 """What a run knows of data it is not trained on: loss, exact answers and a few answers in full, as it goes."""
 
+import itertools
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from ..files import write_json
 from .trainer import VideoMa2mbaTrainer
 
 HISTORY = "held_out_history.json"
+NUM_LOOKED_AT = 50  # held-out samples among which those are chosen whose answers are shown
 MAX_MORE_TOKENS = 16  # that a shown answer may be longer than the right one
 
 
@@ -141,11 +143,11 @@ class HeldOut(TrainerCallback):
 
     def _choose(self, num: int) -> list[dict[str, Any]]:
         """Rows with as many different right answers as can be."""
-        rows, chosen = [self.trainer.eval_dataset[i] for i in range(min(len(self.trainer.eval_dataset), 50))], []
-        seen: set[str] = set()
-        for row in sorted(rows, key=lambda row: _first_turn(row)[1] in seen or seen.add(_first_turn(row)[1]) or False):
-            chosen.append(row)
-        return chosen[:num]
+        fresh, again, seen = [], [], set()
+        for row in itertools.islice(self.trainer.eval_dataset, NUM_LOOKED_AT if num else 0):
+            (again if _first_turn(row)[1] in seen else fresh).append(row)
+            seen.add(_first_turn(row)[1])
+        return [*fresh, *again][:num]
 
     def _answer(self, row: dict[str, Any]) -> dict[str, str]:
         """What the model says to the first question of a row."""

@@ -112,7 +112,7 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],  # a twentieth of the weights
+        llm_int8_skip_modules=[r".*vision_tower", r".*multi_modal_projector", "lm_head"],  # they see, and are small
     )
     return {"quantization_config": config, "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
 

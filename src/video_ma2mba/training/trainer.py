@@ -71,6 +71,7 @@ class VideoMa2mbaTrainer(Trainer):
         self._counted_since = time.perf_counter()
         self._batch_info: list[dict[str, Any]] = []
         self._loss_only = False
+        self._unread: set[str] = set()  # held-out samples that were spoken of
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
@@ -108,6 +109,13 @@ class VideoMa2mbaTrainer(Trainer):
         self._batch_info = inputs.pop(INFO, [])
         if self.model.training:
             self._count(self._batch_info)
+        else:
+            for info in self._batch_info:
+                if "error" in info and info["id"] not in self._unread:
+                    self._unread.add(info["id"])
+                    self._warn(
+                        f"held-out sample {info['id']} counts as a loss of 0, it cannot be read: {info['error']}"
+                    )
         return super()._prepare_inputs(inputs)
 
     def _count(self, infos: list[dict[str, Any]]) -> None:
