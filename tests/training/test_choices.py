@@ -76,7 +76,10 @@ def test_every_key_has_a_meaning_and_a_default_as_in_the_code(capsys):
     assert keys["vision_learning_rate"].kind == "number or null"
     assert main(["train", "--keys"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in keys)
+    lines = {line.split()[0]: line for line in printed.splitlines()}
+    assert list(lines) == list(keys)
+    assert lines["seed"].endswith("of what is held out, and of dropout. (whole number; default 0)")
+    assert lines["model"].endswith("(text; must be given)")
 
 
 @pytest.mark.parametrize(

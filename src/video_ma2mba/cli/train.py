@@ -81,17 +81,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print_keys() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from ..training.recipe import recipe_keys
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("key", "value", "default", "meaning"):
-        table.add_column(name, no_wrap=name == "key", overflow="fold")
-    for key in recipe_keys():
-        table.add_row(key.name, key.kind, key.default or "must be given", key.meaning)
-    Console(highlight=False, markup=False, width=max(Console().width, 120)).print(table)
+    keys = recipe_keys()
+    width = max(len(key.name) for key in keys)
+    for key in keys:
+        default = f"default {key.default}" if key.default else "must be given"
+        print(f"{key.name:<{width}}  {key.meaning} ({key.kind}; {default})")
 
 
 def _check_prepared(key: str, folder: Path, output: Path) -> None:
@@ -224,7 +220,9 @@ def _with_data(recipe: "Recipe", config: Any) -> "tuple[Recipe, list[Choice], li
     if not all(Path(folder).is_dir() for folder in (recipe.model, *recipe.data)):
         hidden_size = config.text_config.hidden_size
         options = {"num_samples": None, "is_held_out": bool(recipe.held_out), "on_gpu": True, "num_cores": 1}
-        return *choose(recipe, hidden_size=hidden_size, **options), [], None
+        recipe, made = choose(recipe, hidden_size=hidden_size, **options)
+        told = ("learning_rate", "vision_learning_rate", "dtype")  # what does not depend on the data
+        return recipe, [choice for choice in made if choice.key in told], [], None
     data, held_out, choices = read_all(recipe, load(VideoMa2mbaProcessor, recipe.model))
     recipe, made = settle(recipe, data, held_out)
     if recipe.streaming:

@@ -70,9 +70,8 @@ def plot_losses(
             axes.plot(steps, values, "o-", markersize=4, color=colour, label=name)
     if kept is not None:
         axes.plot(kept["step"], kept["loss"], "o", markersize=11, fillstyle="none", color="tab:orange")
-        said = f"model/: step {kept['step']}, {kept['loss']:.3g}"
-        said += f", {kept['exact']:.0%} exact" if "exact" in kept else ""
-        axes.annotate(said, (kept["step"], kept["loss"]), xytext=(0, 14), textcoords="offset points", ha="center")
+        said = f", {kept['exact']:.0%} of held-out answers exact" if "exact" in kept else ""
+        axes.set_title(f"model/ is step {kept['step']}: held-out loss {kept['loss']:.3g}{said}", fontsize=10)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
