@@ -178,7 +178,7 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path,
     from ..evaluation.tasks import TASKS, read_questions
 
     task = TASKS[args.task]
-    data = args.data or task.hub[0]
+    data = args.data or (task.hub[0] if task.hub else "")
     media_root = args.media_root or (Path(data).parent if Path(data).is_file() else Path(data))
     if not media_root.is_dir():
         if task.hub is None and not Path(data).exists():

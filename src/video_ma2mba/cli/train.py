@@ -219,7 +219,12 @@ def _with_data(recipe: "Recipe", config: Any) -> "tuple[Recipe, list[Choice], li
 
     if not all(Path(folder).is_dir() for folder in (recipe.model, *recipe.data)):
         hidden_size = config.text_config.hidden_size
-        options = {"num_samples": None, "is_held_out": bool(recipe.held_out), "on_gpu": True, "num_cores": 1}
+        options: dict[str, Any] = {
+            "num_samples": None,
+            "is_held_out": bool(recipe.held_out),
+            "on_gpu": True,
+            "num_cores": 1,
+        }
         recipe, made = choose(recipe, hidden_size=hidden_size, **options)
         told = ("learning_rate", "vision_learning_rate", "dtype")  # what does not depend on the data
         return recipe, [choice for choice in made if choice.key in told], [], None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import EvalPrediction, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -24,7 +25,7 @@ MAX_MORE_TOKENS = 16  # that a shown answer may be longer than the right one
 
 def answer_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Of `answers_in` of all batches: the share of exact answers, their number, and how many ways they begin."""
-    answers = prediction.predictions.reshape(-1, 3)
+    answers = np.asarray(prediction.predictions).reshape(-1, 3)
     answers = answers[answers[:, 0] != -100]
     return {
         "exact": float(answers[:, 0].mean()) if len(answers) else 0.0,
@@ -143,15 +144,18 @@ class HeldOut(TrainerCallback):
 
     def _choose(self, num: int) -> list[dict[str, Any]]:
         """Rows with as many different right answers as can be."""
-        fresh, again, seen = [], [], set()
-        for row in itertools.islice(self.trainer.eval_dataset, NUM_LOOKED_AT if num else 0):
+        fresh: list[dict[str, Any]] = []
+        again: list[dict[str, Any]] = []
+        seen: set[str] = set()
+        rows: Any = self.trainer.eval_dataset
+        for row in itertools.islice(rows, NUM_LOOKED_AT if num else 0):
             (again if _first_turn(row)[1] in seen else fresh).append(row)
             seen.add(_first_turn(row)[1])
         return [*fresh, *again][:num]
 
     def _answer(self, row: dict[str, Any]) -> dict[str, str]:
         """What the model says to the first question of a row."""
-        trainer, tokenizer = self.trainer, self.trainer.processing_class.tokenizer
+        trainer = self.trainer
         question, right = _first_turn(row)
         result = {"video": ", ".join(path for _, path in videos_of(row)), "question": question, "right": right}
         collator: VideoChatCollator = trainer.data_collator  # type: ignore[assignment]
@@ -161,7 +165,7 @@ class HeldOut(TrainerCallback):
             return {**result, "said": "(the sample cannot be read)"}
         prompt = batch["input_ids"][:, : supervised[0]]
         inputs: dict[str, Any] = {"input_ids": prompt}
-        processor = collator.processor
+        processor, tokenizer = collator.processor, collator.processor.tokenizer
         for name, token in (("pixel_values_videos", processor.video_token_id),
                             ("pixel_values", processor.image_token_id)):  # fmt: skip
             if num_frames := int((prompt == token).sum()) // processor.tokens_per_frame:

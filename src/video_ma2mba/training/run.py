@@ -188,7 +188,8 @@ def computes_in_bfloat16(recipe: Recipe) -> bool:
 
 def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
     """The Trainer of a recipe."""
-    recipe, model = prepared.recipe, prepared.model
+    recipe: Any = prepared.recipe  # of which nothing is open any more
+    model = prepared.model
     on_gpu = torch.cuda.is_available()
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
     checkpointing: dict[str, Any] = {}

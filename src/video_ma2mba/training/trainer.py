@@ -150,7 +150,7 @@ class VideoMa2mbaTrainer(Trainer):
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         self._loss_only = prediction_loss_only
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self.compares_answers and not prediction_loss_only:
+        if self.compares_answers and logits is not None and labels is not None:
             logits = answers_in(logits, labels)
         return loss, logits, labels
 
