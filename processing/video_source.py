@@ -97,7 +97,7 @@ class VideoSource:
         self._clock: int | None = None
         self._shift = self._joints = 0
         self._line_end = -(1 << 62)
-        self._places = PacketPlaces(self.container, self.stream.index)
+        self._places = PacketPlaces(self.container, self.stream.index, self.location)
         self._lost, self._waits_for_key = False, getattr(self, "_must_decode_from_key", True)
         self._dropped = self._lost_before = False
         self._shown_until: int | None = None
@@ -160,6 +160,7 @@ class VideoSource:
         limit = math.inf if stop_at_gap is None else stop_at_gap / self.time_base
         self._first_packet: tuple[int | None, int | None] | None = None
         first, keyframe, gap, end, looking, whole = None, None, None, None, True, False
+        all_of_it = all_of_it or may_have_joints(self.container, self.location)
         for packet in self._packets():
             if packet is None:
                 whole = True
@@ -179,7 +180,7 @@ class VideoSource:
                 if packet.is_keyframe:
                     keyframe = time
                 looking = time - first <= window and since <= limit
-            elif not (all_of_it or may_have_joints(self.container, self.location)):
+            elif not all_of_it:
                 break
         if end is None or first is None:
             raise VideoReadError(
@@ -391,6 +392,8 @@ class VideoSource:
                 continue
             joints = self._joints
             self._place(packet, skipped)
+            if self._joints and packet.is_discard:  # as if it came before the beginning: mp4, where a clock goes back
+                packet = as_whole(packet)
             if self._joints > joints:  # what was cut off there to begin anew counts as corrupt, and is whole
                 yield from map(as_whole, doubtful)
                 doubtful = []
