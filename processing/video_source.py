@@ -100,6 +100,7 @@ class VideoSource:
         self._places = PacketPlaces(self.container, self.stream.index, self.location)
         self._lost, self._waits_for_key = False, getattr(self, "_must_decode_from_key", True)
         self._dropped = self._lost_before = False
+        self._last: int | None = None
         self._shown_until: int | None = None
         self._numbers: list[int] = []
 
@@ -343,6 +344,9 @@ class VideoSource:
                 elif frame.pts > self._shown_until:
                     self.holes.append((self._shown_until, frame.pts))
             self._lost = self._waits_for_key = False
+            if self._last is not None and frame.pts < self._last:  # in order come the pictures: one time is wrong
+                self.holes.append((frame.pts, self._last))
+            self._last = frame.pts
             self._shown_until = frame.pts + (frame.duration or self.frame_ticks)
             self.end = max(self.end, self._shown_until)
             good.append(frame)

@@ -98,6 +98,28 @@ def test_joined_files_that_cannot_be_read_whole_are_said(form, tmp_path):
         numbers_of(b"".join(parts), 25, strict=True)
 
 
+@pytest.mark.parametrize("form", ["matroska", "mpegts", "mp4", "flv"])
+def test_a_picture_with_a_wrong_time_is_said(form):
+    """It says that it comes two seconds later: the pictures of these seconds come behind it, too late to be shown."""
+    moved = io.BytesIO()
+    with (
+        av.open(io.BytesIO(clip_bytes(range(150), form, "libx264", b_frames=1))) as whole,
+        av.open(moved, "w", format=form) as container,
+    ):
+        stream = container.add_stream_from_template(whole.streams.video[0])
+        for number, packet in enumerate(whole.demux(video=0)):
+            if packet.size:
+                packet.pts += round(2 / packet.time_base) if number == 40 else 0
+                packet.stream = stream
+                container.mux(packet)
+    with pytest.warns(UserWarning, match=r"[12]\.\d s of 6\.0 s are missing or damaged, at 1\.[5-7] s"):
+        numbers = numbers_of(moved.getvalue(), 25)
+    assert numbers[:38] == list(range(38))
+    assert numbers[95:] == list(range(95, 150))
+    with pytest.raises(VideoReadError, match="missing or damaged"):
+        numbers_of(moved.getvalue(), 25, strict=True)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("suffix", "codec"), [("mkv", "libx264"), ("mp4", "libx264"), ("webm", "libvpx")])
 def test_a_gap_is_no_damage(tmp_path, suffix, codec):
