@@ -25,6 +25,11 @@ COMPLETE = "complete"  # written into a checkpoint when all else is
 OWN_GROUPS = {"params", "model", "optimizer_dict"}  # options of optimizers that group parameters themselves
 COUNTS = ("samples", "tokens", "supervised_tokens", "skipped_samples", "changed_samples")
 
+# Transformers 5.17 resumes several processes on CPUs by loading the optimizer to "cpu:0", a place torch does not know.
+torch.serialization.register_package(
+    50, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 
 class NonFiniteLoss(ValueError):
     """The loss is not a number any more; the message says where the batch was saved."""
