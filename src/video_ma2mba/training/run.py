@@ -84,11 +84,12 @@ def read_data(folders: tuple[str, ...], recipe: Recipe, processor: VideoMa2mbaPr
         return {"num_tokens": [math.ceil(s * recipe.fps + n) * per_frame + c // 4 for s, n, c in rows]}
 
     if recipe.streaming:
-        sizes = [read_description(Path(folder))["num_samples"] for folder in folders]
         # Endless, so that no process is through with its files before the others; all rows are drawn equally often.
-        rows = datasets.interleave_datasets(
-            [part.repeat(None) for part in parts], [size / sum(sizes) for size in sizes], recipe.seed
-        )
+        endless = [part.repeat(None) for part in parts]
+        sizes = [read_description(Path(folder))["num_samples"] for folder in folders]
+        rows = endless[0]
+        if len(parts) > 1:
+            rows = datasets.interleave_datasets(endless, [size / sum(sizes) for size in sizes], recipe.seed)
         return rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLED_ROWS)
     rows = datasets.concatenate_datasets(parts)
     if recipe.joining is not None:
