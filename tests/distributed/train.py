@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -55,12 +56,13 @@ def record_dtypes():
     return seen
 
 
-def kill(rank, step):
-    """Let a process die at the beginning of a step, as one does whose machine is gone."""
+def kill(rank, step, died):
+    """Let a process die at the beginning of a step, as one does whose machine is gone, and write a file as it does."""
     training_step = VideoMa2mbaTrainer.training_step
 
     def deadly(self, *args, **kwargs):
-        if self.args.process_index == rank and self.state.global_step == step:
+        if self.args.process_index == int(rank) and self.state.global_step == int(step):
+            Path(died).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return training_step(self, *args, **kwargs)
 
@@ -103,5 +105,5 @@ if __name__ == "__main__":
     if os.environ.get("FSDP_ON_A_CPU"):
         fsdp_on_a_cpu()
     if os.environ.get("KILL"):
-        kill(*map(int, os.environ["KILL"].split(":")))
+        kill(*os.environ["KILL"].split(":"))
     run_all(json.loads(sys.argv[1]))
