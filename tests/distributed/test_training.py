@@ -1,5 +1,6 @@
 """`video-ma2mba train` on every engine: the losses and the model of one process, saved alike, resumed, in bfloat16."""
 
+import os
 import shutil
 import subprocess
 import sys
