@@ -228,7 +228,9 @@ def test_of_several_streams_each_row_is_drawn_as_often(changes, stories, tmp_pat
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines[first:last]) + "\n")
         folders.append(str(tmp_path / name))
         prepare(tmp_path / f"{name}.jsonl", stories.parent, tmp_path / name)
-    prepared = prepare_run(read_recipe("finetune", changes(data=folders, streaming=True, num_workers=3)))
+    more = {"evaluation_data": folders, "streaming": True, "num_workers": 3}
+    prepared = prepare_run(read_recipe("finetune", changes(data=folders, **more)))
+    assert len(prepared.evaluation_data) == sum(len(load_manifest(folder)) for folder in folders)  # that has an end
     rows = [row["id"] for row in prepared.train_data.take(800)]
     counts = {name: rows.count(name) for name in set(rows)}
     assert counts.keys() == {row["id"] for folder in folders for row in load_manifest(folder)}

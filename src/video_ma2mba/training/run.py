@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,9 @@ def prepare_run(recipe: Recipe) -> Prepared:
     set_seed(recipe.seed)
     processor = load(VideoMa2mbaProcessor, recipe.model)
     train_data = read_data(recipe.data, recipe, processor)
-    evaluation_data = read_data(recipe.evaluation_data, recipe, processor) if recipe.evaluation_data else None
+    evaluation_data = None
+    if recipe.evaluation_data:  # a stream has no end, an evaluation must have one
+        evaluation_data = read_data(recipe.evaluation_data, replace(recipe, streaming=False), processor)
     model = load(VideoMa2mbaForConditionalGeneration, recipe.model, dtype=getattr(torch, recipe.dtype))
     return Prepared(recipe, make_trainable(model, recipe), processor, train_data, evaluation_data)
 
