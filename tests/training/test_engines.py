@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from video_ma2mba.cli import main
+from video_ma2mba.training import engines
 from video_ma2mba.training.engines import check_engine, engine_arguments
 from video_ma2mba.training.recipe import Recipe
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from accelerate import Accelerator
 from video_ma2mba.cli import main
+from video_ma2mba.training import engines
 from video_ma2mba.training.engines import check_shared
 accelerator = Accelerator(cpu=True)
 trainer = SimpleNamespace(accelerator=accelerator)
@@ -44,16 +46,14 @@ def file_with(path, values):
 
 
 @pytest.mark.parametrize("key", ["bf16", "fp16"])
-def test_deepspeed_casts_no_weights(tmp_path, monkeypatch, key):
-    monkeypatch.setenv("RANK", "0")
+def test_deepspeed_casts_no_weights(tmp_path, key):
     config = {"zero_optimization": {"stage": 2}, key: {"enabled": True}}
     with pytest.raises(ValueError, match=rf"mine.json: {key}.enabled casts all weights, also A_log.*`bf16: true`"):
         engine_arguments(recipe(deepspeed=file_with(tmp_path / "mine.json", config)), 2, False)
     config[key]["enabled"] = "auto"  # as the Trainer's examples have it: what the recipe says is done another way
-    found = engine_arguments(recipe(deepspeed=file_with(tmp_path / "mine.json", config)), 2, True)
-    assert key not in found["deepspeed"]
-    assert found["deepspeed"]["torch_autocast"]["dtype"] == "bfloat16"
-    assert found["bf16"] is False
+    found = engines._deepspeed_config(file_with(tmp_path / "mine.json", config), bf16=True)
+    assert key not in found
+    assert found["torch_autocast"]["dtype"] == "bfloat16"
 
 
 def test_the_first_version_of_fsdp_is_refused(tmp_path):
@@ -75,6 +75,13 @@ def test_without_a_launcher_engines_are_refused(changes, monkeypatch, capsys, en
     assert main(["train", "finetune", *(word for change in changes(**engine) for word in ("--set", change))]) == 2
     (name, value), *_ = engine.items()
     assert f"{name}: {value} wants the processes of a launcher: start with `torchrun" in capsys.readouterr().err
+
+
+def test_deepspeed_that_is_not_installed_is_named_with_what_comes_with_torch(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"zero2 needs DeepSpeed: pip install deepspeed; or take fsdp_config: fsdp2"):
+        engine_arguments(recipe(deepspeed="zero2"), 2, False)
 
 
 def trainer_of(distributed_type=DistributedType.NO, plugins=(), mesh=None):

@@ -3,6 +3,7 @@
 import json
 import os
 import uuid
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,11 @@ def engine_arguments(recipe: "Recipe", num_devices: int, bf16: bool) -> dict[str
         config = _deepspeed_config(recipe.deepspeed, bf16)
         if "RANK" not in os.environ:
             raise ValueError(f"deepspeed: {recipe.deepspeed} {LAUNCHER}, also on one device")
+        if find_spec("deepspeed") is None:
+            raise ValueError(
+                f"deepspeed: {recipe.deepspeed} needs DeepSpeed: pip install deepspeed; or take fsdp_config: fsdp2, "
+                "which comes with torch"
+            )
         return {"deepspeed": config, "bf16": False}
     if recipe.fsdp_config:
         find_distributed(recipe.fsdp_config)
