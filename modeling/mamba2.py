@@ -18,11 +18,11 @@ from .autocast import autocast_dtype, autocast_to
 from .checkpointing import run_checkpointed
 from .recompute import recompute_segments, saved_as_recipe
 from .run_layers import kept_tokens, run_layers
-from .scan_backends import choose_backends
+from .scan_backends import choose_backends, norm_on_kernels
 from .segment_sizes import SEGMENT
 from .sharded_parameters import run_gathered
-from .ssd import causal_conv1d, ssd_scan, ssd_step
-from .ssd_kernels import CoreShape, kernel_core
+from .ssd import causal_conv1d, ssd_scan, ssd_step, ssd_step_
+from .ssd_kernels import CoreShape, kernel_core, kernel_rms_norm, kernel_step
 
 
 class LayerState(NamedTuple):
@@ -30,6 +30,12 @@ class LayerState(NamedTuple):
 
     conv_state: torch.Tensor
     ssm_state: torch.Tensor
+
+
+class OwnLayerState(LayerState):
+    """A `LayerState` that nobody else holds: a decode step may write it in place."""
+
+    __slots__ = ()
 
 
 class Mamba2Cache:
@@ -40,7 +46,7 @@ class Mamba2Cache:
         num_tokens: tokens seen so far, padding included.
     """
 
-    is_compileable = False  # asked by `generate`; the states are replaced at each step, not written in place
+    is_compileable = False  # asked by `generate`, which sets it where it was told to compile
     is_croppable = False
 
     def __init__(self, layers, num_tokens=0):
@@ -70,8 +76,18 @@ class Mamba2Cache:
         return self.num_tokens
 
     def copy(self):
-        """A cache that can go its own way; the states themselves are never written in place, so they are shared."""
+        """A cache that can go its own way; the states themselves are shared, and from now on not written in place."""
+        self.share()
         return Mamba2Cache(self.layers, self._seen)
+
+    def own(self):
+        """Decode steps may write the states in place from now on: the caller knows that nobody else holds them."""
+        if not isinstance(self.layers[0], OwnLayerState):
+            self.layers = [OwnLayerState(*layer) for layer in self.layers]
+
+    def share(self):
+        """The states may be held by others from now on, and are replaced, never written."""
+        self.layers = [LayerState(*layer) for layer in self.layers]
 
     @staticmethod
     def joined(caches):
@@ -84,7 +100,7 @@ class Mamba2Cache:
 
     def reorder_cache(self, beam_idx):
         """Keep the rows `beam_idx` (beams,) of the batch, in that order, in place."""
-        self.layers = [LayerState(*(s.index_select(0, beam_idx.to(s.device)) for s in layer)) for layer in self.layers]
+        self.layers = [type(layer)(*(s.index_select(0, beam_idx.to(s.device)) for s in layer)) for layer in self.layers]
 
     def batch_repeat_interleave(self, repeats):
         """Repeat each row of the batch `repeats` times, in place."""
@@ -112,20 +128,26 @@ register_pytree_node(
 class Mamba2RMSNorm(nn.Module):
     """Root-mean-square norm, computed in float32, given out in the dtype of the weight; saves its input alone."""
 
-    def __init__(self, hidden_size, eps):
+    def __init__(self, hidden_size, eps, scan_backend="auto"):
         super().__init__()
+        self.scan_backend = scan_backend
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
     def forward(self, hidden_states):
         """(batch, tokens, hidden) -> (batch, tokens, hidden)"""
+        if norm_on_kernels(self.scan_backend, hidden_states.device, hidden_states.dtype, hidden_states.shape[-1]):
+            return kernel_rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
         def norm(sequence, states, params):
             x = sequence[0].to(torch.promote_types(sequence[0].dtype, torch.float32))
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+            x = F.rms_norm(x, x.shape[-1:], None, self.variance_epsilon)
             return params[0] * x.to(params[0].dtype), states
 
-        return recompute_segments(norm, SEGMENT, (hidden_states,), params=(self.weight,))[0]
+        if not torch.is_grad_enabled() and hidden_states.shape[1] <= SEGMENT:
+            return norm((hidden_states,), (), (self.weight,))[0]
+        segment = hidden_states.shape[1] if hidden_states.is_cuda else SEGMENT  # fused there: nothing to bound
+        return recompute_segments(norm, segment, (hidden_states,), params=(self.weight,))[0]
 
 
 class Mamba2RMSNormGated(nn.Module):
@@ -234,6 +256,10 @@ class Mamba2Mixer(nn.Module):
         params = (
             *self.conv1d(hidden_states), self.dt_bias, self.A_log, self.D, self.norm(hidden_states),
         )  # fmt: skip
+        if projected.shape[1] == 1 and mask is None and not torch.is_grad_enabled():
+            if not isinstance(state, OwnLayerState):
+                state = LayerState(*(tensor.clone(memory_format=torch.contiguous_format) for tensor in state))
+            return self.out_proj(self._step(projected, state, params)), state
         y, state, again = self._run_core(projected, mask, state, params)
         with saved_as_recipe(y, again):
             return self.out_proj(y), LayerState(*state)
@@ -249,6 +275,41 @@ class Mamba2Mixer(nn.Module):
             return recompute_segments(self._core, SEGMENT, (projected, mask), state, params)
         with autocast_to(projected.device.type, None):
             return kernel_core(self.shape, backends.conv, projected, mask, state, params)
+
+    def _step(self, projected, state, params):
+        """The core on one token, on the chosen backend; writes the states in place."""
+        backends = self.backends(projected.device, projected.dtype)
+        with autocast_to(projected.device.type, None):
+            if backends.scan == "torch" or self.time_step_limit != (0.0, math.inf):
+                return self._core_step(projected, state, params)
+            return kernel_step(self.shape, backends.conv, projected, state, params)
+
+    def _core_step(self, projected, state, params):
+        """`_core` on one token, in place."""
+        conv_state, ssm_state = state
+        conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
+        b, wide, g = len(projected), ssm_state.dtype, self.n_groups
+        gate, x_B_C, dt = (
+            projected[:, 0].to(wide).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        )
+        window = torch.cat([conv_state, x_B_C[:, None]], dim=1)
+        conv_state.copy_(window[:, 1:])
+        x_B_C = (window * conv_weight[:, 0].T.to(wide)).sum(1)
+        x_B_C = self.activation(x_B_C if conv_bias is None else x_B_C.add_(conv_bias))
+        x, B, C = x_B_C.split([self.intermediate_size] + [g * self.state_size] * 2, dim=-1)
+        y = ssd_step_(
+            x.view(b, 1, self.num_heads, self.head_dim),
+            F.softplus(dt + dt_bias).clamp_(*self.time_step_limit)[:, None],
+            -A_log.to(wide).exp(),
+            B.view(b, 1, g, self.state_size),
+            C.view(b, 1, g, self.state_size),
+            D.to(wide),
+            ssm_state,
+        )
+        y = F.rms_norm(
+            (y.view(b, -1) * F.silu(gate)).view(b, g, -1), (self.intermediate_size // g,), None, self.shape.epsilon
+        )
+        return (y.view(b, 1, -1) * norm_weight).to(projected.dtype)
 
     def _core(self, sequence, states, params):
         """Everything between the projections, on one segment: (b, t, projection) -> (b, t, intermediate)."""
@@ -288,7 +349,7 @@ class Mamba2Block(nn.Module):
     def __init__(self, config, scan_backend="auto"):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = Mamba2RMSNorm(config.hidden_size, config.layer_norm_epsilon, scan_backend)
         self.mixer = Mamba2Mixer(config, scan_backend)
 
     def forward(self, hidden_states, state, mask=None):
@@ -318,7 +379,7 @@ class Mamba2Backbone(nn.Module):
         self.neighbours: Any = None  # `SequenceGroup` that holds the tokens before and after, while it trains
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers: Any = nn.ModuleList([Mamba2Block(config, scan_backend) for _ in range(config.num_hidden_layers)])
-        self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm_f = Mamba2RMSNorm(config.hidden_size, config.layer_norm_epsilon, scan_backend)
 
     def new_cache(self, batch_size, device=None, dtype=None):
         """The `Mamba2Cache` before the first token; device and dtype as of `Mamba2Mixer.new_state`."""
