@@ -5,124 +5,26 @@ Parameter names are those of transformers' Mamba2, so that its checkpoints load.
 """
 
 import math
-from typing import Any, NamedTuple
+import os
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import SequenceKey, register_pytree_node
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .autocast import autocast_dtype, autocast_to
 from .checkpointing import run_checkpointed
-from .recompute import recompute_segments, saved_as_recipe
+from .mamba2_cache import LayerState, Mamba2Cache, OwnLayerState
+from .recompute import keeping_activations, recompute_segments, saved_as_recipe
 from .run_layers import kept_tokens, run_layers
 from .scan_backends import choose_backends, norm_on_kernels
-from .segment_sizes import SEGMENT
+from .segment_sizes import SCAN_CHUNK, SEGMENT
 from .sharded_parameters import run_gathered
 from .ssd import causal_conv1d, ssd_scan, ssd_step, ssd_step_
 from .ssd_kernels import CoreShape, kernel_core, kernel_rms_norm, kernel_step
-
-
-class LayerState(NamedTuple):
-    """The past of a layer: conv_state (batch, conv_kernel - 1, conv_dim), ssm_state (batch, heads, head_dim, state)."""
-
-    conv_state: torch.Tensor
-    ssm_state: torch.Tensor
-
-
-class OwnLayerState(LayerState):
-    """A `LayerState` that nobody else holds: a decode step may write it in place."""
-
-    __slots__ = ()
-
-
-class Mamba2Cache:
-    """The states of all layers after the tokens seen so far: what `cache` holds, always of one size.
-
-    Args:
-        layers: one `LayerState` per layer.
-        num_tokens: tokens seen so far, padding included.
-    """
-
-    is_compileable = False  # asked by `generate`, which sets it where it was told to compile
-    is_croppable = False
-
-    def __init__(self, layers, num_tokens=0):
-        self.layers = list(layers)
-        self.num_tokens = num_tokens
-
-    @property
-    def num_tokens(self):
-        """Kept as a tensor, so that a compiled or exported step serves for any length of the past."""
-        return int(self._seen)
-
-    @num_tokens.setter
-    def num_tokens(self, value):
-        self._seen = torch.as_tensor(value, device="cpu")
-
-    def advance(self, num_tokens):
-        """Count so many more tokens as seen."""
-        self._seen = self._seen + num_tokens
-
-    @property
-    def is_linear(self):
-        """One True per layer: none keeps keys and values."""
-        return [True] * len(self.layers)
-
-    def get_seq_length(self, layer_idx=0):
-        """Tokens seen so far."""
-        return self.num_tokens
-
-    def copy(self):
-        """A cache that can go its own way; the states themselves are shared, and from now on not written in place."""
-        self.share()
-        return Mamba2Cache(self.layers, self._seen)
-
-    def own(self):
-        """Decode steps may write the states in place from now on: the caller knows that nobody else holds them."""
-        if not isinstance(self.layers[0], OwnLayerState):
-            self.layers = [OwnLayerState(*layer) for layer in self.layers]
-
-    def share(self):
-        """The states may be held by others from now on, and are replaced, never written."""
-        self.layers = [LayerState(*layer) for layer in self.layers]
-
-    @staticmethod
-    def joined(caches):
-        """The rows of several caches as one batch."""
-        layers = [
-            LayerState(*(torch.cat(states) for states in zip(*layer, strict=True)))
-            for layer in zip(*(cache.layers for cache in caches), strict=True)
-        ]
-        return Mamba2Cache(layers, caches[0]._seen)
-
-    def reorder_cache(self, beam_idx):
-        """Keep the rows `beam_idx` (beams,) of the batch, in that order, in place."""
-        self.layers = [type(layer)(*(s.index_select(0, beam_idx.to(s.device)) for s in layer)) for layer in self.layers]
-
-    def batch_repeat_interleave(self, repeats):
-        """Repeat each row of the batch `repeats` times, in place."""
-        self.layers = [LayerState(*(s.repeat_interleave(repeats, dim=0) for s in layer)) for layer in self.layers]
-
-    @property
-    def num_bytes(self):
-        return sum(state.nbytes for layer in self.layers for state in layer)
-
-
-# Lets `torch.export` and torch's other tools take the states apart.
-def _parts(cache):
-    return [cache._seen, *(list(layer) for layer in cache.layers)], None
-
-
-register_pytree_node(
-    Mamba2Cache,
-    _parts,
-    lambda parts, _: Mamba2Cache([LayerState(*layer) for layer in list(parts)[1:]], next(iter(parts))),
-    serialized_type_name=f"{__name__}.Mamba2Cache",
-    flatten_with_keys_fn=lambda cache: ([(SequenceKey(i), part) for i, part in enumerate(_parts(cache)[0])], None),
-)
 
 
 class Mamba2RMSNorm(nn.Module):
@@ -427,6 +329,31 @@ class Mamba2Backbone(nn.Module):
                 self.layers, lambda: (self._chunks(inputs_embeds, cache, mask, keep, chunk_size, every_layer),)
             )
             return hidden_states
+        with keeping_activations() if self._may_keep(inputs_embeds) else nullcontext():
+            return self._loop_with_graph(inputs_embeds, cache, mask, keep, every_layer)
+
+    def _may_keep(self, inputs_embeds):
+        """Whether autograd may keep all that the layers compute: on a CPU, where computing it again costs most.
+
+        Only where it takes at most half of the memory that is free, and in float32, in which alone autograd sums the
+        gradients of parameters without loss. Per token and layer it keeps in float32: what in_proj gave, three tensors
+        as wide as the convolution, nine as wide as the scan, two rows of scores per head, two states per block of the
+        scan, and two tensors as wide as the stream besides that itself.
+        """
+        mixer = self.layers[0].mixer
+        if (
+            inputs_embeds.device.type != "cpu"
+            or mixer.D.dtype != inputs_embeds.dtype
+            or inputs_embeds.dtype.itemsize < 4
+        ):
+            return False
+        shape, hidden_size = mixer.shape, inputs_embeds.shape[2]
+        numbers = shape.projection + 3 * shape.conv_dim + 9 * shape.inner + 2 * shape.num_heads * SCAN_CHUNK
+        numbers += 2 * shape.inner * shape.state_size // SCAN_CHUNK + 3 * hidden_size
+        num_bytes = inputs_embeds[..., 0].numel() * len(self.layers) * numbers * inputs_embeds.element_size()
+        return num_bytes <= free_bytes() / 2
+
+    def _loop_with_graph(self, inputs_embeds, cache, mask, keep, every_layer):
         num_tokens = inputs_embeds.shape[1]
         if self.neighbours is None:
             return self._chunks(inputs_embeds, cache, mask, keep, num_tokens, every_layer)
@@ -467,6 +394,14 @@ class Mamba2Backbone(nn.Module):
         if keep is None:
             return _joined(kept, dim=1)
         return _joined(kept)[torch.cat(kept_rows).argsort().to(inputs_embeds.device)]
+
+
+def free_bytes():
+    """Memory of the machine that nobody uses; none where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return 0
 
 
 def _joined(chunks, dim=0):

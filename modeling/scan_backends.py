@@ -23,7 +23,7 @@ LARGEST_NORM_BYTES = 65536  # of one row of one group, which the norm's kernel h
 
 
 class Backends(NamedTuple):
-    """What a mixer runs. `conv`: the package causal_conv1d, or None for plain torch. `reasons`: of each refused, why."""
+    """What a mixer runs. `conv`: the package causal_conv1d, or None for torch. `reasons`: for each refused, why."""
 
     scan: str
     conv: Callable | None

@@ -59,7 +59,7 @@ def last_inputs(x, conv_state, mask=None):
 
 
 def last_inputs_backward(grad, grad_x, grad_conv_state, mask=None):
-    """Back through `last_inputs`: adds to `grad_x`, and returns `grad_conv_state` with its part, in the dtype of `grad`.
+    """Back through `last_inputs`: adds to `grad_x`, and returns `grad_conv_state` with its part.
 
     Args:
         grad: (batch, width - 1, channels), of what it gave. grad_x, grad_conv_state: what x and the conv state got
