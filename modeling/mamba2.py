@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from .autocast import autocast_dtype, autocast_to
 from .checkpointing import run_checkpointed
+from .host_copies import to_device
 from .mamba2_cache import LayerState, Mamba2Cache, OwnLayerState
 from .recompute import keeping_activations, recompute_segments, saved_as_recipe
 from .run_layers import kept_tokens, run_layers
@@ -341,11 +342,8 @@ class Mamba2Backbone(nn.Module):
         scan, and two tensors as wide as the stream besides that itself.
         """
         mixer = self.layers[0].mixer
-        if (
-            inputs_embeds.device.type != "cpu"
-            or mixer.D.dtype != inputs_embeds.dtype
-            or inputs_embeds.dtype.itemsize < 4
-        ):
+        dtype, device_type = inputs_embeds.dtype, inputs_embeds.device.type
+        if device_type != "cpu" or autocast_dtype("cpu") or dtype != mixer.D.dtype or dtype.itemsize < 4:
             return False
         shape, hidden_size = mixer.shape, inputs_embeds.shape[2]
         numbers = shape.projection + 3 * shape.conv_dim + 9 * shape.inner + 2 * shape.num_heads * SCAN_CHUNK
@@ -387,13 +385,13 @@ class Mamba2Backbone(nn.Module):
             if keep is not None:
                 positions, rows = kept_tokens(keep, span)
                 kept_rows.append(rows)
-                hidden_states = hidden_states.flatten(0, 1)[positions.to(hidden_states.device)]
+                hidden_states = hidden_states.flatten(0, 1)[to_device(positions, hidden_states.device)]
             kept.append(hidden_states)
         if every_layer is not None:
             every_layer += [_joined(chunks, dim=1) for chunks in zip(*seen, strict=True)]
         if keep is None:
             return _joined(kept, dim=1)
-        return _joined(kept)[torch.cat(kept_rows).argsort().to(inputs_embeds.device)]
+        return _joined(kept)[to_device(torch.cat(kept_rows).argsort(), inputs_embeds.device)]
 
 
 def free_bytes():
