@@ -60,8 +60,10 @@ def run_checkpointed(
     sizes = [len(state) for state in states]
     device = states[0][0].device if device is None else device
     if store is None:
-        # beside the embeddings, which are there already
-        store = HostStore(device, plan.predicted_host_bytes - inputs_embeds.nbytes) if plan.offload else DeviceStore()
+        store = DeviceStore()
+        if plan.offload:  # borrows what is planned beside the embeddings, which are there already
+            planned = getattr(plan, "predicted_host_bytes", 0) - inputs_embeds.nbytes
+            store = HostStore(device, max(planned, 0))
 
     def run_all(inputs_embeds, *flat_states):
         nonlocal run

@@ -52,13 +52,14 @@ class VideoMa2mbaGeneration:
             if compiles and generation_config.use_cache:  # it is asked before the first pass whether it can be compiled
                 size = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
                 model_kwargs["cache"] = self.model.language_model.new_cache(size, self.device, self.dtype)
-                model_kwargs["cache"].is_compileable = True
+                model_kwargs["cache"].compile_steps()
             return
         if not generation_config.use_cache:
             raise ValueError("cache was given together with use_cache=False: the past would not be read; leave one out")
         cache = model_kwargs["cache"].copy()  # the caller's stays as it was
         cache.batch_repeat_interleave(max(generation_config.num_beams, generation_config.num_return_sequences))
-        cache.is_compileable = compiles
+        if compiles:
+            cache.compile_steps()
         model_kwargs["cache"] = cache
         mask = model_kwargs.get("attention_mask")  # newer versions have dropped one of ones, and noted its length
         length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]

@@ -27,7 +27,7 @@ class Mamba2Cache:
         num_tokens: tokens seen so far, padding included.
     """
 
-    is_compileable = False  # asked by `generate`, which sets it where it was told to compile
+    is_compileable = False  # asked by `generate`; see `compile_steps`
     is_croppable = False
 
     def __init__(self, layers, num_tokens=0):
@@ -65,6 +65,14 @@ class Mamba2Cache:
         """Decode steps may write the states in place from now on: the caller knows that nobody else holds them."""
         if not all(isinstance(layer, OwnLayerState) for layer in self.layers):
             self.layers = [OwnLayerState(*layer) for layer in self.layers]
+            if self.is_compileable:  # a captured step finds them where they were
+                for tensor in (tensor for layer in self.layers for tensor in layer):
+                    torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def compile_steps(self):
+        """`generate` may compile or capture the decode step: tokens are counted on the device, where all else is."""
+        self.is_compileable = True
+        self._seen = self._seen.to(self.layers[0].ssm_state.device)
 
     def share(self):
         """The states may be held by others from now on, and are replaced, never written."""
