@@ -99,6 +99,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
     recipe, model = prepared.recipe, prepared.model
     on_gpu = torch.cuda.is_available()
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
+    workers = recipe.workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     checkpointing: dict[str, Any] = {}
     if recipe.gradient_checkpointing is not None:
         known = {field.name for field in fields(TrainingArguments)}
@@ -123,7 +124,8 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         use_cpu=not on_gpu,
         accelerator_config={"dispatch_batches": False},  # each process makes its own batches
         remove_unused_columns=False,  # the collator reads them
-        dataloader_num_workers=recipe.num_workers,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_gpu,
         prediction_loss_only=True,
         logging_steps=recipe.logging_steps,
