@@ -125,7 +125,7 @@ class Training:
         sums = 4 * sizes.summed if checkpoints else sizes.summed_bytes
         # as they come: the sums, and what has been found of the others; before them stands what was accumulated
         gradients = sums + sizes.trained_bytes - sizes.summed_bytes
-        if self.accumulation > 1:
+        if self.accumulation > 1 and checkpoints:  # else each is added to what stands as it is found
             gradients = max(gradients, sums + standing)
         return Fixed(weights, gradients, optimizer_bytes, buffers, pixels_bytes, sums - sizes.summed_bytes)
 

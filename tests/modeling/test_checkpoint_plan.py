@@ -206,7 +206,7 @@ def test_gradients_while_they_accumulate_are_those_counted(checkpoints, num_batc
     )
     sizes = Sizes(0, 0, *whole, *layers)
     fixed = Training(accumulation=num_batches).fixed(sizes, checkpoints, 0, 0)
-    assert fixed.gradients_bytes == pytest.approx(counter.peak["gradients"], rel=0.06)
+    assert fixed.gradients_bytes == pytest.approx(counter.peak["gradients"], rel=0.04)
     assert fixed.float32_sums_bytes == (4 * layers[0] - layers[1] if checkpoints else 0)
 
 
