@@ -221,4 +221,4 @@ def _length(row: dict[str, Any], fps: float) -> str:
     if row["longest_is_bound"]:
         return "any length"
     hours = row["longest_frames"] / fps / 3600
-    return f"{hours:.2f} h" if hours >= 0.1 or not hours else f"{60 * hours:.1f} min"
+    return f"{hours:.2f} h" if hours >= 0.01 or not hours else f"{60 * hours:.2f} min"
