@@ -37,7 +37,8 @@ help:
 	@echo "make test-distributed-slice run the part of them that CI runs"
 	@echo "make studies      run the studies and the needle in a haystack again: some two hours on a CPU"
 	@echo "make torture      mutated inputs, and commands killed at random moments: some 15 minutes"
-	@echo "make gpu          test and measure on a GPU, into one JSON: WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
+	@echo "make gpu          test and measure on a GPU, into one JSON and one table: PART=1, 2 or 3 of at most nine minutes,"
+	@echo "                  WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
 	@echo "make lint         check the style with ruff, and the types with mypy"
 	@echo "make cards        render the cards of the paper's sizes in model_cards/ again"
 	@echo "make clean        remove the environments and caches that the targets above made"
@@ -108,7 +109,7 @@ torture: .venv/.ready
 DEVICE ?= cuda
 OUT ?= gpu.json
 gpu:
-	$(PYTHON) examples/gpu.py --device $(DEVICE) --output $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
+	$(PYTHON) examples/gpu.py --device $(DEVICE) --output $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PART),--part $(PART))
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

@@ -160,4 +160,4 @@ def test_the_plan_is_what_the_command_prints(capsys):
     assert len(table) > 10
     assert "\n".join(table) in README
     hours = re.search(r"longest that fits .*", "\n".join(table))[0]
-    assert re.findall(r"[\d.]+(?= h)", hours)[2:] == ["0.27", "2.17", "4.73", "41.81"]
+    assert re.findall(r"[\d.]+(?= h)", hours)[2:] == ["0.25", "1.91", "4.23", "41.53"]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..serving.client import RemoteMemory, Server
 
 
+ABOVE_OWN_RATE = 1.1  # rates are averages, and rounded
 TINY_KNOWS = "which knows videos of coloured shapes and nothing else"
 
 
@@ -92,9 +93,17 @@ def load_model_and_processor(args: argparse.Namespace, video: str | None = None)
     device = choose_device(args.device)
     processor = load(VideoMa2mbaProcessor, name)
     if video is not None:
-        processor.video_processor.open_video(
+        opened = processor.video_processor.open_video(
             video, fps=args.fps, max_frames=args.max_frames, start_s=args.start, end_s=args.end
-        ).close()
+        )
+        opened.close()
+        own = opened.info.average_fps
+        if args.fps is not None and own is not None and args.max_frames is None and args.fps > own * ABOVE_OWN_RATE:
+            print(
+                f"note: --fps {args.fps:g} is above the video's own {own:g} frames per second: each picture is watched "
+                f"some {args.fps / own:.1f} times",
+                file=sys.stderr,
+            )
         if args.model is None and not is_story(video):
             print(f"note: this is the tiny model, {TINY_KNOWS}; --model names another", file=sys.stderr)
     return load_model(name, choose_dtype(args.dtype, device), args.adapter).to(device), processor

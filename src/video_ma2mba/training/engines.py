@@ -31,6 +31,11 @@ def find_distributed(name: str) -> str:
     return str(file)
 
 
+def zero_stage(name: str) -> int:
+    """The stage of ZeRO that a configuration of DeepSpeed asks for."""
+    return _read(name).get("zero_optimization", {}).get("stage", 0)
+
+
 def engine_arguments(recipe: "Recipe", num_devices: int, bf16: bool) -> dict[str, Any]:
     """What `TrainingArguments` take for the recipe's engine.
 

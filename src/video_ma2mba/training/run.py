@@ -105,19 +105,18 @@ def computes_in_bfloat16(recipe: Recipe) -> bool:
 
 
 def num_workers(recipe: Recipe, data: Any, num_devices: int) -> int:
-    """Processes that decode. Of a stream no more than each device has files, since a file is read by one of them."""
+    """Processes that decode for one device. Of a stream no more than it has files, since one of them reads a file."""
+    workers = recipe.workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if not recipe.streaming:
-        return recipe.num_workers
-    files = (
-        data.num_shards // num_devices or data.num_shards
-    )  # too few for all: each reads them all, and takes its rows
-    if files < recipe.num_workers:
+        return workers
+    files = data.num_shards // num_devices or data.num_shards  # too few: each device reads all, and takes its rows
+    if files < workers:
         print(
-            f"warning: the stream has {data.num_shards} file(s), so {files} process(es) decode, not "
-            f"{recipe.num_workers}; more come from `video-ma2mba data prepare --parquet --rows-per-file N`",
+            f"warning: the stream has {data.num_shards} file(s), so {files} process(es) decode, not {workers}; more "
+            "come from `video-ma2mba data prepare --parquet --rows-per-file N`",
             file=sys.stderr,
         )  # fmt: skip
-    return min(recipe.num_workers, files)
+    return min(workers, files)
 
 
 def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
@@ -125,6 +124,7 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
     recipe, model = prepared.recipe, prepared.model
     on_gpu = torch.cuda.is_available()
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
+    workers = num_workers(recipe, prepared.train_data, num_devices)
     checkpointing: dict[str, Any] = {}
     if recipe.gradient_checkpointing is not None:
         known = {field.name for field in fields(TrainingArguments)}
@@ -149,7 +149,8 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         use_cpu=not on_gpu,
         accelerator_config={"dispatch_batches": False},  # each process makes its own batches
         remove_unused_columns=False,  # the collator reads them
-        dataloader_num_workers=num_workers(recipe, prepared.train_data, num_devices),
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_gpu,
         prediction_loss_only=True,
         logging_steps=recipe.logging_steps,
