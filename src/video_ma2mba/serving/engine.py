@@ -212,7 +212,7 @@ class Engine:
         for place, part in enumerate(parts):
             ids[place, longest - len(part) :] = torch.tensor(part)
             mask[place, longest - len(part) :] = 1
-        cache = Mamba2Cache.joined([row.cache for row in rows])
+        cache = rows[0].cache.joined([row.cache for row in rows])
         outputs = self._call(ids, mask, cache)
         self.read += sum(len(part) for part in parts)
         ready = []
@@ -226,7 +226,7 @@ class Engine:
             begun = [rows[place] for place in ready]
             self._reading = [row for row in rows if row.ids]
             states = _rows(outputs.cache, ready)
-            self._cache = states if self._cache is None else Mamba2Cache.joined([self._cache, states])
+            self._cache = states if self._cache is None else states.joined([self._cache, states])
             self._writing += begun
             self._choose(outputs.logits[ready, -1], begun)
 

@@ -131,20 +131,27 @@ class Memories(MemoryWatching):
         Raises:
             KeyError: there is none of that id. ValueError: it is not whole yet, damaged, or has no such snapshot.
         """
-        if (saved := self._saved_at(memory_id)) is None:
-            described = self.describe(memory_id)
-            why = described["error"] or f"it is {described['status']}"
-            raise ValueError(f"the memory {memory_id} is not ready: {why}")
-        with self._lock:
-            loaded = self._loaded.get(memory_id)
-            if loaded is not None:
-                self._loaded.move_to_end(memory_id)
-        if loaded is not None and loaded.saved == saved:  # or another server that shares the folder changed it
-            memory = loaded.memory
-        else:
-            memory = VideoMemory.from_pretrained(self._folder_of(memory_id) / "memory", self.model, self.processor)
-            self._hold(memory_id, memory, saved)
-        return memory if at_s is None else memory.at(seconds=at_s)
+        while (saved := self._saved_at(memory_id)) is not None:
+            with self._lock:
+                loaded = self._loaded.get(memory_id)
+                if loaded is not None:
+                    self._loaded.move_to_end(memory_id)
+            if loaded is not None and loaded.saved == saved:  # or another server that shares the folder changed it
+                memory = loaded.memory
+            else:
+                try:
+                    memory = VideoMemory.from_pretrained(
+                        self._folder_of(memory_id) / "memory", self.model, self.processor
+                    )
+                except ValueError:
+                    if self._saved_at(memory_id) != saved:  # frames came meanwhile, or it was deleted
+                        continue
+                    raise
+                self._hold(memory_id, memory, saved)
+            return memory if at_s is None else memory.at(seconds=at_s)
+        described = self.describe(memory_id)
+        why = described["error"] or f"it is {described['status']}"
+        raise ValueError(f"the memory {memory_id} is not ready: {why}")
 
     def is_loaded(self, memory_id: str) -> bool:
         """Whether `load` takes no time."""
