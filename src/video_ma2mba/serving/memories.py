@@ -29,7 +29,7 @@ from ..modeling.video_memory import VideoMemory
 from ..modeling.video_memory_files import CONFIG_NAME, identity
 from .media import MediaRules
 from .prompts import prefix_hash, prompt_pieces
-from .watching import Job, MemoryWatching
+from .watching import Job, MemoryWatching, remove_what_is_done_with
 
 MAX_LOADED_BYTES = 4 * 2**30  # of memories that are held, so that questions need not read them from disk
 _LEFTOVER_AGE_S = 24 * 3600
@@ -195,10 +195,8 @@ class Memories(MemoryWatching):
             "created": int(time.time()), "name": name, "live": True, "parent": None, "pieces": [], "standard": True,
         }  # fmt: skip
         folder = self._folder_of(memory_id)
-        folder.mkdir()
-        write_json(folder / "record.json", record)
-        memory = VideoMemory(self.model, self.processor)
-        memory.save_pretrained(folder / "memory")
+        VideoMemory(self.model, self.processor).save_pretrained(folder / "memory")
+        write_json(folder / "record.json", record)  # last: by this file a memory is there
         return memory_id
 
     # --- the folder --------------------------------------------------------------------------------------------------
@@ -250,7 +248,9 @@ class Memories(MemoryWatching):
                 record = _read(self._folder_of(memory_id) / "record.json")
             except (OSError, ValueError, KeyError):
                 continue
-            if not (record.get("error") or record["live"] or self.is_ready(memory_id)):
+            if self.is_ready(memory_id):
+                remove_what_is_done_with(self._folder_of(memory_id))
+            elif not (record.get("error") or record["live"]):
                 self._start(Job(memory_id, record, {}))
 
 

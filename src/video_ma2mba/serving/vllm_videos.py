@@ -93,7 +93,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         for video in videos.get_all():
             name, num_frames = self._kept(*(video if isinstance(video, tuple) else (video, None)))
             starts = range(0, num_frames, FRAMES_PER_ITEM)
-            parts += [(name, start, min(start + FRAMES_PER_ITEM, num_frames), side) for start in starts]
+            parts += [(name, (start, min(start + FRAMES_PER_ITEM, num_frames), side)) for start in starts]
             names += [prefix_hash(name, [[start]]) for start in starts]
             counts.append(len(starts))
         token, left = self.info.get_hf_config().video_token_id, iter(counts)
@@ -130,8 +130,8 @@ class Processor(BaseMultiModalProcessor[Info]):
         videos: Any = hf_data.get("videos")
         images: Any = hf_data.get("images")
         if videos:
-            data["frames_of"] = [torch.tensor(list(name.encode()), dtype=torch.uint8) for name, *_ in videos]
-            data["frames_span"] = [torch.tensor(span) for _, *span in videos]
+            data["frames_of"] = [torch.tensor(list(name.encode()), dtype=torch.uint8) for name, _ in videos]
+            data["frames_span"] = [torch.tensor(span) for _, span in videos]
         if images:
             data["pixel_values"] = [processor.load_image(image) for image in images]
         return BatchFeature(data)
