@@ -41,9 +41,8 @@ class Transcript:
             found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
             if found:
                 self.is_stopped = True
-                text = text[: min(found)]
-            else:
-                text = text[: len(text) - max(_begun(text, stop) for stop in self.stops)]
+                return self._new(text[: min(found)])
+            text = text[: len(text) - max(_begun(text, stop) for stop in self.stops)]
         return self._new(text.rstrip("\ufffd"))
 
     def finish(self) -> str:

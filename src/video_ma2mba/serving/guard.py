@@ -74,6 +74,8 @@ class Guard:
                 await error.response()(scope, receive, counted)
             else:
                 await self.app(scope, _bounded(receive, limit), counted)
+        except asyncio.CancelledError:  # the server ends, and has waited for this long enough: no trace of that
+            return
         finally:
             self.num_requests -= 1
             route = scope.get("route")

@@ -92,7 +92,10 @@ class Memories(MemoryWatching):
 
     def ids(self) -> list[str]:
         """All memories that are whole, being watched, waiting or that failed; the newest first."""
-        found = [(path.parent.stat().st_mtime, path.parent.name) for path in self.folder.glob("*/record.json")]
+        found = []
+        for path in self.folder.glob("*/record.json"):
+            with suppress(FileNotFoundError):  # deleted just now
+                found.append((path.parent.stat().st_mtime, path.parent.name))
         return [name for _, name in sorted(found, reverse=True)]
 
     def describe(self, memory_id: str) -> dict[str, Any]:
@@ -115,7 +118,9 @@ class Memories(MemoryWatching):
         if (whole := _described(folder / "memory")) is not None:
             described |= {name: whole[name] for name in ("num_frames", "num_tokens", "duration_s")}
             described["snapshots_s"] = [one["time_s"] for one in whole["snapshots"]]
-            described["num_bytes"] = sum(path.stat().st_size for path in (folder / "memory").glob("*.safetensors"))
+            described["num_bytes"] = 0
+            with suppress(FileNotFoundError):  # replaced just now
+                described["num_bytes"] = (folder / "memory" / whole["states"]).stat().st_size
             described["status"] = "ready"
         elif described["error"]:
             described["status"] = "failed"
@@ -143,7 +148,7 @@ class Memories(MemoryWatching):
                     memory = VideoMemory.from_pretrained(
                         self._folder_of(memory_id) / "memory", self.model, self.processor
                     )
-                except ValueError:
+                except Exception:  # damage of any kind, or
                     if self._saved_at(memory_id) != saved:  # frames came meanwhile, or it was deleted
                         continue
                     raise
