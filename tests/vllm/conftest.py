@@ -90,11 +90,11 @@ def talk(content, system=None):
     return [*before, {"role": "user", "content": content}]
 
 
-def request(processor, content, system=None):
+def request(processor, content, system=None, fps=None):
     """A request to vLLM of the parts of a user's message."""
     files = [np.fromfile(part["path"], np.uint8) for part in content if part["type"] == "video"]
     images = [part["image"] for part in content if part["type"] == "image"]
-    data = ({"video": [(file, {"fps": None}) for file in files]} if files else {}) | (
+    data = ({"video": [(file, {"fps": fps}) for file in files]} if files else {}) | (
         {"image": images} if images else {}
     )
     text = processor.apply_chat_template(talk(content, system), add_generation_prompt=True)

@@ -99,7 +99,12 @@ def test_an_adapter_answers_as_if_it_were_merged(llm, model, processor, stories,
     assert [list(answer.outputs[0].token_ids) for answer in given] == truth
 
 
-def test_a_video_is_sampled_by_fps_alone():
+def test_a_video_is_sampled_by_fps_alone(llm, model, processor, stories):
+    content = [{"type": "video", "path": stories[0]}, text("Why?")]
+    for fps in (None, 2.0, 0.5):
+        (answer,) = answers(llm, [request(processor, content, fps=fps)])
+        frames = len(VideoMa2mbaVideoProcessor(size=56).load(stories[0], fps=fps or 1.0).frames)
+        assert answer.prompt_token_ids.count(processor.video_token_id) == frames * model.config.tokens_per_frame
     data = b"x" * 10
     array, metadata = vllm_videos.Undecoded.load_bytes(data, fps=2.0)
     assert array.tobytes() == data

@@ -118,9 +118,15 @@ class FrameFolder:
                 left -= size
 
 
-def name_of(letters: torch.Tensor) -> str:
-    """A name that travelled as the bytes of its letters."""
-    return bytes(letters.tolist()).decode()
+def place(name: str, start: int, stop: int, side: int) -> np.ndarray:
+    """What travels: where some frames of a video lie, as int64."""
+    return np.array([start, stop, side, *name.encode()])
+
+
+def placed(where: torch.Tensor) -> tuple[str, int, int, int]:
+    """What `place` was given."""
+    start, stop, side, *letters = where.tolist()
+    return bytes(letters).decode(), start, stop, side
 
 
 class Hold:

@@ -20,7 +20,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ..modeling.visual_features import VideoMa2mbaProjector, VisualFeatures, build_tower
-from .vllm_frames import frame_folder, name_of
+from .vllm_frames import frame_folder, placed
 from .vllm_videos import DummyInputs, Info, Processor
 
 
@@ -152,11 +152,7 @@ class VideoMa2mbaServed(
             parts = [self.multi_modal_projector(self._pooled_features(part)) for part in frames.to(device).split(size)]
             return torch.cat(parts).flatten(0, 1)
 
-        names, spans = items.get("frames_of", ()), items.get("frames_span", ())
-        of_videos = [
-            embedded(frame_folder().read(name_of(name), *span.tolist()))
-            for name, span in zip(names, spans, strict=True)
-        ]
+        of_videos = [embedded(frame_folder().read(*placed(where))) for where in items.get("frames_at", ())]
         return of_videos + [embedded(image) for image in items.get("pixel_values", ())]
 
     def forward(

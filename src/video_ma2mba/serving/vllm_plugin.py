@@ -8,7 +8,7 @@ from typing import Any
 
 from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
-from .vllm_frames import frame_folder, name_of
+from .vllm_frames import frame_folder, placed
 
 ARCHITECTURE = "VideoMa2mbaForConditionalGeneration"
 
@@ -74,8 +74,8 @@ def _split_where_media_end(self: Any, request: Any, num_new_tokens: int, *comput
 def _hold_frames(self: Any, request: Any) -> Any:
     """The frames of a request stay where they are for as long as the engine has it."""
     added, wave = self._without_video_ma2mba(request)
-    items = [one.data for one in added.mm_features or () if one.data is not None and "frames_of" in one.data]
-    names = {name_of(item["frames_of"].data) for item in items}
+    items = [one.data for one in added.mm_features or () if one.data is not None and "frames_at" in one.data]
+    names = {placed(item["frames_at"].data)[0] for item in items}
     added.video_ma2mba_frames = [frame_folder().hold(name) for name in names]
     return added, wave
 

@@ -26,7 +26,7 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .media import check
 from .prompts import prefix_hash
-from .vllm_frames import frame_folder
+from .vllm_frames import frame_folder, place, placed
 from .vllm_plugin import ServedConfig
 
 FRAMES_PER_ITEM = 32  # encoded and held at once; a longer video is several items
@@ -90,10 +90,10 @@ class Processor(BaseMultiModalProcessor[Info]):
         if not videos:
             return super().apply(replace(inputs, prompt=prompt), timing_ctx)
         parts, names, counts, side = [], [], [], self.info.get_hf_processor().video_processor.side
-        for video in videos.get_all():
-            name, num_frames = self._kept(*(video if isinstance(video, tuple) else (video, None)))
+        for video, metadata in zip(videos.get_all(), videos.metadata, strict=True):
+            name, num_frames = self._kept(video, (metadata or {}).get("fps"))
             starts = range(0, num_frames, FRAMES_PER_ITEM)
-            parts += [(name, (start, min(start + FRAMES_PER_ITEM, num_frames), side)) for start in starts]
+            parts += [place(name, start, min(start + FRAMES_PER_ITEM, num_frames), side) for start in starts]
             names += [prefix_hash(name, [[start]]) for start in starts]
             counts.append(len(starts))
         token, left = self.info.get_hf_config().video_token_id, iter(counts)
@@ -111,10 +111,10 @@ class Processor(BaseMultiModalProcessor[Info]):
         pieces = tokenizer([segment.text for segment in segments], add_special_tokens=False)["input_ids"]
         return [one for piece in pieces for one in piece]
 
-    def _kept(self, video: Any, metadata: dict[str, Any] | None) -> tuple[str, int]:
+    def _kept(self, video: Any, fps: float | None) -> tuple[str, int]:
         """The name under which the frames of an undecoded file, or those given, are kept; and how many they are."""
         array, processor = np.asarray(video), self.info.get_hf_processor().video_processor
-        fps = (metadata or {}).get("fps") or processor.fps
+        fps = fps or processor.fps
         taken = {
             "version": version("video-ma2mba"), "side": processor.side, "resize_mode": processor.resize_mode,
             "image_mean": processor.image_mean, "fps": fps, "shape": array.shape,
@@ -130,8 +130,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         videos: Any = hf_data.get("videos")
         images: Any = hf_data.get("images")
         if videos:
-            data["frames_of"] = [torch.tensor(list(name.encode()), dtype=torch.uint8) for name, _ in videos]
-            data["frames_span"] = [torch.tensor(span) for _, span in videos]
+            data["frames_at"] = [torch.as_tensor(video) for video in videos]
         if images:
             data["pixel_values"] = [processor.load_image(image) for image in images]
         return BatchFeature(data)
@@ -140,8 +139,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         return {
-            "frames_of": MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            "frames_span": MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            "frames_at": MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             "pixel_values": MultiModalFieldConfig.batched("image"),
         }
 
@@ -151,7 +149,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         config = self.info.get_hf_config()
 
         def of_video(item: int) -> list[int]:
-            start, stop, _ = out_mm_kwargs["video"][item]["frames_span"].data.tolist()
+            _, start, stop, _ = placed(out_mm_kwargs["video"][item]["frames_at"].data)
             return [config.video_token_id] * ((stop - start) * config.tokens_per_frame)
 
         return [
