@@ -48,6 +48,7 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(server, memory_id):
         ({"response_format": {"type": "json_object"}}, "response_format"), ({"stop": ["a"] * 5}, "stop"),
         ({"stop": ""}, "stop"), ({"top_logprobs": 2}, "top_logprobs"), ({"beam": 2}, "beam"),
         ({"stream_options": {}}, "stream_options"), ({"logit_bias": {"1": 2}}, "logit_bias"),
+        ({"media_io_kwargs": {"video": {"num_frames": 32}}}, "num_frames"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
         ({"messages": [{"role": "user", "content": " "}]}, "question is empty"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "last turn"),

@@ -66,6 +66,16 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
+class VideoSampling(_Strict):
+    num_frames: Literal[-1] | None = None  # all of them
+
+
+class MediaSampling(_Strict):
+    """What vLLM's clients may say of media, lmms-eval among them."""
+
+    video: VideoSampling | None = None
+
+
 class ChatRequest(_Strict):
     """`POST /v1/chat/completions`. Those of OpenAI's fields that change nothing are taken, the others are refused."""
 
@@ -97,6 +107,7 @@ class ChatRequest(_Strict):
     tools: list[Any] | None = Field(None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
     response_format: dict[str, Any] | None = None
+    media_io_kwargs: MediaSampling | None = None
     modalities: list[Literal["text"]] | None = None
 
     @field_validator("frequency_penalty", "presence_penalty", mode="before")
