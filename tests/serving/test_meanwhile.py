@@ -178,6 +178,43 @@ def test_a_client_that_goes_away_at_once_leaves_no_row(server, video):
     assert server.idle()
 
 
+def test_no_request_spoils_the_answers_of_others(server, video):
+    """However small its temperature: it is greedy then, and the rows that are written beside it go on."""
+    memory_id, client = server.watch(video), server.openai()
+    body = asked(memory_id, "Why?", max_tokens=40, extra_body=ENDLESS)
+    greedy = client.chat.completions.create(**body).choices[0].message.content
+    stream = client.chat.completions.create(**body, stream=True)
+    first = next(stream)
+    for temperature in (5e-324, 1e-300, 1e-40, 1e-8):
+        answer = client.chat.completions.create(**body, temperature=temperature, top_p=5e-324, seed=1)
+        assert answer.choices[0].message.content == greedy
+    assert said([first, *stream]) == (greedy, ["length"])
+
+
+def test_bodies_that_are_hard_to_read_or_to_repeat(server, video):
+    half = "\\ud800"
+    for path in ("/v1/chat/completions", "/v1/memories"):
+        for body in (
+            "[" * 200_000, '{"messages":' * 20_000, f'{{"{half}": 1}}', f'{{"messages": [{{"role": "{half}"}}]}}', "{",
+            f'{{"messages": [{{"role": "user", "content": "{half}"}}]}}', f'{{"path": "/{half}"}}', "1e999", "\x00", "",
+            f'{{"live": true, "name": "{half}"}}', '{"n": ' + "9" * 5000 + "}",
+        ):  # fmt: skip
+            answer = server.http.post(path, content=body, headers={"content-type": "application/json"})
+            assert 400 <= answer.status_code < 500, (body[:60], answer.status_code)
+            assert answer.json()["error"]["message"]
+    memory_id = server.watch(video, fps="5e-324")
+    assert server.http.get(f"/v1/memories/{memory_id}").json()["num_frames"] == 1
+
+
+def test_snapshots_are_bounded_by_what_they_take(server, video, monkeypatch):
+    monkeypatch.setattr(server.memories, "max_snapshots", 2)
+    with open(video, "rb") as file:
+        sent = server.http.post("/v1/memories", files={"file": file}, data={"snapshots_s": ["1", "2", "3"]})
+    assert sent.status_code == 400
+    assert "at most 2" in sent.json()["error"]["message"]
+    assert not list(server.memories.folder.glob("incoming-*"))
+
+
 def test_long_answers_are_cheap_to_hand_over(processor):
     """A token costs the same at the end of 8,192 tokens as at the beginning: no more of the text is decoded anew."""
     tokenizer = processor.tokenizer

@@ -181,6 +181,9 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
             medium = await bring(wanted.url or wanted.path or "")
         else:
             raise ApiError(415, "send application/json, or the file as multipart/form-data under `file`")
+        if len(wanted.snapshots_s) > memories.max_snapshots:
+            medium.discard()
+            raise ApiError(400, f"snapshots_s: at most {memories.max_snapshots} of this model", param="snapshots_s")
         name = wanted.name or (wanted.path or wanted.url or "").rpartition("/")[2][:200] or "video"
         fps = processor.video_processor.fps if wanted.fps is None else wanted.fps
         piece: Shown = {

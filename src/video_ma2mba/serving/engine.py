@@ -275,7 +275,9 @@ class Engine:
 
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token drawn from (vocabulary) logits: of the likeliest ones that together have the probability `top_p`."""
-    probabilities, order = (logits.float() / sampling.temperature).softmax(0).sort(descending=True, stable=True)
+    # of any temperature above 0, however small: the likeliest token stays at 0, and nothing is 0 / 0
+    scaled = (logits.double() - logits.max()) / sampling.temperature
+    probabilities, order = scaled.softmax(0).sort(descending=True, stable=True)
     before = probabilities.cumsum(0) - probabilities
     probabilities = torch.where(before < sampling.top_p, probabilities, 0.0)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

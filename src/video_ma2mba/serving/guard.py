@@ -28,7 +28,10 @@ class ApiError(Exception):
         self.headers = rest.get("headers")
 
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        # what a client sent is repeated there, and may hold halves of characters
+        sayable = {k: v and str(v).encode(errors="backslashreplace").decode() for k, v in error.items()}
+        return {"error": sayable}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, headers=self.headers)

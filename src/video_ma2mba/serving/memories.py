@@ -66,6 +66,8 @@ class Memories(MemoryWatching):
         self.folder, self.model, self.processor, self.rules = Path(folder).absolute(), model, processor, rules
         self.wait_for_turn = wait_for_turn
         self.origin = prefix_hash("", [identity(model, processor)])
+        # what snapshots take, of one memory
+        self.max_snapshots = MAX_LOADED_BYTES // model.model.language_model.new_cache(1).num_bytes
         self.head = prompt_pieces(processor, [{"role": "user", "content": [{"type": "video"}, _text("?")]}])[0]
         self.watched_frames = 0
         self._jobs: dict[str, Job] = {}
