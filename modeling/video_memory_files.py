@@ -6,6 +6,7 @@ It says which model and processor it belongs to, and is read back for these alon
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -66,8 +67,11 @@ def write_memory(folder, model, processor, *, caches, timestamps_s, described):
     except BaseException as error:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # its writer says so of a full disk
-            raise OSError(f"{folder}: could not be written: {error}") from error
+        if isinstance(error, SafetensorError):  # its writer says so of a full disk, with the number in its words
+            number = re.search(r"os error (\d+)", str(error))
+            failure = OSError(f"{folder}: could not be written: {error}")
+            failure.errno = int(number[1]) if number else None
+            raise failure from error
         raise
     finally:
         _remove_leftovers(folder)

@@ -202,8 +202,12 @@ class Memories(MemoryWatching):
             "created": int(time.time()), "name": name, "live": True, "parent": None, "pieces": [], "standard": True,
         }  # fmt: skip
         folder = self._folder_of(memory_id)
-        VideoMemory(self.model, self.processor).save_pretrained(folder / "memory")
-        write_json(folder / "record.json", record)  # last: by this file a memory is there
+        try:
+            VideoMemory(self.model, self.processor).save_pretrained(folder / "memory")
+            write_json(folder / "record.json", record)  # last: by this file a memory is there
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return memory_id
 
     # --- the folder --------------------------------------------------------------------------------------------------

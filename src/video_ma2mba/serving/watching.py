@@ -113,6 +113,8 @@ class MemoryWatching:
             except BaseException:
                 for medium in media.values():
                     medium.discard()
+                with suppress(OSError):
+                    folder.rmdir()
                 raise
             self._failures.pop(memory_id, None)
             self._start(Job(memory_id, record, media))
