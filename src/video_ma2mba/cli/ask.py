@@ -17,7 +17,7 @@ HELP = "answer questions about a video"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="path or URL of a video, or the folder of a memory")
     parser.add_argument("questions", metavar="QUESTION", nargs="+", help="each is answered on its own")
-    watching.add_arguments(parser)
+    watching.add_arguments(parser, snapshots=False)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="per answer (default: 128)")
     parser.add_argument("--json", action="store_true", help="print one object with answers, tokens, seconds, bytes")
 
