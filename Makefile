@@ -86,9 +86,9 @@ test-vllm: .venv-vllm/.ready
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -P -m pytest tests/vllm
 
 # The wheel, and the sdist with the extra that training needs: each in an environment of its own, where the repository
-# is not.
+# is not. Then a model's card, in one that has what the card asks for.
 test-install: .venv/.ready
-	rm -rf build/dist .venv-install
+	rm -rf build/dist build/elsewhere .venv-install .venv-card
 	.venv/bin/python -m build --outdir build/dist
 	for package in "$$(ls build/dist/*.whl)" "$$(ls build/dist/*.tar.gz)[train]"; do \
 		$(PYTHON) -m venv --clear .venv-install && \
@@ -98,6 +98,12 @@ test-install: .venv/.ready
 		(cd build/elsewhere && ../../.venv-install/bin/python -P ../../tests/install/check_installed.py \
 			$$(case "$$package" in *train*) echo --train;; esac)) || exit 1; \
 	done
+	$(PYTHON) -m venv .venv-card
+	.venv-card/bin/python -m pip install --quiet $(TORCH)
+	.venv-card/bin/python tests/install/check_card.py build/elsewhere/whole/model --packages > build/elsewhere/asked.txt
+	.venv-card/bin/python -m pip install --quiet --constraint constraints.txt --requirement build/elsewhere/asked.txt
+	cp build/elsewhere/my_videos/0.mp4 build/elsewhere/talk.mp4
+	cd build/elsewhere && HF_HOME=$$PWD/hub ../../.venv-card/bin/python -P ../../tests/install/check_card.py whole/model
 
 studies: .venv/.ready
 	for study in backbone fps intervals length max-length stability; do .venv/bin/video-ma2mba bench study $$study \
@@ -137,7 +143,7 @@ cards:
 		--base-model state-spaces/mamba2-$${size#*:} --base-model openai/clip-vit-large-patch14-336; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-vllm .venv-distributed .venv-docs .venv-install .ruff_cache .coverage* build *.egg-info
+	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-vllm .venv-distributed .venv-docs .venv-install .venv-card .ruff_cache .coverage* build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call.

@@ -95,10 +95,12 @@ def reading(name: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        said = " ".join(str(error).split())
         is_nameless = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
         if isinstance(error, ValueError | OSError) and not is_nameless:
-            raise
-        said = " ".join(str(error).split())
+            if isinstance(error, OSError) or "\n" not in str(error).strip():
+                raise
+            raise ValueError(f"{name}: {what} cannot be loaded: {said}") from error
         raise ValueError(f"{name}: {what} cannot be loaded, a file is damaged: {said}") from error
 
 
@@ -114,11 +116,8 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
 
     if is_hub_id(name):
         hub_answers()
-    elif issubclass(cls, PreTrainedModel) and not _has_weights(Path(name)):
-        raise ValueError(
-            f"{name}: this folder describes a model and holds no weights, there is no model.safetensors; take one that "
-            "`train` or save_pretrained wrote, or make an untrained model with `video-ma2mba convert init`"
-        )
+    elif issubclass(cls, PreTrainedModel):
+        check_weights(name)
     try:
         with reading(name, cls.__name__):
             model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
@@ -153,8 +152,18 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
         raise ValueError(not_from_the_hub(name)) from error
 
 
-def _has_weights(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+def check_weights(name: str) -> None:
+    """Refuse a folder that only describes a model.
+
+    Raises:
+        ValueError: it holds no weights.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not any(next(folder.glob(end), None) for end in ("*.safetensors", "pytorch_model*.bin")):
+        raise ValueError(
+            f"{name}: this folder describes a model and holds no weights, there is no model.safetensors; take one that "
+            "`train` or save_pretrained wrote, or make an untrained model with `video-ma2mba convert init`"
+        )
 
 
 def load_model(name: str, dtype: "torch.dtype | str", adapter: str | None) -> Any:

@@ -1,6 +1,6 @@
 """What `--help` says, command by command: a snapshot in `help/`, so that a change of words or options is seen.
 
-    UPDATE_HELP=1 pytest tests/package/test_help.py    # writes it anew
+UPDATE_HELP=1 pytest tests/package/test_help.py    # writes it anew
 """
 
 import argparse

@@ -102,10 +102,11 @@ def run(args: argparse.Namespace) -> None:
         )
         return
     records = report["records"]
-    print(
-        f"{args.output}: {report['samples']} conversations, {report['turns']} questions, "
-        f"{report['watched_s'] / 3600:.2f} h of video; kept {records['kept']} of {records['read']} records"
-    )
+    if records["kept"]:
+        print(
+            f"{args.output}: {report['samples']} conversations, {report['turns']} questions, "
+            f"{report['watched_s'] / 3600:.2f} h of video; kept {records['kept']} of {records['read']} records"
+        )
     for reason, count in sorted(records["left_out"].items()):
         print(f"left out, {reason}: {count}", file=sys.stderr)
     for note, count in report["notes"].items():

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..loading import TINY, choose_device, choose_dtype, find_model, load, load_model
+from ..loading import TINY, check_weights, choose_device, choose_dtype, find_model, load, load_model
 from ..progress import progress_bars
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def load_model_and_processor(args: argparse.Namespace, video: str | None = None)
 
     name = find_model(args.model)
     device = choose_device(args.device)
+    check_weights(name)
     processor = load(VideoMa2mbaProcessor, name)
     if video is not None:
         with closing(
