@@ -133,7 +133,8 @@ lint: .venv/.ready
 
 # Sphinx with MyST: its own theme, and nothing that a page loads from elsewhere.
 docs: .venv-docs/.ready
-	.venv-docs/bin/python -P docs/recipe_keys.py > docs/recipe_keys.md
+	mkdir -p build
+	.venv-docs/bin/python -P docs/recipe_keys.py > build/recipe_keys.md && mv build/recipe_keys.md docs/recipe_keys.md
 	.venv-docs/bin/python -P -m sphinx --fail-on-warning --keep-going -q -b html -c docs . build/docs
 	@echo "build/docs/docs/index.html"
 

@@ -119,3 +119,37 @@ def test_of_convert_refused(tmp_path, capsys):
     assert "./no" in refused([*command, tmp_path / "new"], capsys)
     command = ["convert", "llava-mamba", "./no", "--vision-model", "./no", "-o"]
     assert "./no" in refused([*command, tmp_path / "new"], capsys)
+
+
+# --- data prepare ---
+
+
+@pytest.mark.parametrize(
+    "option", ["--fps 2", "--model tiny", "--rows-per-file 3", "--workers 0", "--max-hours 0", "--format none"]
+)
+def test_of_data_prepare_refused(option, tmp_path, capsys):
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"video": "a.mp4", "question": "?", "answer": "!"}))
+    command = ["data", "prepare", tmp_path / "questions.jsonl", "--media-root", tmp_path, "-o", tmp_path / "out"]
+    assert option.split()[0] in refused([*command, *option.split()], capsys)
+
+
+# --- eval ---
+
+
+def test_the_judge_of_eval(tmp_path, monkeypatch):
+    monkeypatch.setattr("video_ma2mba.evaluation.judge.ChatJudge", lambda url, model, replies: (url, model))
+    options = ["eval", "tiny", "--task", "activitynetqa", "--judge", "http://127.0.0.1:9/v1", "--judge-model", "wise"]
+    judge = cli.evaluate._judge(cli.build_parser().parse_args(options), tmp_path)
+    assert judge == ("http://127.0.0.1:9/v1", "wise")
+
+
+# --- plan ---
+
+
+def test_gpus_that_share_a_video(capsys):
+    held = []
+    for ranks in ("1", "2"):
+        command = ["plan", "--model", "0.7b", "--hours", "1", "--gpu-memory", "80GiB", "--sequence-parallel", ranks]
+        assert cli.main([*command, "--json"]) == 0
+        held.append(json.loads(capsys.readouterr().out)["rows"][0]["pixels_bytes"])
+    assert held[1] == held[0] / 2

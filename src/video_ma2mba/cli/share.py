@@ -10,18 +10,24 @@ HELP = "write a model's card and upload the model to the Hub"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="as save_pretrained, `train` or `convert` wrote it")
-    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository on the Hub")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="folder, as save_pretrained, `train` or `convert` wrote it"
+    )
+    parser.add_argument(
+        "--repo", required=True, metavar="OWNER/NAME", help="repository on the Hub; it is made if there is none"
+    )
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument(
         "--dry-run", action="store_true", help="check everything and list the files; upload and write nothing"
     )
     steps.add_argument("--card-only", action="store_true", help="write DIR/README.md anew and stop")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    card = parser.add_argument_group("the card", "rendered where DIR has no README.md, and by --card-only")
+    card = parser.add_argument_group("the card", "README.md, written where DIR has none, and by --card-only")
     card.add_argument("--license", metavar="ID", help=f"default: {LICENCE}")
-    card.add_argument("--base-model", action="append", metavar="HUB_ID", help="may be given more than once")
-    card.add_argument("--training", type=Path, metavar="JSON", help="an object; its entries become a table")
+    card.add_argument(
+        "--base-model", action="append", metavar="HUB_ID", help="what it was made of; may be given more than once"
+    )
+    card.add_argument("--training", type=Path, metavar="JSON", help="file with an object, whose entries become a table")
     card.add_argument(
         "--evaluation", type=Path, metavar="JSON", help='{"results": [{"dataset": ..., "metric": ..., "value": ...}]}'
     )
