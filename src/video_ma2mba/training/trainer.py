@@ -41,6 +41,7 @@ class VideoMa2mbaTrainer(Trainer):
     """`transformers.Trainer` for `VideoMa2mbaForConditionalGeneration`.
 
     Beyond the stock Trainer, which works too:
+
     - the vision tower has a rate of its own, and only matrices decay (`parameters.parameter_groups`);
     - `label_smoothing_factor` smooths the loss of the next token, at the cost of logits for the supervised tokens alone
       (the stock Trainer shifts labels only for the text models it knows by name);
