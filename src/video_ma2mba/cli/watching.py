@@ -107,8 +107,8 @@ def load_model_and_processor(args: argparse.Namespace, video: str | None = None)
 
     name = find_model(args.model)
     device = choose_device(args.device)
-    check_weights(name)
     processor = load(VideoMa2mbaProcessor, name)
+    check_weights(name)
     if video is not None:
         with closing(
             processor.video_processor.open_video(
