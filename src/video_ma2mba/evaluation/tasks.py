@@ -19,7 +19,7 @@ from ..data.question_sets import (
     number_of_answer,
 )  # fmt: skip
 from ..data.records import SUFFIXES, Item, Malformed, Problem, convert_all, read_items, text_of
-from ..loading import reading
+from ..loading import not_from_the_hub
 from .questions import (
     LETTERS,
     Question,
@@ -84,8 +84,10 @@ def read_questions(task: Task, data: str) -> Iterator[Question | Problem]:
         raise ValueError(f"{data}: there is no such folder or file, and a Hub id looks like owner/name")
     import datasets
 
-    with reading(data, "the data set"):
+    try:
         rows = datasets.load_dataset(data, task.hub[1], split=task.hub[2])
+    except ConnectionError as error:
+        raise ValueError(not_from_the_hub(data)) from error
     yield from convert_all((Item(f"{data}, row {i}", row) for i, row in enumerate(rows, 1)), task.open_source(None))
 
 

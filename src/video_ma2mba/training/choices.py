@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .recipe import Recipe
+from .recipe import MAX_WORKERS, Recipe
 
 # The paper trains at 4e-5 and width 2,560. Adam's best rate falls as the width grows (Yang et al., arXiv 2203.03466).
 RATE_TIMES_WIDTH = 0.1
@@ -12,7 +12,6 @@ LORA_TIMES = 10.0
 VISION_PART = 0.1  # the paper's: 4e-6 of 4e-5
 MIN_STEPS = 100
 NUM_EVALUATIONS, NUM_LOG_LINES = 10, 20
-MAX_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Choice:
 
 
 def choose(
-    recipe: Recipe, *, hidden_size: int, num_samples: int | None, is_held_out: bool, on_gpu: bool, num_cores: int
+    recipe: Recipe, *, hidden_size: int, num_samples: int | None, is_held_out: bool, on_gpu: bool, devices_here: int = 1
 ) -> tuple[Recipe, list[Choice]]:
     """A value for every key that is null and must not be.
 
@@ -37,7 +36,7 @@ def choose(
         hidden_size: Of the language model.
         num_samples: To train on; None where they are streamed.
         is_held_out: Whether there is a held-out part, or evaluation data.
-        num_cores: For this process, to decode with.
+        devices_here: Of this machine, which share its cores.
     """
     made: list[Choice] = []
 
@@ -66,9 +65,7 @@ def choose(
     if recipe.lora is not None and on_gpu:
         take("dtype", "bfloat16", "frozen weights need no more; adapters are float32")
     take("dtype", "float32", "small steps are lost in bfloat16" if on_gpu else "a CPU computes best in it")
-    if on_gpu:
-        take("num_workers", min(num_cores, MAX_WORKERS), "decode while the GPU computes")
-    take("num_workers", 0, "without a GPU decoding takes turns with the rest")
+    take("num_workers", recipe.workers(devices_here), f"one for each core decodes, at most {MAX_WORKERS}")
     steps = recipe.max_steps or -(-round((num_samples or 0) * recipe.num_epochs) // recipe.global_batch_size)
     if not is_held_out:
         take("evaluation_steps", 0, "nothing is held out")

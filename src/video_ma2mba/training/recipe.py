@@ -6,6 +6,7 @@ A name such as `3.1b-stage1.5` means the shipped `recipes/stage1.5.yaml` with `{
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import types
 import typing
@@ -21,6 +22,7 @@ from .initial_states import InitialStatesOptions
 
 RECIPES = Path(__file__).with_name("recipes")
 SIZES = ("0.7b", "1.8b", "3.1b")
+MAX_WORKERS = 8  # a device waits for none of more, and each holds samples
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 
@@ -87,9 +89,9 @@ class Recipe:
         save_steps: Optimizer steps between checkpoints; null: chosen.
         save_total_limit: Checkpoints kept, at least 2; the best one is kept besides.
         logging_steps: Optimizer steps between lines of the log; null: chosen.
-        num_workers: Processes that decode; null: chosen.
+        num_workers: Processes that decode for one device; null for as many as it has cores, at most 8.
         seed: Of the order, of what is held out, and of dropout.
-        streaming: Read the manifest row by row; needs max_steps.
+        streaming: Read the manifests of `data` row by row, again and again; needs max_steps.
         strict: Stop at a sample that cannot be used, instead of leaving it out.
         deepspeed: A file of DeepSpeed, or a shipped one by its name: zero1, zero2, zero3.
         fsdp_config: A file of FSDP, or a shipped one by its name: fsdp2, hsdp.
@@ -131,7 +133,7 @@ class Recipe:
     save_steps: int | None = 500
     save_total_limit: int = 2
     logging_steps: int | None = 10
-    num_workers: int | None = 0
+    num_workers: int | None = None
     seed: int = 0
     streaming: bool = False
     strict: bool = False
@@ -192,6 +194,12 @@ class Recipe:
                 f"initial_states.kind {self.initial_states.kind} takes the last states of whole samples, of which "
                 "sequence_parallel leaves each device a part: let one of them be, or kind be zeros"
             )
+
+    def workers(self, devices_here: int = 1) -> int:
+        """Processes that decode for each of so many devices of this machine."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return min(max((os.cpu_count() or 1) // devices_here, 1), MAX_WORKERS)
 
     def accumulation_steps(self, num_devices: int) -> int:
         """Batches of one device, or of one group that shares samples, that make up a global batch.

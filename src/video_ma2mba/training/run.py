@@ -4,9 +4,10 @@ import importlib.util
 import math
 import os
 import shutil
+import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.integrations import TensorBoardCallback
 from ..data.collator import VideoChatCollator
 from ..data.holding_out import hold_out, videos_of
 from ..data.joining import join
-from ..data.manifest import load_manifest
+from ..data.manifest import load_manifest, read_description
 from ..loading import load
 from ..modeling import VideoMa2mbaForConditionalGeneration
 from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
@@ -34,6 +35,7 @@ from .trainer import VideoMa2mbaTrainer, last_checkpoint
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
 WORTH_GOING_ON = 0.01  # by which the held-out loss must fall; less is no reason to train on
+SHUFFLED_ROWS = 1000  # of a stream, from which the next one is drawn
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,13 @@ def prepare_run(recipe: Recipe) -> Prepared:
 def settle(recipe: Recipe, train_data: Any, evaluation_data: Any | None) -> tuple[Recipe, list[Choice]]:
     """The recipe with nothing left open, and what was chosen."""
     config = load(VideoMa2mbaConfig, recipe.model)
-    num_cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return choose(
         recipe,
         hidden_size=config.text_config.hidden_size,
         num_samples=None if recipe.streaming else len(train_data),
         is_held_out=evaluation_data is not None,
         on_gpu=torch.cuda.is_available(),
-        num_cores=max(num_cores, 1),
+        devices_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
 
 
@@ -138,7 +139,9 @@ def make_trainable(model: torch.nn.Module, recipe: Recipe) -> torch.nn.Module:
 def read_all(recipe: Recipe, processor: VideoMa2mbaProcessor) -> tuple[Any, Any | None, list[Choice]]:
     """Data to train on, data that are held out (None: nothing is), and what is to be said of them."""
     if recipe.evaluation_data or not recipe.held_out:
-        held = read_data(recipe.evaluation_data, recipe, processor) if recipe.evaluation_data else None
+        held = None
+        if recipe.evaluation_data:  # a stream has no end, an evaluation must have one
+            held = read_data(recipe.evaluation_data, replace(recipe, streaming=False), processor)
         return read_data(recipe.data, recipe, processor), held, []
     rows = read_rows(recipe.data, recipe)
     trained, kept = hold_out(rows, recipe.held_out, recipe.seed)
@@ -162,7 +165,13 @@ def read_rows(folders: tuple[str, ...], recipe: Recipe) -> Any:
 
     parts = [load_manifest(folder, recipe.streaming) for folder in folders]
     if recipe.streaming:
-        return datasets.interleave_datasets(parts).shuffle(seed=recipe.seed, buffer_size=1000)
+        # Endless, so that no process is through with its files before the others; all rows are drawn equally often.
+        endless = [part.repeat(None) for part in parts]
+        sizes = [read_description(Path(folder))["num_samples"] for folder in folders]
+        rows = endless[0]
+        if len(parts) > 1:
+            rows = datasets.interleave_datasets(endless, [size / sum(sizes) for size in sizes], recipe.seed)
+        return rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLED_ROWS)
     return datasets.concatenate_datasets(parts)
 
 
@@ -186,12 +195,28 @@ def computes_in_bfloat16(recipe: Recipe) -> bool:
     return recipe.bf16 and torch.cuda.is_available()
 
 
+def num_workers(recipe: Recipe, data: Any, num_devices: int) -> int:
+    """Processes that decode for one device. Of a stream no more than it has files, since one of them reads a file."""
+    workers = recipe.workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if not recipe.streaming:
+        return workers
+    files = data.num_shards // num_devices or data.num_shards  # too few: each device reads all, and takes its rows
+    if files < workers:
+        print(
+            f"warning: the stream has {data.num_shards} file(s), so {files} process(es) decode, not {workers}; more "
+            "come from `video-ma2mba data prepare --parquet --rows-per-file N`",
+            file=sys.stderr,
+        )  # fmt: skip
+    return min(workers, files)
+
+
 def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
     """The Trainer of a recipe."""
     recipe: Any = prepared.recipe  # of which nothing is open any more
     model = prepared.model
     on_gpu = torch.cuda.is_available()
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
+    workers = num_workers(recipe, prepared.train_data, num_devices)
     checkpointing: dict[str, Any] = {}
     if recipe.gradient_checkpointing is not None:
         known = {field.name for field in fields(TrainingArguments)}
@@ -217,7 +242,8 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         use_cpu=not on_gpu,
         accelerator_config={"dispatch_batches": False},  # each process makes its own batches
         remove_unused_columns=False,  # the collator reads them
-        dataloader_num_workers=recipe.num_workers,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_gpu,
         prediction_loss_only=not recipe.sample_answers,
         logging_steps=recipe.logging_steps,
