@@ -108,4 +108,4 @@ def test_auto_peft_model_finds_the_model_of_the_adapters(adapter):
     ids = torch.randint(2, 40, (1, 9), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(found.eval()(input_ids=ids).logits, expected.eval()(input_ids=ids).logits)
-    assert found.generate(input_ids=ids, max_new_tokens=2).shape == (1, 11)
+    assert found.generate(input_ids=ids, min_new_tokens=2, max_new_tokens=2).shape == (1, 11)
