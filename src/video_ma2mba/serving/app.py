@@ -28,6 +28,7 @@ from .media import Forbidden, MediaRules, Medium, TooLarge, check
 from .memories import Memories
 from .metrics import metrics_text
 from .schema import ChatRequest, FramesRequest, MemoryRequest
+from .shown import add_routes, model_facts, settle, stills_of
 from .watching import Stopped, TooManyVideos
 
 FETCHES = 16  # URLs and files at once
@@ -48,6 +49,7 @@ class Settings:
     max_waiting: int = 256
     timeout_s: float = 300.0
     max_new_tokens: int = 512
+    keeps_videos: bool = False
 
 
 class ClientGone(Exception):
@@ -64,7 +66,7 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
     deliveries = Deliveries()
     rules = settings.rules
     engine = Engine(model, settings.num_slots, settings.max_waiting, deliveries.notify)
-    memories = Memories(settings.memories, model, processor, rules, engine.wait_for_turn)
+    memories = Memories(settings.memories, model, processor, rules, engine.wait_for_turn, settings.keeps_videos)
 
     def translate(error: BaseException) -> ApiError:
         return as_api_error(error, memories.folder)
@@ -171,16 +173,26 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
             "type": "video", "sha256": medium.sha256, "path": medium.source, "fps": fps,
             "snapshots_s": sorted(set(wanted.snapshots_s)),
         }  # fmt: skip
+        piece |= {name: value for name in ("start_s", "end_s") if (value := getattr(wanted, name))}
 
-        def ensure() -> str:
-            try:
-                check(medium.path, "video", rules.max_duration_s)  # says at once what is wrong with it
-            except BaseException:
-                medium.discard()
-                raise
-            return memories.ensure(None, [memories.head, piece], {1: medium}, name)
+        def look() -> Any:
+            check(medium.path, "video", rules.max_duration_s)  # says at once what is wrong with it
+            return stills_of(medium.path, wanted.start_s, wanted.end_s, memories.folder) if wanted.stills else None
 
-        described = memories.describe(await asyncio.to_thread(ensure))
+        stills = None
+        try:
+            stills = await asyncio.to_thread(look)
+            if await request.is_disconnected():
+                raise ClientGone
+        except BaseException:
+            medium.discard()
+            if stills is not None:
+                stills.cleanup()
+            raise
+        memory_id = await asyncio.to_thread(memories.ensure, None, [memories.head, piece], {1: medium}, name)
+        if stills is not None:
+            settle(stills, memories.folder / memory_id)
+        described = memories.describe(memory_id)
         return JSONResponse(described, 200 if described["status"] == "ready" else 202)
 
     async def _uploaded(request: Request) -> tuple[MemoryRequest, Medium]:
@@ -286,6 +298,7 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
     async def metrics() -> Response:
         return Response(metrics_text(guard, chat, engine, memories), media_type="text/plain; version=0.0.4")
 
+    add_routes(app, memories, model_facts(settings.name, model, processor, rules.max_bytes))
     return guard
 
 
@@ -351,10 +364,20 @@ def _invalid(errors: Any) -> ApiError:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that takes connections from now on; port 0 is a free one."""
+    """A socket that takes connections from now on; port 0 is a free one.
+
+    Raises:
+        OSError: it cannot be had.
+    """
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind((host, port))
+    try:
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise OSError(f"--port {port}: another program has it; name another one, or 0 for any") from error
+        raise OSError(f"--host {host} --port {port}: this machine has no such address: {error}") from error
     listening.listen(2048)
     return listening
 

@@ -41,6 +41,7 @@ class Job:
     Attributes:
         done, expected: frames so far, and frames in all; None where nobody knows.
         media: files that came with the request, by the number of their piece.
+        seen: the memory so far, once there is something in it.
         future: the `VideoMemory`, in the end.
     """
 
@@ -51,6 +52,7 @@ class Job:
     expected: int | None = None
     status: str = "queued"
     stopped: bool = False
+    seen: VideoMemory | None = None
     future: Future = field(default_factory=Future)
 
 
@@ -60,6 +62,7 @@ class MemoryWatching:
     model: Any
     processor: Any
     rules: MediaRules
+    keeps_videos: bool
     wait_for_turn: Callable[[float], None]
     origin: str
     head: Piece
@@ -202,7 +205,8 @@ class MemoryWatching:
             self._forget(job)
             job.future.set_result(memory)
             for path in folder.glob("media-*"):
-                path.unlink(missing_ok=True)
+                if path.is_symlink() or not self.keeps_videos:
+                    path.unlink(missing_ok=True)
             shutil.rmtree(folder / "unfinished", ignore_errors=True)
         for medium in job.media.values():
             if medium.file is not None:
@@ -248,7 +252,8 @@ class MemoryWatching:
                 path.symlink_to(medium.path)
             paths[number] = path
         last = len(job.record["pieces"]) - 1
-        piece, path, memory, start_s = job.record["pieces"][last], paths[last], None, 0.0
+        piece, path, memory = job.record["pieces"][last], paths[last], None
+        start_s = piece.get("start_s", 0.0)
         check(path, "video", self.rules.max_duration_s)
         if (folder / "unfinished" / CONFIG_NAME).is_file():
             with suppress(ValueError):  # one of other code, say: from the beginning, then
@@ -258,11 +263,12 @@ class MemoryWatching:
             before = self._parent(job.record["parent"])
             memory = self._after(before, job.record["pieces"][:last], paths)
         self._see(job, memory, piece, path, start_s, folder / "unfinished")
+        memory.sources = [*memory.sources[:-1], {**memory.sources[-1], "name": job.record["name"]}]  # it may travel
         memory.save_pretrained(folder / "memory")
         return memory
 
     def _see(self, job: Job, memory: VideoMemory, piece: dict, path: Path, start_s: float, unfinished: Path) -> None:
-        saved, seen = memory.num_frames, round(start_s * piece["fps"])
+        saved, seen = memory.num_frames, round((start_s - piece.get("start_s", 0.0)) * piece["fps"])
 
         def progress(done: int, expected: int | None) -> None:
             nonlocal saved
@@ -274,13 +280,17 @@ class MemoryWatching:
                 raise TooLarge(
                     f"the video lasts longer than the {self.rules.max_duration_s:g} s that this server takes"
                 )
+            job.seen = memory.copy()
             if memory.num_frames - saved >= FRAMES_BETWEEN_SAVES:
                 memory.save_pretrained(unfinished)
                 saved = memory.num_frames
             self.wait_for_turn(YIELD_S)
 
         job.done = seen
-        memory.watch(path, piece["fps"], start_s=start_s, snapshots_s=piece["snapshots_s"], progress=progress)
+        memory.watch(
+            path, piece["fps"], start_s=start_s, end_s=piece.get("end_s"), snapshots_s=piece["snapshots_s"],
+            progress=progress,
+        )  # fmt: skip
 
     def _after(self, memory: VideoMemory, pieces: Sequence[Piece], paths: dict[int, Path]) -> VideoMemory:
         """A memory moved on over token ids and images."""
