@@ -54,12 +54,19 @@ class Served:
 @contextmanager
 def serving(model, processor, folder, **settings):
     guard = build_app(model, processor, Settings(**{"name": "tiny", "memories": folder, **settings}))
-    with listening_socket("127.0.0.1", 0) as listening:
+    with running(guard) as url:
+        yield Served(guard, url)
+
+
+@contextmanager
+def running(guard, port=0):
+    """An application at an address of its own, which this gives."""
+    with listening_socket("127.0.0.1", port) as listening:
         server = uvicorn.Server(uvicorn.Config(guard, log_level="error", timeout_graceful_shutdown=1, ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
-            yield Served(guard, f"http://127.0.0.1:{listening.getsockname()[1]}")
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()
