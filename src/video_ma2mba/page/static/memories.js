@@ -24,7 +24,14 @@ export class MemoryList {
     this.#draw();
   }
 
+  // What the server said of one of them last.
+  update(memory) {
+    const entry = this.facts?.get(memory.id);
+    if (entry) entry.textContent = facts(memory);
+  }
+
   #draw() {
+    this.facts = new Map();
     show($("no-memories"), !this.items.length);
     $("list").replaceChildren(...this.items.map((item) => this.#entry(item)));
   }
@@ -32,8 +39,10 @@ export class MemoryList {
   #entry(item) {
     const isCurrent = item.id === this.current;
     const picture = item.has_stills ? make("img", { src: server.stillUrl(item.id, 0), alt: "", loading: "lazy" }) : make("span", { class: "blank" });
+    const said = make("span", { class: "quiet small" }, facts(item));
+    this.facts.set(item.id, said);
     const open = make("button", { type: "button", class: "open", "aria-current": isCurrent ? "true" : null, onclick: () => this.onOpen(item.id) },
-      picture, make("span", { class: "name" }, item.name), make("span", { class: "quiet small" }, facts(item)));
+      picture, make("span", { class: "name" }, item.name), said);
     const menu = make("details", { class: "menu" }, make("summary", { "aria-label": `More about ${item.name}` }, "⋯"));
     const below = make("div", { class: "below" });
     menu.append(make("div", { class: "actions" },

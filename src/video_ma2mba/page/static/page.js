@@ -259,6 +259,7 @@ function watching(memory) {
 const seconds = (memory) => memory.start_s + (memory.progress?.num_frames ?? 0) / (memory.fps || 1);
 
 function progress(memory) {
+  list.update(memory);
   const { num_frames: done = 0, expected = null } = memory.progress ?? {};
   if (memory.status === "queued" || !done) {
     $("bar").removeAttribute("value");
@@ -317,6 +318,15 @@ async function open(id) {
     list.refresh().then(() => complain("list", error.message));
   }
   if (matchMedia("(max-width: 700px)").matches) $("film").scrollIntoView();
+}
+
+for (const link of document.querySelectorAll(".top a")) {
+  link.addEventListener("click", (event) => { // the address goes on to name the memory
+    event.preventDefault();
+    const there = document.querySelector(link.hash);
+    there.scrollIntoView();
+    there.focus({ preventScroll: true });
+  });
 }
 
 window.addEventListener("hashchange", () => {

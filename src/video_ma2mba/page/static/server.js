@@ -71,17 +71,27 @@ export function upload(file, fields, onSent, signal) {
   });
 }
 
-// Calls `onChange` with what the server says of a memory until it is whole, failed or deleted; returns what ends it.
+// Calls `onChange` with what the server says of a memory until it is whole, failed or deleted, and with null while the
+// server does not answer; returns what ends it.
 export function follow(id, onChange) {
-  const events = new EventSource(`${of(id)}/events`);
-  events.onmessage = (event) => {
-    if (event.data === "[DONE]") return events.close();
-    const now = JSON.parse(event.data);
-    if (["ready", "failed", "deleted"].includes(now.status)) events.close();
+  let events, waiting;
+  const close = () => { events.close(); clearTimeout(waiting); };
+  const tell = (now) => {
+    if (["ready", "failed", "deleted"].includes(now.status)) close();
     onChange(now);
   };
-  events.onerror = () => onChange(null); // it tries again by itself
-  return () => events.close();
+  const connect = () => {
+    events = new EventSource(`${of(id)}/events`);
+    events.onmessage = (event) => { if (event.data !== "[DONE]") tell(JSON.parse(event.data)); };
+    events.onerror = () => {
+      onChange(null);
+      if (events.readyState !== EventSource.CLOSED) return; // it tries again by itself
+      memory(id).catch((error) => { if (error.status === 404) tell({ id, status: "deleted" }); });
+      waiting = setTimeout(connect, 2000);
+    };
+  };
+  connect();
+  return close;
 }
 
 // The text of an answer, as it comes.

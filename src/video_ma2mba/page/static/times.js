@@ -18,7 +18,7 @@ export function parseTime(text) {
 }
 
 const UNITS = { s: 1, sec: 1, second: 1, seconds: 1, min: 60, minute: 60, minutes: 60, h: 3600, hour: 3600, hours: 3600 };
-const TIME = /(?<![\d:.])(\d+):([0-5]\d)(?::([0-5]\d))?(?![\d:])|(?<![\d:.])(\d+(?:\.\d+)?)\s*(s|sec|seconds?|min|minutes?|h|hours?)\b/gi;
+const TIME = /(?<![\w:.])(\d+):([0-5]\d)(?::([0-5]\d))?(?![\d:])|(?<![\w:.])(\d+(?:\.\d+)?)\s*(s|sec|seconds?|min|minutes?|h|hours?)\b/gi;
 
 // The times that a text names: [{ at, length, seconds }], in its order.
 export function timesIn(text) {
