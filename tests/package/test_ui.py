@@ -155,18 +155,18 @@ def test_a_video_is_watched_asked_about_sought_in_and_kept(served, visit, film, 
     assert page.locator(".stills img").first.evaluate("picture => picture.naturalWidth") == 160
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_watching_can_be_asked_about_and_cancelled(served, visit, film, width):
+@pytest.mark.parametrize(("width", "fps", "frames"), [(390, 2, 114), (1280, 3, 171)])
+def test_watching_can_be_asked_about_and_cancelled(served, visit, film, width, fps, frames):
     page, go_on, memories = visit(served.url, width), threading.Event(), served.memories
     real, memories.wait_for_turn = memories.wait_for_turn, lambda timeout_s: go_on.wait(60)
     try:
         page.locator("#file").set_input_files(film)
         page.locator("#more summary").click()
-        page.locator("#fps").fill("3")
+        page.locator("#fps").fill(str(fps))
         page.locator("#start").fill("0:03")
         page.locator("#watch").click()
         is_view(page, "watching")
-        page.wait_for_function("() => / of 171 frames/.test(document.querySelector('#progress').textContent)")
+        page.wait_for_function(f"() => / of {frames} frames/.test(document.querySelector('#progress').textContent)")
         assert 0 < page.locator("#bar").evaluate("bar => bar.value") < 1
         assert page.locator(".unseen").is_visible()
         assert re.search(r"takes 140 KiB.*attention would need .* by now", page.inner_text("#facts"))
@@ -181,7 +181,7 @@ def test_watching_can_be_asked_about_and_cancelled(served, visit, film, width):
         memories.wait_for_turn = real
     assert page.locator("#list li.current").count() == 0
     assert page.locator("#timeline").is_hidden()
-    assert not [one for one in memories.ids() if memories.describe(one)["fps"] == 3]
+    assert not [one for one in memories.ids() if memories.describe(one)["fps"] == fps]
 
 
 def test_memories_are_found_again_after_a_restart(tiny, visit, film, tmp_path):
@@ -222,7 +222,7 @@ def test_memories_are_found_again_after_a_restart(tiny, visit, film, tmp_path):
         is_view(page, "ready")
         expect(page.locator("#stage-note")).to_have_text("The video is not kept here; its pictures are.")
         page.locator(".stills button").nth(5).click()
-        assert page.locator("#still").get_attribute("src").endswith("/stills/15")
+        assert page.locator("#still").get_attribute("src").endswith("/stills/16")
 
         page.locator("#list li.current .menu summary").click()
         page.locator(".actions button", has_text="Delete").filter(visible=True).click()
@@ -365,7 +365,7 @@ def test_a_page_with_keys_asks_for_one(tiny, visit, film, tmp_path):
 
 def test_the_page_before_a_server_elsewhere(tiny, visit, film, tmp_path):
     with running(build_app(*tiny, Settings("video-ma2mba-tiny", tmp_path, keys=("its key",)))) as elsewhere:
-        page_app = add_page(build_forwarding_app(Server(elsewhere, "its key"), (), 2**22))
+        page_app = add_page(build_forwarding_app(Server(elsewhere, "its key"), (), 2**24))
         with running(page_app) as url:
             page = visit(url)
             page.locator("#example").click()
