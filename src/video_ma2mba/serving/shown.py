@@ -9,8 +9,8 @@ The pictures are made when a video comes in (`stills` of `POST /v1/memories`), a
 import json
 import re
 import tempfile
-import uuid
 import zipfile
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.background import BackgroundTask
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 
 from ..files import write_json
 from ..processing.video_reader import read_frames
@@ -142,23 +142,17 @@ def add_routes(app: FastAPI, memories: Memories, facts: dict[str, Any]) -> None:
         return whole_of(medium) if wanted is None else part_of(medium, wanted)
 
     @app.get("/v1/memories/{memory_id}/export")
-    def export(memory_id: str) -> FileResponse:
+    def export(memory_id: str) -> StreamingResponse:
         folder = folder_of(memory_id) / "memory"
         if not memories.is_ready(memory_id):
             raise ApiError(409, "the memory is not whole yet", code="not_ready")
-        path = memories.folder / f"incoming-{uuid.uuid4().hex}"
-        try:
-            with zipfile.ZipFile(path, "x") as archive:  # states are noise to a compressor
-                for file in sorted(folder.iterdir()):
-                    archive.write(file, file.name)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        name = "".join(letter if letter.isalnum() else "-" for letter in memories.describe(memory_id)["name"])
-        return FileResponse(
-            path, media_type="application/zip", filename=f"{name}-memory.zip", headers=SAFE,
-            background=BackgroundTask(path.unlink, missing_ok=True),
-        )  # fmt: skip
+        file = tempfile.TemporaryFile(dir=memories.folder)  # noqa: SIM115 - gone once nobody reads it
+        with zipfile.ZipFile(file, "w") as archive:  # states are noise to a compressor
+            for part in sorted(folder.iterdir()):
+                archive.write(part, part.name)
+        name = re.sub(r"[^A-Za-z0-9]+", "-", memories.describe(memory_id)["name"]).strip("-") or "video"
+        named = {"Content-Disposition": f'attachment; filename="{name}-memory.zip"', "Content-Length": str(file.tell())}
+        return StreamingResponse(_blocks(file), media_type="application/zip", headers={**SAFE, **named})
 
 
 def stills_of(video: Path, start_s: float, end_s: float | None, into: Path) -> "tempfile.TemporaryDirectory[str]":
@@ -206,6 +200,13 @@ def part_of(medium: Medium, wanted: str) -> Response:
         file.seek(first)
         place = {"Content-Range": f"bytes {first}-{last}/{size}"}
         return Response(file.read(last - first + 1), 206, {**VIDEO, **place}, kind)
+
+
+def _blocks(file: Any) -> Iterator[bytes]:
+    with file:
+        file.seek(0)
+        while block := file.read(RANGE_BYTES):
+            yield block
 
 
 def _kind_of(head: bytes) -> str:
