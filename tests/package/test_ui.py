@@ -120,8 +120,8 @@ def player_time(page):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_video_is_watched_asked_about_sought_in_and_kept(served, visit, film, width, scheme):
     page = visit(served.url, width, scheme)
-    assert "knows videos of coloured shapes and nothing else" in page.locator("#model").inner_text()
     is_view(page, "empty")
+    assert "knows videos of coloured shapes and nothing else" in page.locator("#model").inner_text()
     assert page.evaluate(LOOK) == []
     page.locator("#file").set_input_files(film)
     is_view(page, "chosen")
@@ -233,7 +233,9 @@ def test_memories_are_found_again_after_a_restart(tiny, visit, film, tmp_path):
         assert len(list(folder.glob("*/record.json"))) == 1
 
 
-def test_a_mistake_is_a_sentence_next_to_its_field(served, visit, film, tmp_path):
+def test_a_mistake_is_a_sentence_next_to_its_field(served, visit, film):
+    from playwright.sync_api import expect
+
     page = visit(served.url)
     page.locator("#question").fill("What?")
     page.locator("#question").press("Enter")
@@ -248,7 +250,7 @@ def test_a_mistake_is_a_sentence_next_to_its_field(served, visit, film, tmp_path
         assert said in error(page, "file")
         is_view(page, "empty")
     page.locator("#file").set_input_files({"name": "text.mp4", "mimeType": "video/mp4", "buffer": b"no video" * 99})
-    assert "This browser cannot play this file" in page.locator("#stage-note").inner_text()
+    expect(page.locator("#stage-note")).to_contain_text("This browser cannot play this file")
     page.locator("#watch").click()
     assert (
         error(page, "file") == "This is not a video that this server reads: Invalid data found when processing input."
@@ -363,7 +365,9 @@ def test_a_page_with_keys_asks_for_one(tiny, visit, film, tmp_path):
         page.wait_for_function("() => [...document.querySelectorAll('.stills img')].every((one) => one.naturalWidth)")
 
 
-def test_the_page_before_a_server_elsewhere(tiny, visit, film, tmp_path):
+def test_the_page_before_a_server_elsewhere(tiny, visit, tmp_path):
+    from playwright.sync_api import expect
+
     with running(build_app(*tiny, Settings("video-ma2mba-tiny", tmp_path, keys=("its key",)))) as elsewhere:
         page_app = add_page(build_forwarding_app(Server(elsewhere, "its key"), (), 2**24))
         with running(page_app) as url:
@@ -375,4 +379,4 @@ def test_the_page_before_a_server_elsewhere(tiny, visit, film, tmp_path):
             assert page.locator(".stills img").count() == 8
             page.reload()
             is_view(page, "ready")
-            assert page.locator("#stage-note").inner_text() == "The video is not kept here; its pictures are."
+            expect(page.locator("#stage-note")).to_have_text("The video is not kept here; its pictures are.")
