@@ -216,7 +216,7 @@ def test_memories_are_found_again_after_a_restart(tiny, visit, film, tmp_path):
             page.locator(".actions a").filter(visible=True).click()
         assert export.value.suggested_filename.endswith("-memory.zip")
 
-        for video in folder.glob("*/media-1"):  # the disk was tidied up
+        for video in folder.glob("*/video"):  # the disk was tidied up
             video.unlink()
         page.reload()  # the address names the memory
         is_view(page, "ready")

@@ -95,7 +95,11 @@ def test_a_part_of_a_video_is_what_watch_sees_of_it(keeping, story, model, proce
 
 def test_a_video_is_given_in_the_parts_that_are_asked_for(keeping, story):
     memory_id = keeping.watch(story)
-    whole = Path(story).read_bytes()
+    whole, folder = Path(story).read_bytes(), keeping.folder / "memories" / memory_id
+    (folder / "video").unlink()
+    assert keeping.http.get(f"/v1/memories/{memory_id}/video").status_code == 404
+    assert keeping.watch(story) == memory_id  # it comes again, and is kept
+    assert not list(folder.glob("media-*"))
     video = f"/v1/memories/{memory_id}/video"
     answer = keeping.http.get(video)
     assert (answer.status_code, answer.content) == (200, whole)
@@ -138,6 +142,7 @@ def test_a_server_that_keeps_no_videos_has_the_stills_still(server, video):
     assert server.http.get(f"/v1/memories/{memory_id}/video").status_code == 404
     assert server.http.get(f"/v1/memories/{memory_id}/stills/0").status_code == 200
     assert not list((server.memories.folder / memory_id).glob("media-*"))
+    assert not (server.memories.folder / memory_id / "video").exists()
     live = server.http.post("/v1/memories", json={"live": True}).json()["id"]
     for what in ("video", "stills", "stills/0"):
         assert server.http.get(f"/v1/memories/{live}/{what}").status_code == 404

@@ -4,6 +4,7 @@
     DIR/<id>/media-<n>     its files, while they are needed
     DIR/<id>/unfinished    the memory so far, while it is watched
     DIR/<id>/memory        the memory, whole
+    DIR/<id>/video         what was uploaded, where videos are kept
     DIR/<id>/stills        pictures to be shown, where they were asked for; see `shown.py`
 
 An id is the hash of weights, file, sampling and whatever stands before the video in its conversation, so that nothing
@@ -31,7 +32,7 @@ from ..modeling.video_memory import VideoMemory
 from ..modeling.video_memory_files import CONFIG_NAME, identity
 from .media import MediaRules, Medium
 from .prompts import prefix_hash, prompt_pieces
-from .watching import Job, MemoryWatching
+from .watching import VIDEO_NAME, Job, MemoryWatching
 
 MAX_LOADED_BYTES = 4 * 2**30  # of memories that are held, so that questions need not read them from disk
 _LEFTOVER_AGE_S = 24 * 3600
@@ -59,7 +60,7 @@ class Memories(MemoryWatching):
         model, processor: that watch.
         rules: bounds of the media.
         wait_for_turn: called before each micro-batch with seconds: the thread's chance to stand back.
-        keeps_videos: keep what was uploaded after it is watched, to be shown.
+        keeps_videos: keep what is uploaded, to be shown.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class Memories(MemoryWatching):
         pieces = _read(folder / "record.json")["pieces"]
         if not pieces:
             return None
-        path, source = folder / f"media-{len(pieces) - 1}", pieces[-1]["path"]
+        path, source = folder / VIDEO_NAME, pieces[-1]["path"]
         if source is None:
             return Medium(path, pieces[-1]["sha256"]) if path.is_file() else None
         with suppress(ValueError, OSError):

@@ -1,6 +1,7 @@
 """The watching half of `Memories`: videos wait in a queue, and one thread watches them, standing back for answers."""
 
 import fcntl
+import os
 import queue
 import shutil
 import threading
@@ -21,6 +22,7 @@ from ..modeling.video_memory_files import CONFIG_NAME
 from .media import MediaRules, Medium, TooLarge, check
 from .prompts import Piece, prefix_hash
 
+VIDEO_NAME = "video"  # of one that is kept to be shown
 MAX_WAITING = 64  # videos that wait to be watched
 FRAMES_BETWEEN_SAVES = 600
 YIELD_S = 0.25  # so long a micro-batch of frames waits for questions to be answered
@@ -93,6 +95,9 @@ class MemoryWatching:
         memory_id = prefix_hash(parent or self.origin, [_without_path(piece) for piece in pieces])
         with self._lock:
             known = memory_id in self._jobs or self.is_ready(memory_id)
+            folder, last = self._folder_of(memory_id), media.get(len(pieces) - 1)
+            if known:
+                self._keep(last, folder)
             if known or len(self._jobs) >= MAX_WAITING:
                 for medium in media.values():
                     medium.discard()
@@ -106,8 +111,8 @@ class MemoryWatching:
                 "created": int(time.time()), "name": name, "live": False, "parent": parent, "pieces": list(pieces),
                 "standard": standard,
             }  # fmt: skip
-            folder = self._folder_of(memory_id)
             folder.mkdir(exist_ok=True)
+            self._keep(last, folder)
             try:
                 for number, medium in media.items():
                     if medium.source is None:
@@ -120,6 +125,12 @@ class MemoryWatching:
             self._failures.pop(memory_id, None)
             self._start(Job(memory_id, record, media))
         return memory_id
+
+    def _keep(self, medium: Medium | None, folder: Path) -> None:
+        """An uploaded video under a second name, which stays once it is watched."""
+        if self.keeps_videos and medium is not None and medium.source is None:
+            with suppress(OSError):  # it is kept already, or this disk knows no second names
+                os.link(medium.path, folder / VIDEO_NAME)
 
     def job(self, memory_id: str) -> Job | None:
         """The watching of a memory that is not whole yet."""
@@ -205,8 +216,7 @@ class MemoryWatching:
             self._forget(job)
             job.future.set_result(memory)
             for path in folder.glob("media-*"):
-                if path.is_symlink() or not self.keeps_videos:
-                    path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             shutil.rmtree(folder / "unfinished", ignore_errors=True)
         for medium in job.media.values():
             if medium.file is not None:
