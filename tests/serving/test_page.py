@@ -12,7 +12,7 @@ import urllib.request
 import httpx
 import pytest
 
-from tests.serving.conftest import asked, running, serving
+from tests.serving.conftest import asked, break_off_uploads, running, serving
 from video_ma2mba.cli import main
 from video_ma2mba.page import STATIC, add_page, build_forwarding_app
 from video_ma2mba.serving.client import Server
@@ -86,6 +86,13 @@ def test_what_is_not_read_to_its_end_is_given_up_elsewhere_too(elsewhere, video)
     while elsewhere.engine.num_busy:
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+def test_an_upload_that_is_broken_off_is_broken_off_elsewhere_too(elsewhere, caplog):
+    break_off_uploads(str(elsewhere.page.base_url))
+    assert elsewhere.idle()
+    assert not list(elsewhere.memories.folder.glob("incoming-*"))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_visitors_of_a_page_have_keys_of_their_own(elsewhere):

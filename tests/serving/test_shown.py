@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serving.conftest import asked, serving
+from tests.serving.conftest import asked, break_off_uploads, serving
 from video_ma2mba import VideoMemory
 from video_ma2mba.data.synthetic import make_story
 from video_ma2mba.serving.media import MediaRules
@@ -250,6 +250,13 @@ def test_a_film_whose_sender_has_gone_is_not_watched(keeping, tmp_path, monkeypa
     assert keeping.idle()
     assert keeping.http.get("/v1/memories?limit=1000").json()["data"] == before
     assert not list((keeping.folder / "memories").glob("incoming-*"))
+
+
+def test_an_upload_that_is_broken_off_leaves_nothing_and_no_traceback(keeping, caplog):
+    break_off_uploads(keeping.url)
+    assert keeping.idle()
+    assert not list((keeping.folder / "memories").glob("incoming-*"))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_what_a_page_says_of_the_model(keeping, story, model):

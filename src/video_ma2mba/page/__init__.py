@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response, StreamingResponse
 
 from ..data.synthetic import make_story
@@ -88,20 +89,30 @@ def build_forwarding_app(server: Server, keys: tuple[str, ...], max_upload: int)
     async def failed(request: Request, error: ApiError) -> Response:
         return error.response()
 
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return ApiError(499, "the client went away").response()
+
     @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PATCH", "DELETE"])
     async def forward(request: Request) -> Response:
         if "transfer-encoding" in request.headers:
             raise ApiError(411, "say the length of what you send, as Content-Length")
         headers = {name: value for name in PASSED_ON if (value := request.headers.get(name)) is not None}
         target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        connection = None
         try:
             connection = await asyncio.to_thread(server.begin, request.method, target, headers)
             line = connection.sock
             async for block in request.stream():
                 await asyncio.to_thread(connection.send, block)
             response = await asyncio.to_thread(connection.getresponse)
-        except (OSError, HTTPException):
-            raise ApiError(502, f"the server at {server.parts.geturl()} does not answer", "server_error") from None
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, OSError | HTTPException):
+                message = f"the server at {server.parts.geturl()} does not answer"
+                raise ApiError(502, message, "server_error") from None
+            raise
         back = {name: value for name in PASSED_BACK if (value := response.headers.get(name)) is not None}
         return StreamingResponse(_blocks(line, connection, response), response.status, back)
 

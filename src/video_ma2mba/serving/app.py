@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, StreamingResponse
 
 from .answers import Deliveries, Overdue, event
@@ -112,7 +113,8 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return translate(error).response()
 
-    for known in (ApiError, ValueError, OSError, TooManyWaiting, TooManyVideos, Stopped, Overdue, ClientGone):
+    gone = (ClientGone, ClientDisconnect)
+    for known in (ApiError, ValueError, OSError, TooManyWaiting, TooManyVideos, Stopped, Overdue, *gone):
         app.add_exception_handler(known, failed)
 
     # --- answers -----------------------------------------------------------------------------------------------------
@@ -340,7 +342,7 @@ def as_api_error(error: BaseException, folder: Path) -> ApiError:
         return ApiError(413, message, code="too_large")
     if isinstance(error, Overdue):
         return ApiError(504, "the answer took longer than this server gives it", "timeout_error", code="timeout")
-    if isinstance(error, ClientGone):
+    if isinstance(error, ClientGone | ClientDisconnect):
         return ApiError(499, "the client went away")
     if isinstance(error, Stopped):
         return ApiError(409, "the memory was deleted, or the server ends", code="stopped")
