@@ -130,7 +130,7 @@ def test_a_video_is_watched_asked_about_sought_in_and_kept(served, visit, film, 
     page.locator("#watch").click()
     is_view(page, "ready")
     assert re.match(
-        r"The memory of 60 frames takes 140 KiB, .* attention would need 240 KiB", page.inner_text("#facts")
+        "The memory of 60 frames takes 140\u00a0KiB, .* attention would need 240\u00a0KiB", page.inner_text("#facts")
     )
     assert ask(page, "What colour was the circle?") == STORY.circle.colour
     assert ask(page, "And what was shown at 0:20?")
@@ -169,11 +169,11 @@ def test_watching_can_be_asked_about_and_cancelled(served, visit, film, width, f
         page.wait_for_function(f"() => / of {frames} frames/.test(document.querySelector('#progress').textContent)")
         assert 0 < page.locator("#bar").evaluate("bar => bar.value") < 1
         assert page.locator(".unseen").is_visible()
-        assert re.search(r"takes 140 KiB.*attention would need .* by now", page.inner_text("#facts"))
+        assert re.search("takes 140\u00a0KiB.*attention would need .* by now", page.inner_text("#facts"))
         assert page.evaluate(LOOK) == []
         assert ask(page, "Which shape came first of all?") == STORY.scenes[1].shape
         assert re.fullmatch(r"seen up to 0:\d\d", page.locator(".notes").inner_text())
-        assert re.search(r"being watched, \d+ %", page.locator("#list li.current").inner_text())
+        assert re.search(r"\d+\u00a0% watched", page.locator("#list li.current").inner_text())
         page.locator("#cancel").click()
         is_view(page, "chosen")
     finally:
@@ -244,7 +244,7 @@ def test_a_mistake_is_a_sentence_next_to_its_field(served, visit, film):
     page.locator(".chip").first.click()
     assert error(page, "question") == "Choose a video first, or open a memory."
     for name, content, said in (
-        ("empty.mp4", b"", "empty.mp4 is empty."), ("big.mp4", bytes(2**22 + 1), "big.mp4 has 4.0 MiB; at most"),
+        ("empty.mp4", b"", "empty.mp4 is empty."), ("big.mp4", bytes(2**22 + 1), "big.mp4 has 4.0\u00a0MiB; at most"),
     ):  # fmt: skip
         page.locator("#file").set_input_files({"name": name, "mimeType": "video/mp4", "buffer": content})
         assert said in error(page, "file")
@@ -347,7 +347,7 @@ def test_times_are_read_and_written(served, visit):
     ):  # fmt: skip
         assert [one["seconds"] for one in page.evaluate(call, ["timesIn", text])] == found, text
     for size, said in ((0, "0 bytes"), (140 * 2**10, "140 KiB"), (1.5 * 2**30, "1.5 GiB"), (160.4 * 2**20, "160 MiB")):
-        assert page.evaluate(call, ["size", size]) == said
+        assert page.evaluate(call, ["size", size]) == said.replace(" ", "\u00a0")
 
 
 def test_a_page_with_keys_asks_for_one(tiny, visit, film, tmp_path):

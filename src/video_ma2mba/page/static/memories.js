@@ -101,7 +101,7 @@ function facts(item) {
   if (item.status === "failed") return "could not be watched";
   if (item.status !== "ready") {
     const { num_frames: done, expected } = item.progress ?? {};
-    return expected ? `being watched, ${Math.floor((100 * done) / expected)} %` : "not watched yet";
+    return expected ? `${Math.floor((100 * done) / expected)}\u00a0% watched` : "not watched yet";
   }
   return `${clock(item.fps ? item.num_frames / item.fps : item.duration_s)} · ${date}`;
 }

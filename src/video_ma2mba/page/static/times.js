@@ -34,7 +34,7 @@ export function timesIn(text) {
 // Bytes as people read them, in binary units.
 export function size(bytes) {
   for (const [unit, of] of [["TiB", 2 ** 40], ["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]]) {
-    if (bytes >= of) return `${bytes >= 100 * of ? Math.round(bytes / of) : (bytes / of).toFixed(1)} ${unit}`;
+    if (bytes >= of) return `${bytes >= 100 * of ? Math.round(bytes / of) : (bytes / of).toFixed(1)}\u00a0${unit}`;
   }
-  return `${bytes} bytes`;
+  return `${bytes}\u00a0bytes`;
 }
