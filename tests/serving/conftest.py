@@ -105,3 +105,15 @@ def break_off_uploads(url):
         with socket.create_connection((host, int(port))) as line:
             line.sendall(head.encode() + sent)
             time.sleep(0.1)
+
+
+def head_of(body):
+    """The head of a question that is sent by hand."""
+    fields = {
+        "Host": "localhost",
+        "Connection": "close",
+        "Content-Type": "application/json",
+        "Content-Length": len(body),
+    }
+    lines = ["POST /v1/chat/completions HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
