@@ -21,7 +21,7 @@ from playwright.sync_api import expect, sync_playwright
 from video_ma2mba.data.synthetic import make_story
 
 FLAGS = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync"]
-NUM_COLOURS = 128  # of a picture: they are small enough for a repository then
+NUM_STRONG, NUM_OTHERS = 100, 80  # colours of a picture: it is small enough for a repository then
 
 
 @contextmanager
@@ -40,8 +40,18 @@ def photograph(page, path: Path) -> None:
     page.wait_for_timeout(500)
     page.mouse.move(0, 0)
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    picture.quantize(NUM_COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(palette=palette_of(picture), dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size} bytes")
+
+
+def palette_of(picture: Image.Image) -> Image.Image:
+    """The colours that are frequent here and strong, as they are, and some for all that is grey or noise."""
+    counts = sorted(picture.getcolors(picture.width * picture.height), reverse=True)
+    strong = [colour for _, colour in counts if max(colour) - min(colour) > 50][:NUM_STRONG]
+    others = picture.quantize(NUM_OTHERS, dither=Image.Dither.NONE).getpalette()[: 3 * NUM_OTHERS]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*(part for colour in strong for part in colour), *others])
+    return palette
 
 
 def is_view(page, name: str) -> None:

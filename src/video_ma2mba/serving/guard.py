@@ -54,7 +54,7 @@ class Guard:
     def __init__(self, app: Any, keys: tuple[str, ...] = (), max_upload: int = 2 * 2**30):
         self.app, self.max_upload = app, max_upload
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self.open_paths = OPEN_PATHS
+        self.open_paths: tuple[str, ...] = OPEN_PATHS
         self.num_requests = 0
         self.responses: Counter = Counter()  # (path of the endpoint, status) -> how many
 
