@@ -129,7 +129,7 @@ def test_a_video_is_watched_asked_about_sought_in_and_kept(tiny, served, visit, 
     assert page.evaluate(LOOK) == []
     page.locator("#watch").click()
     is_view(page, "ready")
-    config, (model, _) = tiny[0].config, tiny
+    model, config = tiny[0], tiny[0].config
     kept = model.model.language_model.new_cache(1).num_bytes
     keys_and_values = 60 * config.tokens_per_frame * 2 * config.text_config.num_hidden_layers
     sentence = page.inner_text("#facts").replace("\u00a0", " ")
