@@ -1,5 +1,6 @@
 """A memory server in this process, at an address of its own, and clients of it."""
 
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -54,12 +55,19 @@ class Served:
 @contextmanager
 def serving(model, processor, folder, **settings):
     guard = build_app(model, processor, Settings(**{"name": "tiny", "memories": folder, **settings}))
-    with listening_socket("127.0.0.1", 0) as listening:
+    with running(guard) as url:
+        yield Served(guard, url)
+
+
+@contextmanager
+def running(guard, port=0):
+    """An application at an address of its own, which this gives."""
+    with listening_socket("127.0.0.1", port) as listening:
         server = uvicorn.Server(uvicorn.Config(guard, log_level="error", timeout_graceful_shutdown=1, ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
-            yield Served(guard, f"http://127.0.0.1:{listening.getsockname()[1]}")
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()
@@ -86,6 +94,17 @@ def asked(memory_id, question, **rest):
     """The body of a question about a memory."""
     content = [{"type": "memory", "id": memory_id}, {"type": "text", "text": question}]
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], **rest}
+
+
+def break_off_uploads(url):
+    """Begin to send a file, and go away: before its first byte, and in the middle."""
+    host, port = url.removeprefix("http://").rstrip("/").split(":")
+    for sent in (b"", b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\nhalf a film'):
+        head = f"POST /v1/memories HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 99999\r\n"
+        head += "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall(head.encode() + sent)
+            time.sleep(0.1)
 
 
 def head_of(body):

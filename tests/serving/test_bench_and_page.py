@@ -1,4 +1,4 @@
-"""The benchmark of the server, and the page in the browser when a server watches and answers."""
+"""The benchmark of the server, and its examples."""
 
 import json
 import queue
@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import gradio as gr
 import pytest
 import torch
 from transformers import DynamicCache
@@ -16,9 +15,7 @@ from video_ma2mba import VideoMemory
 from video_ma2mba.benchmark import serve, serve_attention
 from video_ma2mba.benchmark.memory_of_video import attention_of_size
 from video_ma2mba.cli import bench, main
-from video_ma2mba.serving.client import RemoteMemory, Server
 from video_ma2mba.serving.engine import Engine, Row, Sampling
-from video_ma2mba.ui import Page
 
 
 def test_bench_serve_prints_what_it_measured(capsys):
@@ -61,27 +58,6 @@ def test_the_loop_answers_by_attention_as_it_would_alone(model, processor, video
     given = dict(told.get(timeout=60) for _ in rows)
     engine.close()
     assert given == {number: alone(ids, 4 + 2 * number) for number, ids in enumerate(questions)}
-
-
-def test_the_page_shows_what_a_server_watches_and_answers(server, video, model, processor, tmp_path):
-    page = Page(None, None, tmp_path, example=True, server=Server(server.url))
-    *_, (memory, pictures, status, _, _, talk) = page.watch(video, 1.0)
-    assert isinstance(memory, RemoteMemory)
-    assert status.startswith("Watched in")
-    assert "10 frames" in status
-    assert pictures
-    *_, (talk, _, _) = page.ask(memory, pictures, "Why?", talk)
-    alone = VideoMemory(model, processor)
-    alone.watch(video)
-    assert talk[-1]["content"] == alone.ask("Why?", max_new_tokens=128)
-    loaded, *_ = page.load(memory.id)
-    assert loaded.num_frames == 10
-    for press, said in (
-        (lambda: page.save(memory, "a"), "the server keeps this memory"), (lambda: page.load("none"), "no memory"),
-        (lambda: list(page.watch(__file__, 1.0)), "not a video"),
-    ):  # fmt: skip
-        with pytest.raises(gr.Error, match=said):
-            press()
 
 
 @pytest.mark.parametrize("example", ["openai_client.py", "curl.sh"])

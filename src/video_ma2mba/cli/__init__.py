@@ -22,7 +22,7 @@ COMMANDS = {
 }  # fmt: skip
 # Packages that only some commands need, and the extra that brings each.
 EXTRAS = {"datasets": "train", "peft": "train", "tensorboard": "train", "matplotlib": "train", "evaluate": "eval",
-          "gradio": "ui", "fastapi": "serve", "uvicorn": "serve", "python_multipart": "serve"}  # fmt: skip
+          "fastapi": "serve", "uvicorn": "serve", "python_multipart": "serve"}  # fmt: skip
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 

@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, StreamingResponse
 
 from .answers import Answer, Deliveries, Overdue, event
@@ -29,6 +30,7 @@ from .memories import Memories
 from .metrics import metrics_text
 from .prompts import Shown
 from .schema import ChatRequest, FramesRequest, MemoryRequest
+from .shown import add_routes, model_facts, settle, stills_of
 from .watching import Stopped, TooManyVideos
 
 FETCHES = 16  # URLs and files at once
@@ -49,6 +51,7 @@ class Settings:
     max_waiting: int = 256
     timeout_s: float = 300.0
     max_new_tokens: int = 512
+    keeps_videos: bool = False
 
 
 class Events(StreamingResponse):
@@ -80,7 +83,7 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
     deliveries = Deliveries()
     rules = settings.rules
     engine = Engine(model, settings.num_slots, settings.max_waiting, deliveries.notify)
-    memories = Memories(settings.memories, model, processor, rules, engine.wait_for_turn)
+    memories = Memories(settings.memories, model, processor, rules, engine.wait_for_turn, settings.keeps_videos)
 
     def translate(error: BaseException) -> ApiError:
         return as_api_error(error, memories.folder)
@@ -126,7 +129,8 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return translate(error).response()
 
-    for known in (ApiError, ValueError, OSError, TooManyWaiting, TooManyVideos, Stopped, Overdue, ClientGone):
+    gone = (ClientGone, ClientDisconnect)
+    for known in (ApiError, ValueError, OSError, TooManyWaiting, TooManyVideos, Stopped, Overdue, *gone):
         app.add_exception_handler(known, failed)
 
     # --- answers -----------------------------------------------------------------------------------------------------
@@ -190,16 +194,29 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
             "type": "video", "sha256": medium.sha256, "path": medium.source, "fps": fps,
             "snapshots_s": sorted(set(wanted.snapshots_s)),
         }  # fmt: skip
+        if wanted.start_s:
+            piece["start_s"] = wanted.start_s
+        if wanted.end_s is not None:
+            piece["end_s"] = wanted.end_s
 
-        def ensure() -> str:
-            try:
-                check(medium.path, "video", rules.max_duration_s)  # says at once what is wrong with it
-            except BaseException:
-                medium.discard()
-                raise
-            return memories.ensure(None, [memories.head, piece], {1: medium}, name)
+        def look() -> Any:
+            check(medium.path, "video", rules.max_duration_s)  # says at once what is wrong with it
+            return stills_of(medium.path, wanted.start_s, wanted.end_s, memories.folder) if wanted.stills else None
 
-        described = memories.describe(await asyncio.to_thread(ensure))
+        stills = None
+        try:
+            stills = await asyncio.to_thread(look)
+            if await request.is_disconnected():
+                raise ClientGone
+        except BaseException:
+            medium.discard()
+            if stills is not None:
+                stills.cleanup()
+            raise
+        memory_id = await asyncio.to_thread(memories.ensure, None, [memories.head, piece], {1: medium}, name)
+        if stills is not None:
+            settle(stills, memories.folder / memory_id)
+        described = memories.describe(memory_id)
         return JSONResponse(described, 200 if described["status"] == "ready" else 202)
 
     async def _uploaded(request: Request) -> tuple[MemoryRequest, Medium]:
@@ -305,6 +322,7 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
     async def metrics() -> Response:
         return Response(metrics_text(guard, chat, engine, memories), media_type="text/plain; version=0.0.4")
 
+    add_routes(app, memories, model_facts(settings.name, model, processor, rules.max_bytes))
     return guard
 
 
@@ -346,7 +364,7 @@ def as_api_error(error: BaseException, folder: Path) -> ApiError:
         return ApiError(413, message, code="too_large")
     if isinstance(error, Overdue):
         return ApiError(504, "the answer took longer than this server gives it", "timeout_error", code="timeout")
-    if isinstance(error, ClientGone):
+    if isinstance(error, ClientGone | ClientDisconnect):
         return ApiError(499, "the client went away")
     if isinstance(error, Stopped):
         return ApiError(409, "the memory was deleted, or the server ends", code="stopped")
@@ -370,10 +388,20 @@ def _invalid(errors: Any) -> ApiError:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that takes connections from now on; port 0 is a free one."""
+    """A socket that takes connections from now on; port 0 is a free one.
+
+    Raises:
+        OSError: it cannot be had.
+    """
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind((host, port))
+    try:
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise OSError(f"--port {port}: another program has it; name another one, or 0 for any") from error
+        raise OSError(f"--host {host} --port {port}: this machine has no such address: {error}") from error
     listening.listen(2048)
     return listening
 

@@ -112,16 +112,20 @@ class Chat:
         if part.at_s is not None and others:
             raise ApiError(400, "at_s: other media cannot follow the snapshot of a memory", param="messages")
         try:
-            memory = await self._ready(part.id, part.at_s)
+            memory = await self._ready(part.id, part.at_s, part.so_far)
             if not self.memories.is_standard(part.id):
                 raise ApiError(400, f"the memory {part.id} belongs to a message of the system", param="messages")
         except KeyError:
             raise ApiError(404, f"there is no memory {part.id!r}", code="memory_not_found") from None
         return memory, part.id, pieces[2:]
 
-    async def _ready(self, memory_id: str, at_s: float | None = None) -> VideoMemory:
-        """A memory, once it is watched to its end."""
+    async def _ready(self, memory_id: str, at_s: float | None = None, so_far: bool = False) -> VideoMemory:
+        """A memory, once it is watched to its end; or what was seen `so_far`."""
         if (job := self.memories.job(memory_id)) is not None:
+            if so_far and job.seen is not None:
+                return job.seen
+            if so_far:
+                raise ApiError(409, "nothing of the video has been seen yet", code="nothing_seen")
             await asyncio.shield(asyncio.wrap_future(job.future))
         if self.memories.is_loaded(memory_id):
             return self.memories.load(memory_id, at_s)

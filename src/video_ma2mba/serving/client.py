@@ -96,6 +96,27 @@ class Server:
         finally:
             connection.close()
 
+    def begin(self, method: str, path: str, headers: dict[str, str]) -> http.client.HTTPConnection:
+        """A connection on which a request was begun, for its body to be sent and its response to be read.
+
+        Raises:
+            OSError: the server cannot be reached.
+        """
+        connection = self._connection()
+        connection.putrequest(method, self.parts.path.rstrip("/") + path)
+        for name, value in {**headers, **self._authorization}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        return connection
+
+    @property
+    def _authorization(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def _connection(self) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
+        return kind(self.parts.hostname or "", self.parts.port, timeout=TIMEOUT_S)
+
     def _json(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> dict[str, Any]:
         connection, response = self._request(method, path, body, headers)
         with closing(connection):
@@ -104,11 +125,7 @@ class Server:
     def _request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[Any, http.client.HTTPResponse]:
-        kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self.parts.hostname or "", self.parts.port, timeout=TIMEOUT_S)
-        headers = dict(headers or {})
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
+        connection, headers = self._connection(), {**(headers or {}), **self._authorization}
         if isinstance(body, dict):
             body, headers["Content-Type"] = json.dumps(body), "application/json"
         try:

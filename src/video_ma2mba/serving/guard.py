@@ -5,7 +5,7 @@ import hashlib
 import hmac
 from collections import Counter
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -16,6 +16,7 @@ MAX_REQUESTS = 1024  # at once
 BODY_TIMEOUT_S = 30.0  # for the next bytes of a body
 SEND_TIMEOUT_S = 60.0  # for a client to take what is sent
 OPEN_PATHS = ("/health",)
+KEY_COOKIE = "video_ma2mba_key"  # of a page: its pictures and its video are asked for without a header of ours
 LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 
 
@@ -45,13 +46,15 @@ class Guard:
     """An ASGI application around another.
 
     Args:
-        keys: one of them must come as `Authorization: Bearer KEY`; none: everybody on this machine is let in.
+        keys: one of them must come as `Authorization: Bearer KEY`, or as a cookie; none: everybody on this machine is
+            let in.
         max_upload: bytes of an uploaded file.
     """
 
     def __init__(self, app: Any, keys: tuple[str, ...] = (), max_upload: int = 2 * 2**30):
         self.app, self.max_upload = app, max_upload
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self.open_paths: tuple[str, ...] = OPEN_PATHS
         self.num_requests = 0
         self.responses: Counter = Counter()  # (path of the endpoint, status) -> how many
 
@@ -89,7 +92,7 @@ class Guard:
         return self.max_upload + MULTIPART_OVERHEAD if is_upload else MAX_JSON_BYTES
 
     def _refusal(self, path: str, headers: dict[str, str], limit: int) -> ApiError | None:
-        if path not in OPEN_PATHS and (refused := self._stranger(headers)) is not None:
+        if path not in self.open_paths and (refused := self._stranger(headers)) is not None:
             return refused
         if self.num_requests > MAX_REQUESTS:
             return busy(f"more than {MAX_REQUESTS} requests at once")
@@ -107,6 +110,9 @@ class Guard:
                     return ApiError(403, message, "permission_error", code=name)
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        if not scheme:
+            pairs = (pair.strip().partition("=") for pair in headers.get("cookie", "").split(";"))
+            scheme, key = "bearer", next((unquote(value) for name, _, value in pairs if name == KEY_COOKIE), "")
         digest = hashlib.sha256(key.strip().encode()).digest()
         matches = [hmac.compare_digest(digest, one) for one in self.digests]  # all of them: takes the same time
         if scheme.lower() == "bearer" and any(matches):

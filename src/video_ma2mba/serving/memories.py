@@ -4,6 +4,8 @@
     DIR/<id>/media-<n>     its files, while they are needed
     DIR/<id>/unfinished    the memory so far, while it is watched
     DIR/<id>/memory        the memory, whole
+    DIR/<id>/video         what was uploaded, where videos are kept
+    DIR/<id>/stills        pictures to be shown, where they were asked for; see `shown.py`
 
 An id is the hash of weights, file, sampling and whatever stands before the video in its conversation, so that nothing
 is watched twice, also over restarts and by servers that share the folder. A memory is there whole or not at all; one
@@ -12,6 +14,7 @@ that was being watched when its server died is gone on with by the next.
 
 import itertools
 import json
+import os
 import queue
 import shutil
 import threading
@@ -27,9 +30,9 @@ from typing import Any
 from ..files import write_json
 from ..modeling.video_memory import VideoMemory
 from ..modeling.video_memory_files import CONFIG_NAME, identity
-from .media import MediaRules
+from .media import MediaRules, Medium
 from .prompts import prefix_hash, prompt_pieces
-from .watching import Job, MemoryWatching, remove_what_is_done_with
+from .watching import VIDEO_NAME, Job, MemoryWatching, remove_what_is_done_with
 
 MAX_LOADED_BYTES = 4 * 2**30  # of memories that are held, so that questions need not read them from disk
 _LEFTOVER_AGE_S = 24 * 3600
@@ -57,14 +60,15 @@ class Memories(MemoryWatching):
         model, processor: that watch.
         rules: bounds of the media.
         wait_for_turn: called before each micro-batch with seconds: the thread's chance to stand back.
+        keeps_videos: keep what is uploaded, to be shown.
     """
 
     def __init__(
         self, folder: Path, model: Any, processor: Any, rules: MediaRules,
-        wait_for_turn: Callable[[float], None] = lambda timeout_s: None,
+        wait_for_turn: Callable[[float], None] = lambda timeout_s: None, keeps_videos: bool = False,
     ):  # fmt: skip
         self.folder, self.model, self.processor, self.rules = Path(folder).absolute(), model, processor, rules
-        self.wait_for_turn = wait_for_turn
+        self.wait_for_turn, self.keeps_videos = wait_for_turn, keeps_videos
         self.origin = prefix_hash("", [identity(model, processor)])
         # what snapshots take, of one memory
         self.max_snapshots = MAX_LOADED_BYTES // model.model.language_model.new_cache(1).num_bytes
@@ -111,10 +115,12 @@ class Memories(MemoryWatching):
             record = _read(folder / "record.json")
         except (OSError, ValueError):
             raise KeyError(memory_id) from None
+        last = record["pieces"][-1] if record["pieces"] else {}
         described = {
             "id": memory_id, "object": "memory", "created": record["created"], "name": record["name"],
-            "live": record["live"], "fps": record["pieces"][-1].get("fps") if record["pieces"] else None,
-            "standard": record["standard"], "error": record.get("error") or self._failures.get(memory_id),
+            "live": record["live"], "fps": last.get("fps"), "start_s": last.get("start_s", 0.0),
+            "standard": record["standard"], "has_stills": (folder / "stills").is_dir(),
+            "error": record.get("error") or self._failures.get(memory_id),
         }  # fmt: skip
         job = self._jobs.get(memory_id)
         if (whole := _described(folder / "memory")) is not None:
@@ -188,6 +194,36 @@ class Memories(MemoryWatching):
                 raise KeyError(memory_id) from None
         shutil.rmtree(gone, ignore_errors=True)
 
+    def rename(self, memory_id: str, name: str) -> None:
+        """Call a memory otherwise.
+
+        Raises:
+            OSError: it cannot be written, or was deleted meanwhile.
+        """
+        path = self._folder_of(memory_id) / "record.json"
+        with self._lock:
+            modified = path.parent.stat().st_mtime_ns
+            write_json(path, {**_read(path), "name": name})
+            os.utime(path.parent, ns=(modified, modified))  # the list is by age, and it is no younger now
+            if (job := self._jobs.get(memory_id)) is not None:
+                job.record["name"] = name
+
+    def video(self, memory_id: str) -> Medium | None:
+        """The video of a memory, where it is still at hand: kept here, or under a folder that clients may name."""
+        folder = self._folder_of(memory_id)
+        pieces = _read(folder / "record.json")["pieces"]
+        if not pieces:
+            return None
+        path, source = folder / VIDEO_NAME, pieces[-1]["path"]
+        if source is None:
+            return Medium(path, pieces[-1]["sha256"]) if path.is_file() else None
+        with suppress(ValueError, OSError):
+            medium = self.rules.open(source)
+            if medium.sha256 == pieces[-1]["sha256"]:
+                return medium
+            medium.discard()
+        return None
+
     @property
     def num_jobs(self) -> int:
         return len(self._jobs)
@@ -244,7 +280,7 @@ class Memories(MemoryWatching):
         for path in self.folder.glob("incoming-*"):
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in self.folder.iterdir():
             with suppress(OSError, KeyError):
                 self._folder_of(path.name)

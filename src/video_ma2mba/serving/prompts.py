@@ -13,7 +13,7 @@ class Shown(TypedDict):
 
     Attributes:
         path: under an allowed folder; None for what was sent.
-        fps, snapshots_s: of videos alone.
+        fps, snapshots_s, start_s, end_s: of videos alone; the last two where it is a part.
     """
 
     type: Literal["video", "image"]
@@ -21,6 +21,8 @@ class Shown(TypedDict):
     path: str | None
     fps: NotRequired[float]
     snapshots_s: NotRequired[list[float]]
+    start_s: NotRequired[float]
+    end_s: NotRequired[float]
 
 
 Piece = list[int] | Shown  # token ids, or a medium between them

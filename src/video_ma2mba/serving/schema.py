@@ -56,6 +56,13 @@ class MemoryPart(_Strict):
     type: Literal["memory"]
     id: Text
     at_s: float | None = Field(None, ge=0, allow_inf_nan=False)
+    so_far: bool = False  # of a video that is still being watched: ask about what was seen, and do not wait
+
+    @model_validator(mode="after")
+    def _one_time(self) -> "MemoryPart":
+        if self.so_far and self.at_s is not None:
+            raise ValueError("so_far: goes without at_s")
+        return self
 
 
 Part = Annotated[TextPart | ImagePart | VideoPart | MemoryPart, Field(discriminator="type")]
@@ -175,13 +182,18 @@ class MemoryRequest(_Strict):
     name: Text | None = Field(None, max_length=200)
     fps: float | None = Field(None, gt=0, le=MAX_FPS, allow_inf_nan=False)
     snapshots_s: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field([], max_length=1000)
+    start_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    end_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    stills: bool = False  # keep pictures of its time line, to be shown
 
     @model_validator(mode="after")
     def _one_source(self) -> "MemoryRequest":
         if [self.url is not None, self.path is not None, self.live].count(True) != 1:
             raise ValueError("give one of url, path and live, or send the file as multipart/form-data under `file`")
-        if self.live and (self.fps is not None or self.snapshots_s):
-            raise ValueError("live: goes without fps and snapshots_s; frames bring their own times")
+        if self.live and self.model_fields_set & {"fps", "snapshots_s", "start_s", "end_s", "stills"}:
+            raise ValueError("live: goes with a name alone; frames bring their own times")
+        if self.end_s is not None and self.end_s <= self.start_s:
+            raise ValueError("end_s: must lie after start_s")
         return self
 
 

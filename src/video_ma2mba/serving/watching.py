@@ -1,6 +1,7 @@
 """The watching half of `Memories`: videos wait in a queue, and one thread watches them, standing back for answers."""
 
 import fcntl
+import os
 import queue
 import shutil
 import threading
@@ -21,6 +22,7 @@ from ..modeling.video_memory_files import CONFIG_NAME
 from .media import MediaRules, Medium, TooLarge, check
 from .prompts import Piece, prefix_hash
 
+VIDEO_NAME = "video"  # of one that is kept to be shown
 MAX_WAITING = 64  # videos that wait to be watched
 FRAMES_BETWEEN_SAVES = 600
 YIELD_S = 0.25  # so long a micro-batch of frames waits for questions to be answered
@@ -41,6 +43,7 @@ class Job:
     Attributes:
         done, expected: frames so far, and frames in all; None where nobody knows.
         media: files that came with the request, by the number of their piece.
+        seen: the memory so far, once there is something in it.
         future: the `VideoMemory`, in the end.
     """
 
@@ -51,6 +54,7 @@ class Job:
     expected: int | None = None
     status: str = "queued"
     stopped: bool = False
+    seen: VideoMemory | None = None
     future: Future = field(default_factory=Future)
 
 
@@ -60,6 +64,7 @@ class MemoryWatching:
     model: Any
     processor: Any
     rules: MediaRules
+    keeps_videos: bool
     wait_for_turn: Callable[[float], None]
     origin: str
     head: Piece
@@ -90,6 +95,9 @@ class MemoryWatching:
         memory_id = prefix_hash(parent or self.origin, [_without_path(piece) for piece in pieces])
         with self._lock:
             known = memory_id in self._jobs or self.is_ready(memory_id)
+            folder, last = self._folder_of(memory_id), media.get(len(pieces) - 1)
+            if known:
+                self._keep(last, folder)
             if known or len(self._jobs) >= MAX_WAITING:
                 for medium in media.values():
                     medium.discard()
@@ -103,8 +111,8 @@ class MemoryWatching:
                 "created": int(time.time()), "name": name, "live": False, "parent": parent, "pieces": list(pieces),
                 "standard": standard,
             }  # fmt: skip
-            folder = self._folder_of(memory_id)
             folder.mkdir(exist_ok=True)
+            self._keep(last, folder)
             try:
                 for number, medium in media.items():
                     if medium.source is None:
@@ -119,6 +127,12 @@ class MemoryWatching:
             self._failures.pop(memory_id, None)
             self._start(Job(memory_id, record, media))
         return memory_id
+
+    def _keep(self, medium: Medium | None, folder: Path) -> None:
+        """An uploaded video under a second name, which stays once it is watched."""
+        if self.keeps_videos and medium is not None and medium.source is None:
+            with suppress(OSError):  # it is kept already, or this disk knows no second names
+                os.link(medium.path, folder / VIDEO_NAME)
 
     def job(self, memory_id: str) -> Job | None:
         """The watching of a memory that is not whole yet."""
@@ -248,7 +262,8 @@ class MemoryWatching:
                 path.symlink_to(medium.path)
             paths[number] = path
         last = len(job.record["pieces"]) - 1
-        piece, path, memory, start_s = job.record["pieces"][last], paths[last], None, 0.0
+        piece, path, memory = job.record["pieces"][last], paths[last], None
+        start_s = piece.get("start_s", 0.0)
         check(path, "video", self.rules.max_duration_s)
         if (folder / "unfinished" / CONFIG_NAME).is_file():
             with suppress(ValueError):  # one of other code, say: from the beginning, then
@@ -258,11 +273,12 @@ class MemoryWatching:
             before = self._parent(job.record["parent"])
             memory = self._after(before, job.record["pieces"][:last], paths)
         self._see(job, memory, piece, path, start_s, folder / "unfinished")
+        memory.sources = [*memory.sources[:-1], {**memory.sources[-1], "name": job.record["name"]}]  # it may travel
         memory.save_pretrained(folder / "memory")
         return memory
 
     def _see(self, job: Job, memory: VideoMemory, piece: dict, path: Path, start_s: float, unfinished: Path) -> None:
-        saved, seen = memory.num_frames, round(start_s * piece["fps"])
+        saved, seen = memory.num_frames, round((start_s - piece.get("start_s", 0.0)) * piece["fps"])
 
         def progress(done: int, expected: int | None) -> None:
             nonlocal saved
@@ -274,13 +290,17 @@ class MemoryWatching:
                 raise TooLarge(
                     f"the video lasts longer than the {self.rules.max_duration_s:g} s that this server takes"
                 )
+            job.seen = memory.copy()
             if memory.num_frames - saved >= FRAMES_BETWEEN_SAVES:
                 memory.save_pretrained(unfinished)
                 saved = memory.num_frames
             self.wait_for_turn(YIELD_S)
 
         job.done = seen
-        memory.watch(path, piece["fps"], start_s=start_s, snapshots_s=piece["snapshots_s"], progress=progress)
+        memory.watch(
+            path, piece["fps"], start_s=start_s, end_s=piece.get("end_s"), snapshots_s=piece["snapshots_s"],
+            progress=progress,
+        )  # fmt: skip
 
     def _after(self, memory: VideoMemory, pieces: Sequence[Piece], paths: dict[int, Path]) -> VideoMemory:
         """A memory moved on over token ids and images."""
