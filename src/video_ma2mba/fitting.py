@@ -99,10 +99,10 @@ class Training:
         """Bytes on one device whatever the plan.
 
         MA-GC sums the gradients of the layers in float32 and hands them on when the last is found. DDP copies all
-        gradients into buckets, and as much was counted with ZeRO-1 and 2. ZeRO and FSDP2 share weights (stage 3, FSDP2), gradients between batches (ZeRO from
-        stage 2 on) and the optimizer among the devices; while a pass runs, weights and gradients are whole on each, as
-        the layers are gathered once for all that MA-GC does with them. DeepSpeed trains a float32 copy of the weights,
-        its share of which counts as optimizer.
+        gradients into buckets, and as much was counted with ZeRO-1 and 2. ZeRO and FSDP2 share weights (stage 3,
+        FSDP2), gradients between batches (ZeRO from stage 2 on) and the optimizer among the devices; while a pass runs,
+        weights and gradients are whole on each, as the layers are gathered once for all that MA-GC does with them.
+        DeepSpeed trains a float32 copy of the weights, its share of which counts as optimizer.
 
         Args:
             checkpoints: With MA-GC, and so with its sums.

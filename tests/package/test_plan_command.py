@@ -143,10 +143,16 @@ def test_accumulated_gradients_stand_beside_the_new_ones(capsys):
 
 @pytest.mark.parametrize(
     ("engine", "weights", "optimizer", "buffers"),
-    [("ddp", 1, 2, 1), ("zero1", 1, 3 / 4, 1), ("zero2", 1, 3 / 4, 1), ("zero3", 1.25, 3 / 4, 0), ("fsdp2", 1.25, 2 / 4, 0)],
-)  # fmt: skip
+    [
+        ("ddp", 1, 2, 1),
+        ("zero1", 1, 3 / 4, 1),
+        ("zero2", 1, 3 / 4, 1),
+        ("zero3", 1.25, 3 / 4, 0),
+        ("fsdp2", 1.25, 2 / 4, 0),
+    ],
+)
 def test_engines_share_what_they_share(capsys, engine, weights, optimizer, buffers):
-    """Of float32 weights, over four devices; what lives under each was counted in two processes, see docs/planning.md."""
+    """Of float32 weights, over four devices; docs/planning.md has what was counted under each."""
     ask = [*ASK, "--dtype", "float32"]
     (alone,) = answer(capsys, *ask)["rows"]
     (row,) = answer(capsys, *ask, "--engine", engine, "--devices", "4")["rows"]
