@@ -1,6 +1,6 @@
 """Teach the tiny Video-Ma²mba to remember for hours: carried states, on stories of up to 30,000 seconds.
 
-    python examples/train_tiny_long.py --model long                   # from model_cards/video-ma2mba-tiny, resumable
+    python examples/train_tiny_long.py --begin-with round3 --model long    # from a model of train_tiny.py; resumable
     python examples/train_tiny.py --evaluate-only --model long --beyond 2880 14400
 
 A model knows only the states that its training length leads to, and is lost beyond it (Ruiz and Gu, arXiv 2507.02782).
@@ -8,7 +8,7 @@ So a few stories run beside the training, as streams. At every step some of them
 watched, then by a window with a gradient, which begins with the true states, carried over and detached; then questions
 about all that was seen so far are asked from copies of the states, each in a row of its own, as `VideoMemory.ask` does.
 That teaches to keep what was written. What to write is learnt on short videos, all of whose tokens get a gradient, but
-there a head that forgets within the hour serves as well. So half of the steps cross a *gap*: a window with a gradient
+there a head that forgets within the hour serves as well. So two of five steps cross a *gap*: a window with a gradient
 around a fact, then the rest of a story, hours maybe, watched without a graph, then the questions. In each layer the
 state after the gap is D times the state before it plus what was written since; D, the product of all decays, is noted
 while watching, and the gradient crosses the gap along this one path, to what was written hours ago.
@@ -163,8 +163,8 @@ class Tape:
         for (name, length), end in zip(scenes, self.ends, strict=True):
             self.debuts.setdefault(name, int(end) - length)
 
-    def questions(self, second: int, rng: np.random.Generator, repeats: int) -> list[Question]:
-        """What can be asked after so many seconds; `ever_appears` and `which_first` several times."""
+    def questions(self, second: int, rng: np.random.Generator, evers: int = 3, firsts: int = 8) -> list[Question]:
+        """What can be asked after so many seconds; `ever_appears` and `which_first` so many times."""
         first, last = self.names[0], self.names[int(np.searchsorted(self.ends, second - 1, side="right"))]
         seen = [name for name, debut in self.debuts.items() if debut < second and name != self.circle]
         unseen = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in seen]
@@ -175,13 +175,13 @@ class Tape:
             asked += 2 * [Question("first_shape", "Which shape came first of all?", first.split()[1])]
         if last != self.circle:
             asked.append(Question("last_shape", "Which shape came last of all?", last.split()[1]))
-        for number in range(repeats):
+        for number in range(evers):
             among, answer = (seen, "yes") if number % 2 and seen else (unseen, "no")
             asked.append(Question("ever_appears", f"Did a {rng.choice(among)} ever appear?", answer))
-            if len(seen) > 1:
-                one, other = rng.choice(len(seen), 2, replace=False)
-                text = f"Which came first, the {seen[one]} or the {seen[other]}?"
-                asked.append(Question("which_first", text, seen[min(one, other)]))
+        for _ in range(firsts if len(seen) > 1 else 0):
+            one, other = rng.choice(len(seen), 2, replace=False)
+            text = f"Which came first, the {seen[one]} or the {seen[other]}?"
+            asked.append(Question("which_first", text, seen[min(one, other)]))
         return asked
 
 
@@ -230,7 +230,8 @@ class Teacher:
         duration_s = int(self.rng.integers(low, high + 1))
         tapes = [self._new_tape(duration_s) for _ in range(count)]
         cache = self._watch(self._begin(count), np.stack([tape.rows for tape in tapes]))
-        return self._ask(cache, [tape.questions(duration_s, self.rng, 3) for tape in tapes])
+        repeats = (3, 3) if duration_s < 30 else (4, 8)
+        return self._ask(cache, [tape.questions(duration_s, self.rng, *repeats) for tape in tapes])
 
     def stream_loss(self) -> torch.Tensor:
         """Some streams go on: a stretch that is watched, longer in an older one, and a window with a gradient."""
@@ -253,7 +254,7 @@ class Teacher:
             stream["cache"].layers = [
                 type(layer)(*(state[number : number + 1].detach() for state in layer)) for layer in cache.layers
             ]
-        return self._ask(cache, [s["tape"].questions(s["at"], self.rng, 4) for s in streams])
+        return self._ask(cache, [s["tape"].questions(s["at"], self.rng) for s in streams])
 
     def gap_loss(self) -> torch.Tensor:
         """A window around a fact, the rest of the story watched, and a gradient across it."""
@@ -282,7 +283,7 @@ class Teacher:
             conv, ssm = (torch.cat([own.layers[place][i] for own, _ in after]) for i in range(2))
             direct = torch.cat([kept[place] for _, kept in after])[:, :, None, None]
             cache.layers[place] = type(layer)(conv, ssm + direct * (layer[1] - layer[1].detach()))
-        return self._ask(cache, [tape.questions(len(tape.rows), self.rng, 4) for tape in tapes])
+        return self._ask(cache, [tape.questions(len(tape.rows), self.rng) for tape in tapes])
 
     def _watch_all(self, cache, rows: np.ndarray):
         for start in range(0, len(rows), WATCHED_AT_A_TIME):
@@ -375,10 +376,11 @@ def train(model, processor, args: argparse.Namespace) -> None:
     teacher = Teacher(model, processor, bank, np.random.default_rng([args.seed, step]), STREAM_SEED + 10**4 * step)
     start, losses = time.perf_counter(), {}
     while step < args.steps:
-        rate = args.learning_rate * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        done = max(0.0, 2 * step / args.steps - 1)  # the rate falls in the second half
+        rate = args.learning_rate * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        kind = ("short", "gap", "stream", "gap")[step % 4]
+        kind = ("short", "gap", "short", "gap", "stream")[step % 5]
         loss = getattr(teacher, f"{kind}_loss")()
         optimizer.zero_grad()
         loss.backward()
@@ -386,7 +388,7 @@ def train(model, processor, args: argparse.Namespace) -> None:
         optimizer.step()
         step += 1
         losses.setdefault(kind, []).append(loss.item())
-        if step % 48 == 0:
+        if step % 50 == 0:
             said = ", ".join(f"{kind} {np.mean(values):.4f}" for kind, values in losses.items())
             print(f"step {step}, {time.perf_counter() - start:.0f} s: {said}", flush=True)
             losses = {}
@@ -402,7 +404,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--begin-with", type=Path, default=CARD, metavar="DIR", help="default: the published model")
     parser.add_argument("--model", type=Path, required=True, help="where the model is saved")
-    parser.add_argument("--steps", type=int, default=6000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=4000, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="default: %(default)s")
     parser.add_argument("--bank-stories", type=int, default=2500, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)

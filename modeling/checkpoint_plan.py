@@ -435,7 +435,9 @@ class Costs:
         states = L * self.state
         if offload:
             borders = s * self.embedding + states + (lower_of_chunk if keeps_lower else 0)
-            moments = [s * self.embedding + 2 * states + forward, self.loss, self.vision, self.watching]
+            # on the way forward the next time block's embeddings are being fetched
+            entering = (1 + (n > 1)) * s * self.embedding
+            moments = [entering + 2 * states + forward, self.loss, self.vision, self.watching]
             # The last time block, which goes back first: the next one's borders are being fetched; of the states it has
             # gradients only where they came from the layer blocks above. Then the one before it, which has them all.
             blocks = [(n > 1, 0, (L - layer_interval) * self.state)] + [(n > 2, states, states)] * (n > 1)

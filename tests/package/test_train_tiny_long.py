@@ -58,7 +58,7 @@ def test_a_story_of_the_bank_knows_what_was_true_when(example, tmp_path):
     assert tape.rows.shape == (40,)
     names = [scene.name for scene in story.scenes for _ in range(scene.duration_s)]
     for second in (10, 40):
-        for question in tape.questions(second, rng, 4):
+        for question in tape.questions(second, rng):
             so_far = names[:second]
             if question.kind == "ever_appears":
                 asked = question.text.removeprefix("Did a ").removesuffix(" ever appear?")

@@ -1,7 +1,4 @@
-"""Run one of the library's benchmarks and print its figures as JSON.
-
-A benchmark is a module of `video_ma2mba.benchmark` with `add_arguments(parser)` and `run(args) -> dict`.
-"""
+"""Run one of the library's benchmarks and print its figures as JSON."""
 
 import argparse
 import importlib
@@ -12,6 +9,7 @@ from types import ModuleType
 from ..files import write_json
 
 HELP = "run a benchmark and print its figures as JSON"
+# Modules of `video_ma2mba.benchmark` with `add_arguments(parser)` and `run(args) -> dict`.
 BENCHMARKS = {
     "decode": "reading a video's frames against a bare PyAV loop",
     "scan": "the scan, a block, a model and a decode step against transformers' own",

@@ -9,6 +9,7 @@ machines share.
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..loading import named_model
     from ..training.recipe import read_recipe
 
     recipe = read_recipe(args.recipe, [*args.changes, *(["strict=true"] if args.strict else [])])
+    recipe = replace(recipe, model=named_model(recipe.model))
     if args.dry_run:
         dry_run(recipe, args.gpu_memory)
         return

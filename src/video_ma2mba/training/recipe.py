@@ -62,7 +62,7 @@ class Recipe:
         joining: Makes samples longer than the data; see `data.joining`. None: samples are as they are.
         save_steps, logging_steps: In optimizer steps. save_total_limit: Checkpoints kept, at least 2.
         num_workers: Processes that decode for one device; None for as many as it has cores, at most `MAX_WORKERS`.
-        streaming: Read the manifest row by row; needs max_steps.
+        streaming: Read the manifests of `data` row by row, again and again; needs max_steps.
         strict: Stop at a sample that cannot be used, instead of leaving it out.
         deepspeed, fsdp_config: Files of these, or the name of a shipped one: zero1, zero2, zero3; fsdp2, hsdp. At most
             one of them.

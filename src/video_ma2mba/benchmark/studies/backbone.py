@@ -1,5 +1,6 @@
 """Mamba-2 against attention of equal size: the same features, questions, steps; accuracy, memory and time by length."""
 
+import copy
 import itertools
 import statistics
 import time
@@ -14,6 +15,7 @@ from .side_by_side import train_side_by_side
 from .stories import Stories
 
 NAMES = {"mamba2": "Mamba-2", "attention": "attention"}
+SHAPE = {"num_hidden_layers": 4, "num_heads": 4, "expand": 1}  # of the Mamba-2; inside, it is as wide as outside
 STEPS, BATCH_SIZE = 2400, 12
 CURRICULUM = ((0.25, 3, 8), (0.5, 3, 20), (1.0, 4, 48))  # up to this share of the steps: seconds from, to
 TESTED_S = (8, 16, 32, 64, 128, 256, 512)
@@ -22,14 +24,17 @@ NEW_TOKENS = 8
 
 
 def build(name: str, stories: Stories) -> Any:
-    """A backbone with random weights: that of the tiny model, or a Llama as wide with about as many parameters."""
+    """A backbone with random weights: a Mamba-2 of `SHAPE`, or a Llama as wide with about as many parameters."""
     from ...modeling import VideoMa2mbaForConditionalGeneration
     from ..memory_of_video import attention_of_size
 
     torch.manual_seed(0)
+    config = copy.deepcopy(stories.tiny.config)
+    for key, value in SHAPE.items():
+        setattr(config.text_config, key, value)
+    model = VideoMa2mbaForConditionalGeneration(config)
     if name == "attention":
-        return attention_of_size(stories.tiny)
-    model = VideoMa2mbaForConditionalGeneration(stories.tiny.config)
+        return attention_of_size(model)
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
     return model
