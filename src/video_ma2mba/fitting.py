@@ -99,10 +99,10 @@ class Training:
         """Bytes on one device whatever the plan.
 
         MA-GC sums the gradients of the layers in float32 and hands them on when the last is found. DDP copies all
-        gradients into buckets. ZeRO and FSDP2 share weights (stage 3, FSDP2), gradients between batches (ZeRO from
-        stage 2 on) and the optimizer among the devices; while a pass runs, weights and gradients are whole on each, as
-        the layers are gathered once for all that MA-GC does with them. DeepSpeed trains a float32 copy of the weights
-        (stage 3 only of those that are not), its share of which counts as optimizer.
+        gradients into buckets, and as much was counted with ZeRO-1 and 2. ZeRO and FSDP2 share weights (stage 3,
+        FSDP2), gradients between batches (ZeRO from stage 2 on) and the optimizer among the devices; while a pass runs,
+        weights and gradients are whole on each, as the layers are gathered once for all that MA-GC does with them.
+        DeepSpeed trains a float32 copy of the weights, its share of which counts as optimizer.
 
         Args:
             checkpoints: With MA-GC, and so with its sums.
@@ -113,13 +113,12 @@ class Training:
         if engine in ("zero3", "fsdp2"):
             weights += sizes.weights_bytes // n
         if engine in ("zero1", "zero2", "zero3") and optimizer_bytes:
-            wide = 4 * sizes.trained  # of the two states and of the copy
-            optimizer_bytes = (2 if engine == "zero3" and sizes.trained_bytes == wide else 3) * wide
-        if engine == "ddp":
+            optimizer_bytes = 3 * 4 * sizes.trained  # two states and the copy
+        if engine in ("ddp", "zero1", "zero2"):
             buffers = sizes.trained_bytes
-        elif engine is not None:
+        if engine not in (None, "ddp"):
             optimizer_bytes //= n
-            buffers = 2 * 4 * sizes.bucket
+            buffers += 2 * 4 * sizes.bucket
         if engine in ("zero2", "zero3"):
             standing //= n
         sums = 4 * sizes.summed if checkpoints else sizes.summed_bytes

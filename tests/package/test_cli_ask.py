@@ -232,6 +232,14 @@ def test_bad_fps(run, video, fps):
     assert_refused(run(video, QUESTION, "--fps", fps), "fps", "positive")
 
 
+def test_a_rate_above_the_videos_own_is_said(run, video):
+    code, out, err = run(video, QUESTION, "--fps", "100", "--end", "0.2")
+    assert code == 0
+    assert "--fps 100 is above the video's own" in err
+    assert "above" not in out
+    assert "above" not in run(video, QUESTION, "--fps", "2", "--end", "1")[2]
+
+
 def test_start_beyond_the_end(run, video):
     assert_refused(run(video, QUESTION, "--start", "10"), video, "beyond the end", "10.0")
 

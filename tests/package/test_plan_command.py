@@ -142,26 +142,26 @@ def test_accumulated_gradients_stand_beside_the_new_ones(capsys):
 
 
 @pytest.mark.parametrize(
-    ("engine", "weights", "gradients", "optimizer"),
+    ("engine", "weights", "optimizer", "buffers"),
     [
-        ("ddp", 1, 1, 2),
-        ("zero1", 1, 1, 3 / 4),
-        ("zero2", 1, 1, 3 / 4),
-        ("zero3", 1.25, 1, 2 / 4),
-        ("fsdp2", 1.25, 1, 2 / 4),
+        ("ddp", 1, 2, 1),
+        ("zero1", 1, 3 / 4, 1),
+        ("zero2", 1, 3 / 4, 1),
+        ("zero3", 1.25, 3 / 4, 0),
+        ("fsdp2", 1.25, 2 / 4, 0),
     ],
 )
-def test_engines_share_what_they_share(capsys, engine, weights, gradients, optimizer):
-    """Of float32 weights, over four devices."""
+def test_engines_share_what_they_share(capsys, engine, weights, optimizer, buffers):
+    """Of float32 weights, over four devices; docs/planning.md has what was counted under each."""
     ask = [*ASK, "--dtype", "float32"]
     (alone,) = answer(capsys, *ask)["rows"]
     (row,) = answer(capsys, *ask, "--engine", engine, "--devices", "4")["rows"]
     size = alone["gradients_bytes"]
     casts = alone["weights_bytes"] - size
     assert row["weights_bytes"] - casts == pytest.approx(weights * size)
-    assert row["gradients_bytes"] == pytest.approx(gradients * size)
+    assert row["gradients_bytes"] == size
     assert row["optimizer_bytes"] == pytest.approx(optimizer * size)
-    assert (row["buffers_bytes"] == size) == (engine == "ddp")
+    assert row["buffers_bytes"] == pytest.approx(buffers * size, abs=0.01 * size)
 
 
 def test_four_bits(capsys):

@@ -9,7 +9,7 @@ import torch
 from video_ma2mba import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from video_ma2mba.cli import main
 from video_ma2mba.training.parameters import parameter_groups
-from video_ma2mba.training.recipe import SIZES, read_recipe, recipe_names
+from video_ma2mba.training.recipe import MAX_WORKERS, SIZES, read_recipe, recipe_names
 from video_ma2mba.training.run import make_trainable, make_trainer, prepare_run
 
 # arXiv 2411.19460, Table 6: language rate, vision rate, global batch
@@ -80,6 +80,14 @@ def test_the_stages_of_a_size_follow_each_other():
         assert then.model == f"{one.output}/model"
         assert last.model == f"{then.output}/model"
     assert len(recipe_names()) == 3 * len(SIZES) + 3
+
+
+@pytest.mark.parametrize(("cores", "devices", "workers"), [(2, 1, 2), (2, 8, 1), (64, 1, MAX_WORKERS), (64, 16, 4)])
+def test_processes_that_decode_follow_from_the_cores(monkeypatch, cores, devices, workers):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    given = ["model=m", "data=d", "output=o"]
+    assert read_recipe("finetune", given).workers(devices) == workers
+    assert read_recipe("finetune", [*given, "num_workers=0"]).workers(devices) == 0
 
 
 def test_every_line_of_a_stage_says_where_it_is_from():
