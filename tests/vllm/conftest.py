@@ -72,7 +72,7 @@ def llm(folder):
     return LLM(
         str(folder), enforce_eager=True, dtype="float32", enable_prefix_caching=True, block_size=BLOCK,
         max_model_len=40_000, max_num_batched_tokens=CHUNK, max_num_seqs=8,
-        limit_mm_per_prompt={"video": 4, "image": 4}, enable_lora=True, max_lora_rank=8,
+        limit_mm_per_prompt={"video": 4, "image": 4},
     )  # fmt: skip
 
 
@@ -111,8 +111,8 @@ def expected(model, processor, content, system=None):
     return ids[:start].tolist(), ids[start:].tolist()
 
 
-def answers(llm, requests, **options):
+def answers(llm, requests):
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS)
-    return llm.generate(requests, sampling, use_tqdm=False, **options)
+    return llm.generate(requests, sampling, use_tqdm=False)

@@ -1,7 +1,5 @@
 """The plugin in vLLM's CPU build: tokens of `generate`, states kept where a video ends, memory that is bounded."""
 
-import copy
-import json
 import os
 import subprocess
 import sys
@@ -9,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from tests.tiny import byte_tokenizer, tiny_config
 from tests.vllm.conftest import BLOCK, answers, expected, request, talk
@@ -72,31 +68,6 @@ def test_another_question_about_a_video_reads_none_of_its_frames(llm, model, pro
         assert list(answer.prompt_token_ids) == prompt
         assert list(answer.outputs[0].token_ids) == ids
         assert answer.num_cached_tokens == (end_of_video(system) if turn else 0)
-
-
-def test_an_adapter_answers_as_if_it_were_merged(llm, model, processor, stories, tmp_path):
-    """One request with it and one without, in a batch; of the folder that PEFT writes."""
-    from vllm.lora.request import LoRARequest
-
-    merged, rank, alpha, tensors = copy.deepcopy(model), 4, 8, {}
-    torch.manual_seed(3)
-    for name, module in merged.model.language_model.named_modules():
-        if name.endswith(("in_proj", "out_proj")):
-            down = torch.randn(rank, module.in_features) * 0.2
-            up = torch.randn(module.out_features, rank) * 0.2
-            place = f"base_model.model.model.language_model.{name}"
-            tensors |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
-            module.weight.data += alpha / rank * up @ down
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    described = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["in_proj", "out_proj"]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
-    content = [{"type": "video", "path": stories[1]}, text("What happens?")]
-    given = answers(
-        llm, [request(processor, content)] * 2, lora_request=[LoRARequest("ours", 1, str(tmp_path)), None]
-    )  # fmt: skip
-    truth = [expected(one, processor, content)[1] for one in (merged, model)]
-    assert truth[0] != truth[1]
-    assert [list(answer.outputs[0].token_ids) for answer in given] == truth
 
 
 def test_a_video_is_sampled_by_fps_alone(llm, model, processor, stories):

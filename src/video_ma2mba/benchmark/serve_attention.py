@@ -30,13 +30,14 @@ class KeysAndValues:
     """
 
     def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], mask: torch.Tensor):
-        self.past, self.mask = DynamicCache(), mask
+        self.past: Any = DynamicCache()
+        self.mask = mask
         for number, (keys, values) in enumerate(layers):
             self.past.update(keys, values, number)
 
     @property
     def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(layer.keys, layer.values) for layer in self.past.layers]  # type: ignore[misc]
+        return [(layer.keys, layer.values) for layer in self.past.layers]
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +85,7 @@ def main(video: str, name: str, memories: str, slots: str) -> None:
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(name).eval()
     processor = VideoMa2mbaProcessor.from_pretrained(name)
     settings = Settings("attention", Path(memories), MediaRules((Path(video).parent,)), num_slots=int(slots))
-    app = build_app(model, processor, settings)
+    app: Any = build_app(model, processor, settings)
     app.engine.close()
     chat, past = app.chat, past_of_video(model, processor, video)
     chat.engine = Engine(Attention(attention_of_size(model)), int(slots), settings.max_waiting, chat.deliveries.notify)

@@ -72,7 +72,9 @@ class Memories(MemoryWatching):
         self.origin = prefix_hash("", [identity(model, processor)])
         # what snapshots take, of one memory
         self.max_snapshots = MAX_LOADED_BYTES // model.model.language_model.new_cache(1).num_bytes
-        self.head = prompt_pieces(processor, [{"role": "user", "content": [{"type": "video"}, _text("?")]}])[0]
+        head = prompt_pieces(processor, [{"role": "user", "content": [{"type": "video"}, _text("?")]}])[0]
+        assert isinstance(head, list)  # the tokens before a medium
+        self.head = head
         self.watched_frames = 0
         self._jobs: dict[str, Job] = {}
         self._failures: OrderedDict[str, str] = OrderedDict()  # of videos whose files are still to be watched

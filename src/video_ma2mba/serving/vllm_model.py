@@ -12,7 +12,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.interfaces import (
     HasInnerState,
     IsAttentionFree,
-    SupportsLoRA,
     SupportsMambaPrefixCaching,
     SupportsMultiModal,
 )
@@ -84,9 +83,7 @@ class Backbone(nn.Module):
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=DummyInputs)
-class VideoMa2mbaServed(
-    nn.Module, SupportsMultiModal, SupportsLoRA, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
-):
+class VideoMa2mbaServed(nn.Module, SupportsMultiModal, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
     """`VideoMa2mbaForConditionalGeneration` in vLLM: the released folder as it is."""
 
     hf_to_vllm_mapper = WeightsMapper(

@@ -67,7 +67,7 @@ class MemoryWatching:
     keeps_videos: bool
     wait_for_turn: Callable[[float], None]
     origin: str
-    head: Piece
+    head: list[int]
     watched_frames: int
     describe: Callable[[str], dict[str, Any]]
     load: Callable[[str], VideoMemory]
@@ -343,5 +343,5 @@ def remove_what_is_done_with(folder: Path) -> None:
     shutil.rmtree(folder / "unfinished", ignore_errors=True)
 
 
-def _without_path(piece: Piece) -> Piece:
+def _without_path(piece: Piece) -> list[int] | dict[str, Any]:
     return {name: value for name, value in piece.items() if name != "path"} if isinstance(piece, dict) else piece
