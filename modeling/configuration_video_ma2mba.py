@@ -2,6 +2,16 @@
 
 import copy
 import math
+import sys
+
+import transformers
+
+if sys.version_info < (3, 11) or tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
+    raise ImportError(
+        "the code of this Video-Ma2mba folder needs Python 3.11 and transformers 5.17 or newer; here are Python "
+        f"{sys.version.split()[0]} and transformers {transformers.__version__}: pip install -U 'transformers>=5.17'"
+    )
+
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict

@@ -80,7 +80,12 @@ class MultiAxisCheckpointing:
         self._base().gradient_checkpointing = False
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **options):
-        """`gradient_checkpointing_enable` under Transformers' newer name; `options` are its arguments."""
+        """`gradient_checkpointing_enable` under Transformers' newer name.
+
+        Args:
+            activation_checkpointing_kwargs: its `gradient_checkpointing_kwargs`.
+            options: its other arguments.
+        """
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     def activation_checkpointing_disable(self):

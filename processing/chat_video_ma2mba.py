@@ -142,7 +142,7 @@ class ChatSchema:
                 text += piece
             elif kind in MEDIA_SOURCES:
                 if role != "user":
-                    raise ValueError(f"A {kind} stands in a turn of the role '{role}'. Move it to a user turn.")
+                    raise ValueError(f"The {kind} in a turn of the role '{role}' is misplaced. Move it to a user turn.")
                 if text:
                     segments.append(Segment("text", text))
                     text = ""
@@ -235,12 +235,12 @@ def _plain_entry(entry: Any) -> Any:
     kind = entry.get("type")
     if kind in MEDIA_SOURCES and "base64" in entry:
         if any(key in entry for key in MEDIA_SOURCES[kind]):
-            raise ValueError(f"A {kind} entry has base64 and another source too. Give one of them.")
+            raise ValueError(f"The {kind} entry has base64 and another source too. Give one of them.")
         text = entry.pop("base64")
         try:  # also with "data:image/png;base64," in front
             entry[kind] = base64.b64decode(text.partition("base64,")[2] or text, validate=True)
         except (binascii.Error, ValueError, AttributeError) as error:
-            raise ValueError(f"The base64 of a {kind} entry cannot be decoded: {error}.") from error
+            raise ValueError(f"The base64 of the {kind} entry cannot be decoded: {error}.") from error
     return entry
 
 
@@ -258,9 +258,9 @@ def media_options(entry: dict) -> dict[str, Any]:
         name = _ENTRY_OPTIONS.get(key) if kind == "video" else None
         if name is None:
             remedy = _NOT_HONOURED.get(key, f"Leave it out. Known are {', '.join(_known_keys(kind))}.")
-            raise ValueError(f"The key {key!r} of a {kind} entry cannot be honoured. {remedy}")
+            raise ValueError(f"The key {key!r} of the {kind} entry cannot be honoured. {remedy}")
         if name in options:
-            raise ValueError(f"A {kind} entry says {name} twice, the second time by the key {key!r}. Leave one out.")
+            raise ValueError(f"The {kind} entry says {name} twice, the second time by the key {key!r}. Leave one out.")
         options[name] = value
     return options
 
@@ -275,7 +275,7 @@ def media_source(entry: dict) -> Any:
     given = [key for key in keys if entry.get(key) is not None]
     if len(given) != 1:
         raise ValueError(
-            f"A {entry['type']} entry needs exactly one of the keys {', '.join(keys)}; got {given or 'none'}."
+            f"The {entry['type']} entry needs exactly one of the keys {', '.join(keys)}; got {given or 'none'}."
         )
     return entry[given[0]]
 

@@ -6,6 +6,7 @@ frames in memory, or a list of the files of single frames. Decoding and scaling 
 
 import contextlib
 import math
+import numbers
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,10 @@ def load_video(processor: Any, video: Any, options: dict[str, Any]) -> tuple[Any
 
 def check_sampling(options: dict[str, Any]) -> None:
     """Raises a ValueError where the keywords about frames make no sense, for whatever video."""
+    for name in ("fps", "start_s", "end_s", "num_frames", "max_frames"):
+        value, counts = options.get(name), name.endswith("frames")
+        if value is not None and not isinstance(value, numbers.Integral if counts else numbers.Real):
+            raise ValueError(f"{name} must be a {'whole ' if counts else ''}number, got {value!r}.")
     fps, num_frames, max_frames = (options.get(name) for name in ("fps", "num_frames", "max_frames"))
     start_s, end_s = options.get("start_s") or 0.0, options.get("end_s")
     if fps is not None and not (math.isfinite(fps) and fps > 0):

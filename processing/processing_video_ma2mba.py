@@ -1,6 +1,16 @@
 """From conversations with videos to the tensors the model takes: chat schema, placeholders, padding, labels."""
 
 import re
+import sys
+
+import transformers
+
+if sys.version_info < (3, 11) or tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
+    raise ImportError(
+        "the code of this Video-Ma2mba folder needs Python 3.11 and transformers 5.17 or newer; here are Python "
+        f"{sys.version.split()[0]} and transformers {transformers.__version__}: pip install -U 'transformers>=5.17'"
+    )
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack

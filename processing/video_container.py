@@ -1,6 +1,7 @@
 """Opening a video with PyAV: only as what it is, and leading nowhere else."""
 
 from fractions import Fraction
+from typing import Any
 
 from .media_location import URL_TIMEOUT_S, MediaLocation, VideoReadError, silent
 
@@ -108,14 +109,16 @@ def may_have_joints(container: "av.container.InputContainer", location: MediaLoc
     form = container.format
     if form.name in PLAYLISTS or (location.is_url and container.size <= 0):
         return False
+    if form.name.startswith("mov"):
+        return _second_file(location) is not None
     return bool(av.format.Flags.ts_discont.value & form.flags) or form.name == "flv"
 
 
 class PacketPlaces:
     """Where the packets lie in a file: bytes that belong to none, between them or behind the last."""
 
-    def __init__(self, container: "av.container.InputContainer", stream_index: int):
-        self.container, self.stream_index = container, stream_index
+    def __init__(self, container: "av.container.InputContainer", stream_index: int, location: MediaLocation):
+        self.container, self.stream_index, self.location = container, stream_index, location
         self._read_to: int | None = None
         self._skipped_before = False
 
@@ -124,9 +127,10 @@ class PacketPlaces:
         form = self.container.format.name
         if form == "mpeg":
             return True
-        if form not in _HEADERS_BYTES or packet.pos is None or packet.pos < 0:
+        if packet.pos is None or packet.pos < 0:
             return False
-        skipped = self._read_to is not None and packet.pos - self._read_to > _HEADERS_BYTES[form]
+        known = form in _HEADERS_BYTES
+        skipped = known and self._read_to is not None and packet.pos - self._read_to > _HEADERS_BYTES[form]
         size = packet.size if form != "mpegts" else packet.size * 188 // 184
         self._read_to = max(self._read_to or 0, packet.pos + size)
         if packet.stream_index != self.stream_index:
@@ -136,10 +140,45 @@ class PacketPlaces:
         return skipped
 
     def unread(self) -> int:
-        """Bytes behind the last packet, where so much is there that it must be another file; else 0."""
-        size, counts = self.container.size, self.container.format.name in ("matroska,webm", "flv")
-        behind = size - self._read_to if self._read_to and counts else 0
+        """Bytes of another file behind the last packet: from where it begins, or where so much is there; else 0."""
+        size, form = self.container.size, self.container.format.name
+        if not self._read_to:
+            return 0
+        if form.startswith("mov"):
+            begin = _second_file(self.location)
+            return size - begin if begin is not None and begin >= self._read_to else 0
+        behind = size - self._read_to if form in ("matroska,webm", "flv") else 0
         return behind if behind * _UNREAD_PART > size else 0
+
+
+def _second_file(location: MediaLocation) -> int | None:
+    """Where in an mp4 or mov file another one begins, or None."""
+    if location.is_url:
+        return None
+    if not hasattr(location.target, "seek"):
+        with open(location.target, "rb", buffering=0) as file:
+            return _second_index(file)
+    stood = location.target.tell()
+    try:
+        return _second_index(location.target)
+    finally:
+        location.target.seek(stood)
+
+
+def _second_index(file: Any) -> int | None:
+    """mp4 is a row of boxes, each with its length and kind, and whole once it has had its index and its media."""
+    place, seen = 0, set[bytes]()
+    while True:
+        file.seek(place)
+        header = file.read(16)
+        kind, length = header[4:8], int.from_bytes(header[:4])
+        if kind in (b"ftyp", b"moov") and b"moov" in seen and seen & {b"mdat", b"moof"}:
+            return place
+        seen.add(kind)
+        length = int.from_bytes(header[8:]) if length == 1 else length
+        if len(header) < 8 or length < 8:  # the end, or a box that goes to it
+            return None
+        place += length
 
 
 def declared_end(container: "av.container.InputContainer", stream: "av.VideoStream") -> Fraction | None:
@@ -154,7 +193,7 @@ def declared_end(container: "av.container.InputContainer", stream: "av.VideoStre
 
 
 def as_whole(packet: "av.Packet") -> "av.Packet":
-    """A copy without the mark of corruption."""
+    """A copy without the marks of corruption and of what is not to be shown."""
     copy = av.Packet(bytes(packet))
     copy.pts, copy.dts, copy.duration = packet.pts, packet.dts, packet.duration
     copy.time_base, copy.is_keyframe, copy.stream = packet.time_base, packet.is_keyframe, packet.stream

@@ -58,8 +58,9 @@ class VideoSource:
     """
 
     def __init__(self, location: MediaLocation, num_threads: int | None = None):
-        if av is None:
-            raise ImportError("Reading video files needs PyAV: pip install av")
+        if av is None or int(av.__version__.partition(".")[0]) < 17:
+            found = "is not installed" if av is None else f"is {av.__version__} here, which gets colours wrong"
+            raise ImportError(f"Reading video files needs PyAV 17 or newer, and it {found}: pip install 'av>=17'")
         self.num_threads = num_threads
         self.location, self.path, self.name = location, location.path, location.name
         self.holes: list[tuple[int, int]] = []
@@ -96,9 +97,10 @@ class VideoSource:
         self._clock: int | None = None
         self._shift = self._joints = 0
         self._line_end = -(1 << 62)
-        self._places = PacketPlaces(self.container, self.stream.index)
+        self._places = PacketPlaces(self.container, self.stream.index, self.location)
         self._lost, self._waits_for_key = False, getattr(self, "_must_decode_from_key", True)
         self._dropped = self._lost_before = False
+        self._last: int | None = None
         self._shown_until: int | None = None
         self._numbers: list[int] = []
 
@@ -159,6 +161,7 @@ class VideoSource:
         limit = math.inf if stop_at_gap is None else stop_at_gap / self.time_base
         self._first_packet: tuple[int | None, int | None] | None = None
         first, keyframe, gap, end, looking, whole = None, None, None, None, True, False
+        all_of_it = all_of_it or may_have_joints(self.container, self.location)
         for packet in self._packets():
             if packet is None:
                 whole = True
@@ -178,7 +181,7 @@ class VideoSource:
                 if packet.is_keyframe:
                     keyframe = time
                 looking = time - first <= window and since <= limit
-            elif not (all_of_it or may_have_joints(self.container, self.location)):
+            elif not all_of_it:
                 break
         if end is None or first is None:
             raise VideoReadError(
@@ -341,6 +344,9 @@ class VideoSource:
                 elif frame.pts > self._shown_until:
                     self.holes.append((self._shown_until, frame.pts))
             self._lost = self._waits_for_key = False
+            if self._last is not None and frame.pts < self._last:  # in order come the pictures: one time is wrong
+                self.holes.append((frame.pts, self._last))
+            self._last = frame.pts
             self._shown_until = frame.pts + (frame.duration or self.frame_ticks)
             self.end = max(self.end, self._shown_until)
             good.append(frame)
@@ -390,6 +396,8 @@ class VideoSource:
                 continue
             joints = self._joints
             self._place(packet, skipped)
+            if self._joints and packet.is_discard:  # as if it came before the beginning: mp4, where a clock goes back
+                packet = as_whole(packet)
             if self._joints > joints:  # what was cut off there to begin anew counts as corrupt, and is whole
                 yield from map(as_whole, doubtful)
                 doubtful = []

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 # The finder stands in for an environment without the package: whatever tries to import it fails, as it would there.
-WITHOUT_THE_PACKAGE = """
+NOT_INSTALLED = """
 import importlib.abc, json, sys
 
 class NotInstalled(importlib.abc.MetaPathFinder):
@@ -24,7 +24,11 @@ except ModuleNotFoundError:
     pass
 else:
     sys.exit("the package can still be imported")
+"""
 
+WITHOUT_THE_PACKAGE = (
+    NOT_INSTALLED
+    + """
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 folder, video, again = sys.argv[1:]
@@ -39,6 +43,21 @@ print(json.dumps({"tokens": model.generate(**inputs, max_new_tokens=12).tolist()
 model.save_pretrained(again)
 processor.save_pretrained(again)
 """
+)
+
+TOO_OLD = (
+    NOT_INSTALLED
+    + """
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+sys.modules["transformers"].__version__ = "5.16.3"
+for loader in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
+    try:
+        loader.from_pretrained(sys.argv[1], trust_remote_code=True)
+    except ImportError as error:
+        print(error)
+"""
+)
 
 
 def test_folder_answers_without_the_package(model, processor, model_folder, video, tmp_path):
@@ -57,6 +76,18 @@ def test_folder_answers_without_the_package(model, processor, model_folder, vide
     assert json.loads(done.stdout)["tokens"] == model.generate(**inputs, max_new_tokens=12).tolist()
     # What that process saved is as complete as what it was given.
     assert {path.name for path in again.iterdir()} == set(os.listdir(model_folder))
+
+
+def test_folder_says_in_one_line_which_versions_it_needs(model_folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", TOO_OLD, model_folder],
+        cwd=tmp_path, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}, stdout=subprocess.PIPE,
+        text=True, check=True,
+    )  # fmt: skip
+    first, second, third = done.stdout.splitlines()
+    assert first == second == third
+    assert "transformers 5.17 or newer" in first
+    assert "transformers 5.16.3" in first
 
 
 def test_folder_loads_by_auto_classes_here(model, model_folder):

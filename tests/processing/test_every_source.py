@@ -69,15 +69,55 @@ def test_a_clock_that_is_set_or_wraps(codec):
     assert numbers_of(wraps, 1, start_s=1) == [25, 50, 75]
 
 
-@pytest.mark.parametrize("form", ["matroska", "flv"])
-def test_joined_files_that_cannot_be_read_whole_are_said(form):
-    """Of Matroska FFmpeg reads two parts, and of FLV one."""
-    parts = [clip_bytes(range(first, first + 50), form, "libx264") for first in (0, 100, 200)]
+@pytest.mark.filterwarnings("error")
+def test_joined_fragments_go_on():
+    """mp4 as it is sent, whose second index FFmpeg passes over and whose clock begins anew."""
+    options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+    parts = [
+        clip_bytes(range(first, first + 50), "mp4", "libx264", b_frames=1, container_options=options)
+        for first in (0, 100)
+    ]
+    assert numbers_of(b"".join(parts), 25) == [*range(50), *range(100, 150)]
+    assert numbers_of(b"".join(parts), 1, start_s=1) == [25, 100, 125]
+
+
+@pytest.mark.parametrize("form", ["matroska", "flv", "mp4", "mov", "faststart"])
+def test_joined_files_that_cannot_be_read_whole_are_said(form, tmp_path):
+    """Of Matroska FFmpeg reads two parts, and of FLV and mp4 one."""
+    options = {"movflags": "faststart"} if form == "faststart" else {}
+    parts = []
+    for first in (0, 100, 200):
+        path = tmp_path / f"{first}"
+        numbers = range(first, first + 50)
+        write_clip(path, numbers, "libx264", form=form.replace("faststart", "mp4"), container_options=options)
+        parts.append(path.read_bytes())
     with pytest.warns(UserWarning, match=r"the last [\d,]+ bytes are not read"):
         numbers = numbers_of(b"".join(parts), 25)
     assert numbers == [*range(50), *(range(100, 150) if form == "matroska" else ())]
     with pytest.raises(VideoReadError, match="bytes are not read"):
         numbers_of(b"".join(parts), 25, strict=True)
+
+
+@pytest.mark.parametrize("form", ["matroska", "mpegts", "mp4", "flv"])
+def test_a_picture_with_a_wrong_time_is_said(form):
+    """It says that it comes two seconds later: the pictures of these seconds come behind it, too late to be shown."""
+    moved = io.BytesIO()
+    with (
+        av.open(io.BytesIO(clip_bytes(range(150), form, "libx264", b_frames=1))) as whole,
+        av.open(moved, "w", format=form) as container,
+    ):
+        stream = container.add_stream_from_template(whole.streams.video[0])
+        for number, packet in enumerate(whole.demux(video=0)):
+            if packet.size:
+                packet.pts += round(2 / packet.time_base) if number == 40 else 0
+                packet.stream = stream
+                container.mux(packet)
+    with pytest.warns(UserWarning, match=r"[12]\.\d s of 6\.0 s are missing or damaged, at 1\.[5-7] s"):
+        numbers = numbers_of(moved.getvalue(), 25)
+    assert numbers[:38] == list(range(38))
+    assert numbers[95:] == list(range(95, 150))
+    with pytest.raises(VideoReadError, match="missing or damaged"):
+        numbers_of(moved.getvalue(), 25, strict=True)
 
 
 @pytest.mark.filterwarnings("error")

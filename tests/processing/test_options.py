@@ -83,6 +83,11 @@ def test_images_and_videos_are_told_apart(processor):
         ({"images_kwargs": {"image_seq_length": 7}}, ValueError, "image_seq_length=7"),
         ({"fps": -5}, ValueError, "fps must be a positive"),  # checked also where there is no video
         ({"num_frames": 0}, ValueError, "num_frames must be at least 1"),
+        ({"num_frames": 2.5}, ValueError, "num_frames must be a whole number, got 2.5"),
+        ({"max_frames": "8"}, ValueError, "max_frames must be a whole number, got '8'"),
+        ({"fps": "1"}, ValueError, "fps must be a number, got '1'"),
+        ({"fps": [1.0]}, ValueError, r"fps must be a number, got \[1.0\]"),
+        ({"start_s": "0:10"}, ValueError, "start_s must be a number"),
         ({"num_frames": 2, "fps": 1.0}, ValueError, "num_frames and fps both"),
         ({"end_s": 1.0, "start_s": 2.0}, ValueError, "end_s must lie after start_s"),
         ({"truncation": "only_second", "max_length": 3}, ValueError, "truncation must be"),

@@ -78,12 +78,14 @@ def write_clip(
     sound_s: float = 0,
     sound: str = "aac",
     pixels: str = "yuv420p",
+    container_options: dict[str, str] | None = None,
 ) -> Path | io.BytesIO:
     """Encodes frames with these numbers at a constant rate, the first shown at frame `first` of the clock.
 
     A container or codec that takes no B-frames is written without them.
     """
-    with av.open(target if form else str(target), "w", format=form) as container:
+    where = str(target) if isinstance(target, Path) else target
+    with av.open(where, "w", format=form, options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = _BITS * _BLOCK, 32, pixels
         stream.gop_size, stream.bit_rate = gop, 2_000_000
