@@ -110,7 +110,8 @@ class HostStore:
 
     def __init__(self, device, num_bytes=0):
         self.device, self.memory = device, Borrowed(num_bytes)
-        self.leaving, self.coming = (torch.cuda.Stream(device) for _ in "12") if device.type == "cuda" else (None, None)
+        self.leaving: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.coming: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def put(self, tensor):
         """Copy to the host."""

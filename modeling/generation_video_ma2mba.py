@@ -31,6 +31,9 @@ class VideoMa2mbaGeneration:
     def generate(self, *args, **kwargs):
         """As in Transformers. `cache=` goes on from the states of an earlier call, whose object stays as it was.
 
+        `compile_config=CompileConfig()` compiles the decode step and, on a GPU, captures it as a graph: the states are
+        written in place, and nothing in the step waits. The first answer then takes as long as compiling does.
+
         The ids may then be the new ones alone, or the whole conversation again, of which the part that `cache` has seen
         is left out, with its frames. Whole is what is longer than the past while no mask says that it is only the new.
         """
@@ -64,6 +67,13 @@ class VideoMa2mbaGeneration:
         mask = model_kwargs.get("attention_mask")  # newer versions have dropped one of ones, and noted its length
         length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         model_kwargs["mask_length"] = length
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
+        under_old_name = {
+            **model_kwargs,
+            "past_key_values": model_kwargs.get("cache"),
+        }  # where it is sought before 5.24
+        return super()._valid_auto_compile_criteria(under_old_name, generation_config)  # type: ignore[misc]
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(  # type: ignore[misc]

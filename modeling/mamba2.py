@@ -23,7 +23,7 @@ from .recompute import keeping_activations, recompute_segments, saved_as_recipe
 from .run_layers import kept_tokens, run_layers
 from .scan_backends import choose_backends, norm_on_kernels
 from .segment_sizes import SCAN_CHUNK, SEGMENT
-from .sharded_parameters import run_gathered
+from .sharded_parameters import run_gathered, several_processes
 from .ssd import causal_conv1d, ssd_scan, ssd_step, ssd_step_
 from .ssd_kernels import CoreShape, kernel_core, kernel_rms_norm, kernel_step
 
@@ -395,9 +395,10 @@ class Mamba2Backbone(nn.Module):
 
 
 def free_bytes():
-    """Memory of the machine that nobody uses; none where the system does not say."""
+    """Memory of the machine that nobody uses, for each of the processes that train; 0 where the system does not say."""
+    sharers = torch.distributed.get_world_size() if several_processes() else 1
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharers
     except (AttributeError, ValueError, OSError):  # not on Windows
         return 0
 
