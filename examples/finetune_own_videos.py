@@ -1,17 +1,17 @@
 """Fine-tune on videos of your own: a folder of videos and a file of questions -> LoRA adapters -> an answer.
 
     python examples/finetune_own_videos.py --example my_videos      # makes a folder to try it with
-    python examples/finetune_own_videos.py my_videos -o my_run --ask 0.mp4 "What is this?"
+    python examples/finetune_own_videos.py my_videos -o my_run --ask 0.mp4 "Is the circle bright?"
 
 The folder holds the videos and `questions.jsonl`, a line for each question:
 
-    {"video": "0.mp4", "question": "What is this?", "answer": "a blue cross"}
+    {"video": "0.mp4", "question": "Is the circle bright?", "answer": "yes"}
 
 These are the three commands that it runs; each can be run by hand, and has more to offer:
 
     video-ma2mba data prepare my_videos/questions.jsonl --media-root my_videos -o my_run/data
     video-ma2mba train finetune-lora --set model=MODEL --set data=my_run/data --set output=my_run
-    video-ma2mba ask my_videos/0.mp4 "What is this?" --model MODEL --adapter my_run/model
+    video-ma2mba ask my_videos/0.mp4 "Is the circle bright?" --model MODEL --adapter my_run/model
 """
 
 import argparse
@@ -23,6 +23,9 @@ from pathlib import Path
 from video_ma2mba.data.synthetic import make_story
 
 TINY = Path(__file__).parents[1] / "model_cards" / "video-ma2mba-tiny"
+
+
+QUESTION = "Is the circle bright?"
 
 
 def main() -> None:
@@ -53,14 +56,14 @@ def main() -> None:
 
 
 def make_example(folder: Path) -> None:
-    """Twelve videos of six seconds, and a question the tiny model has never met: the circle's colour as yes or no."""
+    """Twelve videos of six seconds, and a question that the tiny model has never met."""
     folder.mkdir(parents=True, exist_ok=True)
     words = {"red": "no", "green": "yes", "blue": "no", "yellow": "yes", "purple": "no", "white": "yes"}
     with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
         for seed in range(12):
             story = make_story(seed, 6)
             story.render(folder / f"{seed}.mp4")
-            row = {"video": f"{seed}.mp4", "question": "What is this?", "answer": words[story.circle.colour]}
+            row = {"video": f"{seed}.mp4", "question": QUESTION, "answer": words[story.circle.colour]}
             file.write(json.dumps(row) + "\n")
     print(f"{folder}: 12 videos and questions.jsonl")
 

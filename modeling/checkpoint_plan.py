@@ -9,20 +9,34 @@ Tokens before a gradient horizon take one unit, and the memory of a chunk that i
 
 `peak_bytes` follows the executor (see `checkpointing`) to the few moments that can be its worst and adds up what lives
 there. Weights, and the gradients of parameters summed in float32, are not in it.
+
+On the kernels a layer takes a fixed number of launches, whatever the tokens: a cell of fewer tokens than the host can
+launch for takes the time of one that has them, and plans are weighed so.
 """
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 from .segment_sizes import KERNEL_SEGMENT, SCAN_CHUNK, SEGMENT
 
 ORDERS = ("layer_major", "sequence_major")
 AXES = ("layer", "sequence")
 HOST_TO_DEVICE = 8  # machines have several times as much host memory as device memory
+# Of a layer: forward, forward again and backward, on the kernels. The rest is of an H100: a launch, and products of
+# matrices in bfloat16 and traffic of its memory as they are reached.
+LAUNCHES, LAUNCH_S = 80, 6e-6
+FLOPS_PER_S, BYTES_PER_S = 650e12, 3e12
 
 
 class InfeasibleMemoryBudget(ValueError):
-    """No plan fits the budget; the message names the smallest that would, and with which options."""
+    """No plan fits the budget; the message names the smallest that would, and with which options.
+
+    That takes another search, which is made when the message is read.
+    """
+
+    def __str__(self):
+        return self.args[0]() if callable(self.args[0]) else super().__str__()
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,7 @@ def plan_checkpoints(
     trains_vision=True,
     scan_backend="torch",
     num_gradient_tokens=None,
+    compute_bytes=None,
     **options,
 ):
     """The best plan for a batch of this shape.
@@ -128,12 +143,14 @@ def plan_checkpoints(
     equals the least host memory, all of which goes there and back once; then the fewest time blocks, each of which
     costs a round of the states and smaller matrix products; then the least device memory. Where `offload` has no budget
     at all, host memory counts an eighth, or hundreds of GiB there would be taken to save the last one on the device.
-    The search is exact over all l and over s in multiples of the SSD chunk, and S itself.
+    On the kernels cells so small that launches take longer than the work come last (see `Costs.slowdown`). The search
+    is exact over all l and over s in multiples of the SSD chunk, and S itself.
 
     Args:
         config: `VideoMa2mbaConfig`, or whatever has its fields.
         batch_size, sequence_length: the batch as padded.
-        dtype_bytes: of the weights and activations.
+        dtype_bytes: of the weights and embeddings. compute_bytes: of what linear layers give, under autocast; None for
+            the same.
         num_supervised_tokens: tokens of the batch with a loss; None for one chunk of the loss.
         num_frames: frames of the batch, 0 where embeddings are given. trains_vision: their tower trains.
         scan_backend: "torch" or "mamba_ssm", which keeps the scan's output too and works on longer segments.
@@ -150,7 +167,7 @@ def plan_checkpoints(
     asked.check(config.text_config.num_hidden_layers)
     costs = Costs(
         config, batch_size, sequence_length, dtype_bytes, num_supervised_tokens, num_frames, trains_vision,
-        scan_backend, asked.gradient_horizon if num_gradient_tokens is None else num_gradient_tokens,
+        scan_backend, asked.gradient_horizon if num_gradient_tokens is None else num_gradient_tokens, compute_bytes,
     )  # fmt: skip
     if (interval := asked.sequence_interval) is not None:
         if interval > sequence_length:
@@ -165,23 +182,20 @@ def plan_checkpoints(
         host = costs.host_bytes(*candidate)
         if host_budget is not None and host > host_budget:
             continue
-        units, peak, num_chunks = (
-            costs.units(order, layers),
-            costs.peak_bytes(*candidate),
-            -(-costs.num_tokens // tokens),
-        )
+        peak, num_chunks = costs.peak_bytes(*candidate), -(-costs.num_tokens // tokens)
+        units, slowdown = costs.units(order, layers), costs.slowdown(num_chunks)
         if budget is None:
             # one recompute is all that is asked for, unless the options given need more
             weighed = peak if host_budget is not None else peak + host / HOST_TO_DEVICE
-            rank: tuple = (max(units, 4), weighed, num_chunks)
+            rank: tuple = (max(units, 4) * slowdown, weighed, num_chunks)
         elif peak <= budget:
-            rank = (units, host, num_chunks, peak)
+            rank = (units * slowdown, host, num_chunks, peak)
         else:
             continue
         if best is None or rank < best[0]:
             best = rank, candidate
     if best is None:
-        raise InfeasibleMemoryBudget(_why_not(config, costs, asked))
+        raise InfeasibleMemoryBudget(partial(_why_not, config, costs, asked))
     return costs.plan(*best[1])
 
 
@@ -254,6 +268,11 @@ def peak_bytes_without(config, batch_size, sequence_length, **batch):
     return Costs(config, batch_size, sequence_length, **batch).peak_bytes_without()
 
 
+def watching_bytes(config, batch_size, sequence_length, **batch):
+    """Device memory over the weights where a video is watched and asked about; beyond one chunk it does not grow."""
+    return Costs(config, batch_size, sequence_length, **batch).watching_bytes(sequence_length)
+
+
 class Costs:
     """The cost model for a batch of one shape, in bytes."""
 
@@ -268,11 +287,13 @@ class Costs:
         trains_vision=True,
         scan_backend="torch",
         num_gradient_tokens=None,
+        compute_bytes=None,
     ):
         for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
             if not _is_int(value) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
-        text, b, e = config.text_config, batch_size, dtype_bytes
+        # e: of a number in weights and embeddings, c: in what linear layers give
+        text, b, e, c = config.text_config, batch_size, dtype_bytes, compute_bytes or dtype_bytes
         self.config, self.batch_size, self.sequence_length = config, batch_size, sequence_length
         # the tokens that the plan cuts; those before are watched, a chunk at a time
         self.num_tokens = min(sequence_length, num_gradient_tokens or sequence_length)
@@ -287,8 +308,8 @@ class Costs:
         self.stream = b * text.hidden_size * (wide if text.residual_in_fp32 else e)
         self.casts_embeddings = self.stream != self.embedding  # the first block keeps a cast of them
         # in_proj's output (gate, x, B, C, dt), which a mixer keeps
-        self.projected = b * (inner + conv_dim + heads) * e
-        self.inner = b * inner * e  # out_proj's input, not kept
+        self.projected = b * (inner + conv_dim + heads) * c
+        self.inner = b * inner * c  # out_proj's input, not kept
         self.scanned = self.inner if scan_backend == "mamba_ssm" else 0  # the scan's output, which the kernels keep
         # While one layer goes back: the gradients of its output, of out_proj's input, and of in_proj's output. When
         # in_proj goes back, its input, computed again, and the gradient of that take no more room than these.
@@ -300,11 +321,15 @@ class Costs:
         # --- per layer -----------------------------------------------------------------------------------------------
         ssm_state = b * inner * text.state_size * wide
         self.state = ssm_state + b * (text.conv_kernel - 1) * conv_dim * wide
-        self._core_sizes = heads, b * wide, b * e, inner, conv_dim, ssm_state
+        self._core_sizes = heads, b * wide, b * c, inner, conv_dim, ssm_state
         self._chunk_size = text.chunk_size
-        self.segment, self._core = SEGMENT, self._core_of_torch
+        self.segment, self._core, self.busy_tokens = SEGMENT, self._core_of_torch, 0.0
         if scan_backend == "mamba_ssm":
             self.segment, self._core = KERNEL_SEGMENT, self._core_of_kernels
+            # of a cell, from which on its work takes longer than its launches
+            products = 2 * b * text.hidden_size * (2 * inner + conv_dim + heads)
+            traffic = 4 * (self.stream + self.projected) + 6 * self.inner + 2 * self.embedding
+            self.busy_tokens = LAUNCHES * LAUNCH_S / (4 * (products / FLOPS_PER_S + traffic / BYTES_PER_S))
         self._core_of_a_segment = self._core(self.segment)
 
         # --- the ends of the model -----------------------------------------------------------------------------------
@@ -318,15 +343,10 @@ class Costs:
         vocab, head = text.vocab_size, text.vocab_size * text.hidden_size
         logits = chunk * vocab
         self.kept = supervised * text.hidden_size * (wide if text.residual_in_fp32 else e)  # their gradient stays
-        self.loss = head * 4 + max(logits * 3 * 4, logits * e + head * e) + 2 * self.kept
+        self.loss = head * 4 + max(logits * 3 * 4, logits * c + head * c) + 2 * self.kept
         self.vision = _vision_bytes(config, num_frames, e, trains_vision)
-        # What is watched goes through the tower and the layers a chunk at a time, with the states before and after.
-        self.watching = 0
-        if watched := min(self.num_watched, config.prefill_chunk_size):
-            inner_states = (-(-watched // self.segment) - 1) * self.state
-            forward = watched * self.going_forward + inner_states + self.core(watched)[0]
-            forward = max(forward, _vision_bytes(config, num_frames, e, trains=False))
-            self.watching = watched * self.embedding + 2 * self.num_layers * self.state + forward
+        self.watching_vision = _vision_bytes(config, num_frames, e, trains=False)
+        self.watching = self.watching_bytes(self.num_watched)
 
     def plan(self, order, layer_interval, sequence_interval, offload):
         cut = order, layer_interval, sequence_interval, offload
@@ -368,6 +388,19 @@ class Costs:
         both = 3 * scores + conv + 2 * q * conv_dim * narrow + q * self.inner + 8 * q * heads * wide
         return forward, both + max(in_norm, in_states)
 
+    def watching_bytes(self, num_tokens):
+        """What is watched goes through the tower and the layers a chunk at a time, with the states before and after."""
+        chunk = min(num_tokens, self.config.prefill_chunk_size)
+        if chunk == 0:
+            return 0
+        inner_states = (-(-chunk // self.segment) - 1) * self.state
+        forward = max(chunk * self.going_forward + inner_states + self.core(chunk)[0], self.watching_vision)
+        return chunk * self.embedding + 2 * self.num_layers * self.state + forward
+
+    def slowdown(self, num_chunks):
+        """By how much launches hold up a pass in so many time blocks: 1 where the GPU always has work."""
+        return max(1.0, num_chunks * self.busy_tokens / self.num_tokens)
+
     def units(self, order, layer_interval):
         """Compute units of a forward and backward pass."""
         if order == "layer_major":
@@ -402,7 +435,9 @@ class Costs:
         states = L * self.state
         if offload:
             borders = s * self.embedding + states + (lower_of_chunk if keeps_lower else 0)
-            moments = [s * self.embedding + 2 * states + forward, self.loss, self.vision, self.watching]
+            # on the way forward the next time block's embeddings are being fetched
+            entering = (1 + (n > 1)) * s * self.embedding
+            moments = [entering + 2 * states + forward, self.loss, self.vision, self.watching]
             # The last time block, which goes back first: the next one's borders are being fetched; of the states it has
             # gradients only where they came from the layer blocks above. Then the one before it, which has them all.
             blocks = [(n > 1, 0, (L - layer_interval) * self.state)] + [(n > 2, states, states)] * (n > 1)

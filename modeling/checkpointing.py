@@ -29,6 +29,8 @@ import torch
 from torch import nn
 
 from .autocast import autocast_dtype, autocast_to
+from .host_copies import to_device
+from .host_memory import Borrowed
 from .run_layers import kept_tokens, run_layers
 from .sharded_parameters import engine_hooks_aside, run_gathered
 
@@ -40,7 +42,8 @@ def run_checkpointed(
 
     Args:
         blocks: the layers, each `block(hidden_states, state, mask) -> hidden_states, state`.
-        plan: has `order`, `layer_interval`, `sequence_interval`, `offload`; a `CheckpointPlan`.
+        plan: has `order`, `layer_interval`, `sequence_interval`, `offload`, maybe `predicted_host_bytes`; a
+            `CheckpointPlan`.
         inputs_embeds: (batch, tokens, hidden); with `offload` it may lie in host memory, and its gradient then does.
         states: one tuple of tensors per block.
         mask: (batch, tokens) bool or None.
@@ -57,7 +60,10 @@ def run_checkpointed(
     sizes = [len(state) for state in states]
     device = states[0][0].device if device is None else device
     if store is None:
-        store = HostStore(device) if plan.offload else DeviceStore()
+        store = DeviceStore()
+        if plan.offload:  # borrows what is planned beside the embeddings, which are there already
+            planned = getattr(plan, "predicted_host_bytes", 0) - inputs_embeds.nbytes
+            store = HostStore(device, max(planned, 0))
 
     def run_all(inputs_embeds, *flat_states):
         nonlocal run
@@ -93,39 +99,48 @@ class DeviceStore:
 
 
 class HostStore:
-    """Borders wait in host memory: pinned, and copied on a stream of their own where the device is a GPU."""
+    """Borders wait in host memory, which is pinned where the device is a GPU.
 
-    def __init__(self, device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    There copies run beside the work, those to the host and those from it each on a stream of its own.
+
+    Args:
+        device: where the blocks compute.
+        num_bytes: that are to wait, as planned.
+    """
+
+    def __init__(self, device, num_bytes=0):
+        self.device, self.memory = device, Borrowed(num_bytes)
+        self.leaving, self.coming = (torch.cuda.Stream(device) for _ in "12") if device.type == "cuda" else (None, None)
 
     def put(self, tensor):
-        """Copy to the host. On a GPU the copy runs beside the work that follows."""
-        if self.stream is None:
-            return tensor.detach().to("cpu", copy=True)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+        """Copy to the host."""
+        host = self.memory.empty(tensor.shape, tensor.dtype)
+        if self.leaving is None:
+            return host.copy_(tensor.detach())
+        self.leaving.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.leaving):
             host.copy_(tensor.detach(), non_blocking=True)
-        tensor.record_stream(self.stream)
+        tensor.record_stream(self.leaving)
         return host
 
     def get(self, kept):
         """Copy to the device. Call `wait` before using it."""
-        if self.stream is None:
+        if self.coming is None:
             return kept.to(self.device)
-        with torch.cuda.stream(self.stream):
+        self.coming.wait_stream(self.leaving)
+        with torch.cuda.stream(self.coming):
             tensor = kept.to(self.device, non_blocking=True)
         tensor.record_stream(torch.cuda.current_stream(self.device))
         return tensor
 
     def empty_like(self, tensor):
-        return torch.empty_like(tensor, pin_memory=self.stream is not None and tensor.device.type == "cpu")
+        on_host = tensor.device.type == "cpu" and tensor.device != self.device
+        return self.memory.empty(tensor.shape, tensor.dtype) if on_host else torch.empty_like(tensor)
 
     def wait(self):
-        """Let the work that follows wait for the copies asked for so far."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        """Let the work that follows wait for the copies to the device that were asked for so far."""
+        if self.coming is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.coming)
 
 
 class _Run:
@@ -188,12 +203,15 @@ class _Run:
 
     def forward(self, inputs_embeds, states):
         num_tokens, out = inputs_embeds.shape[1], None
-        for time, span in enumerate(self.spans(num_tokens)):
+        spans = self.spans(num_tokens)
+        coming = self.fetch(inputs_embeds[:, spans[0]])
+        for time, span in enumerate(spans):
             goes_back = self.goes_back(span)
             if goes_back:
                 self.left_borders.append([[self.store.put(tensor) for tensor in state] for state in states])
-            hidden_states = self.fetch(inputs_embeds[:, span])
             self.store.wait()
+            hidden_states = coming
+            coming = self.fetch(inputs_embeds[:, spans[time + 1]]) if time + 1 < len(spans) else None
             lower = []
             for group in self.groups:
                 if goes_back and self.keeps_lower_borders and group.start > 0:
@@ -212,7 +230,7 @@ class _Run:
         if self.keep is None:
             out[:, span] = hidden_states
         else:
-            positions, rows = (index.to(self.device) for index in kept_tokens(self.keep, span))
+            positions, rows = (to_device(index, self.device) for index in kept_tokens(self.keep, span))
             out[rows] = hidden_states.flatten(0, 1)[positions]
         return out
 
@@ -241,7 +259,7 @@ class _Run:
             if needs_grad_embeds:
                 grad_embeds[:, span].copy_(grad_hidden, non_blocking=True)
             if self.windows is not None and (stops := self.windows.starts[:, span.start]).any():
-                goes_on = ~stops.to(self.device)
+                goes_on = to_device(~stops, self.device)
                 grad_states = [tuple(g * goes_on.view(-1, *[1] * (g.ndim - 1)) for g in grads) for grads in grad_states]
         if self.device.type == "cuda" and needs_grad_embeds and grad_embeds.device != self.device:
             torch.cuda.synchronize(self.device)  # the copies must be done before the host reads them
@@ -282,7 +300,7 @@ class _Run:
         """The gradient that reaches the last layer's hidden states of a time block from the result."""
         if self.keep is None:
             return grad_out[:, span]
-        positions, rows = (index.to(self.device) for index in kept_tokens(self.keep, span))
+        positions, rows = (to_device(index, self.device) for index in kept_tokens(self.keep, span))
         grad = grad_out.new_zeros(like.shape)
         grad.flatten(0, 1)[positions] = grad_out[rows]
         return grad

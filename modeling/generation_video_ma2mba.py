@@ -7,6 +7,8 @@ from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils.deprecation import deprecate_kwarg
 
+from .mamba2_cache import Mamba2Cache
+
 # `generate` finds the cache in a model's output, and reorders it for beams, by these names; before 5.24 `cache` is not
 # among them.
 if "cache" not in ALL_CACHE_NAMES:
@@ -32,24 +34,44 @@ class VideoMa2mbaGeneration:
         The ids may then be the new ones alone, or the whole conversation again, of which the part that `cache` has seen
         is left out, with its frames. Whole is what is longer than the past while no mask says that it is only the new.
         """
-        return super().generate(*args, **kwargs)  # type: ignore[misc]  # of `GenerationMixin`, as below
+        found = super().generate(*args, **kwargs)  # type: ignore[misc]  # of `GenerationMixin`, as below
+        if isinstance(found, dict):
+            for name in ALL_CACHE_NAMES:
+                if isinstance(found.get(name), Mamba2Cache):
+                    found[name].share()
+        return found
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
         # transformers would build an attention cache here and, asked for a chunked prefill, cut the ids but not the
         # video; the model cuts its own prefill instead
         if generation_config.prefill_chunk_size is not None:
             model_kwargs["prefill_chunk_size"] = generation_config.prefill_chunk_size
             generation_config.prefill_chunk_size = None
+        compiles = generation_config.compile_config is not None
         if model_kwargs.get("cache") is None:
+            if compiles and generation_config.use_cache:  # it is asked before the first pass whether it can be compiled
+                size = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+                model_kwargs["cache"] = self.model.language_model.new_cache(size, self.device, self.dtype)
+                model_kwargs["cache"].compile_steps()
             return
         if not generation_config.use_cache:
             raise ValueError("cache was given together with use_cache=False: the past would not be read; leave one out")
         cache = model_kwargs["cache"].copy()  # the caller's stays as it was
         cache.batch_repeat_interleave(max(generation_config.num_beams, generation_config.num_return_sequences))
+        if compiles:
+            cache.compile_steps()
         model_kwargs["cache"] = cache
         mask = model_kwargs.get("attention_mask")  # newer versions have dropped one of ones, and noted its length
         length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         model_kwargs["mask_length"] = length
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, *args, **kwargs
+        )
+        if model_kwargs.get("cache") is not None:
+            model_kwargs["cache"].own()  # the pass before made all its states anew, and `generate` alone holds them
+        return model_kwargs
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, attention_mask=None, cache=None, use_cache=None,

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from .autocast import autocast_dtype, autocast_to
 from .checkpoint_plan import CheckpointPlan
 from .checkpointing import run_checkpointed
+from .host_copies import to_device
 from .sharded_parameters import run_gathered
 
 
@@ -43,6 +44,6 @@ def head_loss(head, hidden_states, targets, chunk_size, num_items_in_batch=None)
     # autocast may not remember the head's weight as it casts it here, where there is no graph
     with autocast_to(device.type, autocast_dtype(device.type), cache_enabled=False):
         losses, _ = run_checkpointed(
-            [TokenLosses(head)], plan, hidden_states[None], [()], targets[None].to(device), device=device
+            [TokenLosses(head)], plan, hidden_states[None], [()], to_device(targets, device)[None], device=device
         )
     return losses.sum() / (targets.numel() if num_items_in_batch is None else num_items_in_batch)

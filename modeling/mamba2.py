@@ -5,127 +5,52 @@ Parameter names are those of transformers' Mamba2, so that its checkpoints load.
 """
 
 import math
-from typing import Any, NamedTuple
+import os
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import SequenceKey, register_pytree_node
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .autocast import autocast_dtype, autocast_to
 from .checkpointing import run_checkpointed
-from .recompute import recompute_segments, saved_as_recipe
+from .host_copies import to_device
+from .mamba2_cache import LayerState, Mamba2Cache, OwnLayerState
+from .recompute import keeping_activations, recompute_segments, saved_as_recipe
 from .run_layers import kept_tokens, run_layers
-from .scan_backends import choose_backends
-from .segment_sizes import SEGMENT
+from .scan_backends import choose_backends, norm_on_kernels
+from .segment_sizes import SCAN_CHUNK, SEGMENT
 from .sharded_parameters import run_gathered
-from .ssd import causal_conv1d, ssd_scan, ssd_step
-from .ssd_kernels import CoreShape, kernel_core
-
-
-class LayerState(NamedTuple):
-    """The past of a layer: conv_state (batch, conv_kernel - 1, conv_dim), ssm_state (batch, heads, head_dim, state)."""
-
-    conv_state: torch.Tensor
-    ssm_state: torch.Tensor
-
-
-class Mamba2Cache:
-    """The states of all layers after the tokens seen so far: what `cache` holds, always of one size.
-
-    Args:
-        layers: one `LayerState` per layer.
-        num_tokens: tokens seen so far, padding included.
-    """
-
-    is_compileable = False  # asked by `generate`; the states are replaced at each step, not written in place
-    is_croppable = False
-
-    def __init__(self, layers, num_tokens=0):
-        self.layers = list(layers)
-        self.num_tokens = num_tokens
-
-    @property
-    def num_tokens(self):
-        """Kept as a tensor, so that a compiled or exported step serves for any length of the past."""
-        return int(self._seen)
-
-    @num_tokens.setter
-    def num_tokens(self, value):
-        self._seen = torch.as_tensor(value, device="cpu")
-
-    def advance(self, num_tokens):
-        """Count so many more tokens as seen."""
-        self._seen = self._seen + num_tokens
-
-    @property
-    def is_linear(self):
-        """One True per layer: none keeps keys and values."""
-        return [True] * len(self.layers)
-
-    def get_seq_length(self, layer_idx=0):
-        """Tokens seen so far."""
-        return self.num_tokens
-
-    def copy(self):
-        """A cache that can go its own way; the states themselves are never written in place, so they are shared."""
-        return Mamba2Cache(self.layers, self._seen)
-
-    @staticmethod
-    def joined(caches):
-        """The rows of several caches as one batch."""
-        layers = [
-            LayerState(*(torch.cat(states) for states in zip(*layer, strict=True)))
-            for layer in zip(*(cache.layers for cache in caches), strict=True)
-        ]
-        return Mamba2Cache(layers, caches[0]._seen)
-
-    def reorder_cache(self, beam_idx):
-        """Keep the rows `beam_idx` (beams,) of the batch, in that order, in place."""
-        self.layers = [LayerState(*(s.index_select(0, beam_idx.to(s.device)) for s in layer)) for layer in self.layers]
-
-    def batch_repeat_interleave(self, repeats):
-        """Repeat each row of the batch `repeats` times, in place."""
-        self.layers = [LayerState(*(s.repeat_interleave(repeats, dim=0) for s in layer)) for layer in self.layers]
-
-    @property
-    def num_bytes(self):
-        return sum(state.nbytes for layer in self.layers for state in layer)
-
-
-# Lets `torch.export` and torch's other tools take the states apart.
-def _parts(cache):
-    return [cache._seen, *(list(layer) for layer in cache.layers)], None
-
-
-register_pytree_node(
-    Mamba2Cache,
-    _parts,
-    lambda parts, _: Mamba2Cache([LayerState(*layer) for layer in list(parts)[1:]], next(iter(parts))),
-    serialized_type_name=f"{__name__}.Mamba2Cache",
-    flatten_with_keys_fn=lambda cache: ([(SequenceKey(i), part) for i, part in enumerate(_parts(cache)[0])], None),
-)
+from .ssd import causal_conv1d, ssd_scan, ssd_step, ssd_step_
+from .ssd_kernels import CoreShape, kernel_core, kernel_rms_norm, kernel_step
 
 
 class Mamba2RMSNorm(nn.Module):
     """Root-mean-square norm, computed in float32, given out in the dtype of the weight; saves its input alone."""
 
-    def __init__(self, hidden_size, eps):
+    def __init__(self, hidden_size, eps, scan_backend="auto"):
         super().__init__()
+        self.scan_backend = scan_backend
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
     def forward(self, hidden_states):
         """(batch, tokens, hidden) -> (batch, tokens, hidden)"""
+        if norm_on_kernels(self.scan_backend, hidden_states.device, hidden_states.dtype, hidden_states.shape[-1]):
+            return kernel_rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
         def norm(sequence, states, params):
             x = sequence[0].to(torch.promote_types(sequence[0].dtype, torch.float32))
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+            x = F.rms_norm(x, x.shape[-1:], None, self.variance_epsilon)
             return params[0] * x.to(params[0].dtype), states
 
-        return recompute_segments(norm, SEGMENT, (hidden_states,), params=(self.weight,))[0]
+        if not torch.is_grad_enabled() and hidden_states.shape[1] <= SEGMENT:
+            return norm((hidden_states,), (), (self.weight,))[0]
+        segment = hidden_states.shape[1] if hidden_states.is_cuda else SEGMENT  # fused there: nothing to bound
+        return recompute_segments(norm, segment, (hidden_states,), params=(self.weight,))[0]
 
 
 class Mamba2RMSNormGated(nn.Module):
@@ -234,6 +159,10 @@ class Mamba2Mixer(nn.Module):
         params = (
             *self.conv1d(hidden_states), self.dt_bias, self.A_log, self.D, self.norm(hidden_states),
         )  # fmt: skip
+        if projected.shape[1] == 1 and mask is None and not torch.is_grad_enabled():
+            if not isinstance(state, OwnLayerState):
+                state = LayerState(*(tensor.clone(memory_format=torch.contiguous_format) for tensor in state))
+            return self.out_proj(self._step(projected, state, params)), state
         y, state, again = self._run_core(projected, mask, state, params)
         with saved_as_recipe(y, again):
             return self.out_proj(y), LayerState(*state)
@@ -249,6 +178,41 @@ class Mamba2Mixer(nn.Module):
             return recompute_segments(self._core, SEGMENT, (projected, mask), state, params)
         with autocast_to(projected.device.type, None):
             return kernel_core(self.shape, backends.conv, projected, mask, state, params)
+
+    def _step(self, projected, state, params):
+        """The core on one token, on the chosen backend; writes the states in place."""
+        backends = self.backends(projected.device, projected.dtype)
+        with autocast_to(projected.device.type, None):
+            if backends.scan == "torch" or self.time_step_limit != (0.0, math.inf):
+                return self._core_step(projected, state, params)
+            return kernel_step(self.shape, backends.conv, projected, state, params)
+
+    def _core_step(self, projected, state, params):
+        """`_core` on one token, in place."""
+        conv_state, ssm_state = state
+        conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
+        b, wide, g = len(projected), ssm_state.dtype, self.n_groups
+        gate, x_B_C, dt = (
+            projected[:, 0].to(wide).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        )
+        window = torch.cat([conv_state, x_B_C[:, None]], dim=1)
+        conv_state.copy_(window[:, 1:])
+        x_B_C = (window * conv_weight[:, 0].T.to(wide)).sum(1)
+        x_B_C = self.activation(x_B_C if conv_bias is None else x_B_C.add_(conv_bias))
+        x, B, C = x_B_C.split([self.intermediate_size] + [g * self.state_size] * 2, dim=-1)
+        y = ssd_step_(
+            x.view(b, 1, self.num_heads, self.head_dim),
+            F.softplus(dt + dt_bias).clamp_(*self.time_step_limit)[:, None],
+            -A_log.to(wide).exp(),
+            B.view(b, 1, g, self.state_size),
+            C.view(b, 1, g, self.state_size),
+            D.to(wide),
+            ssm_state,
+        )
+        y = F.rms_norm(
+            (y.view(b, -1) * F.silu(gate)).view(b, g, -1), (self.intermediate_size // g,), None, self.shape.epsilon
+        )
+        return (y.view(b, 1, -1) * norm_weight).to(projected.dtype)
 
     def _core(self, sequence, states, params):
         """Everything between the projections, on one segment: (b, t, projection) -> (b, t, intermediate)."""
@@ -288,7 +252,7 @@ class Mamba2Block(nn.Module):
     def __init__(self, config, scan_backend="auto"):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = Mamba2RMSNorm(config.hidden_size, config.layer_norm_epsilon, scan_backend)
         self.mixer = Mamba2Mixer(config, scan_backend)
 
     def forward(self, hidden_states, state, mask=None):
@@ -318,7 +282,7 @@ class Mamba2Backbone(nn.Module):
         self.neighbours: Any = None  # `SequenceGroup` that holds the tokens before and after, while it trains
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers: Any = nn.ModuleList([Mamba2Block(config, scan_backend) for _ in range(config.num_hidden_layers)])
-        self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm_f = Mamba2RMSNorm(config.hidden_size, config.layer_norm_epsilon, scan_backend)
 
     def new_cache(self, batch_size, device=None, dtype=None):
         """The `Mamba2Cache` before the first token; device and dtype as of `Mamba2Mixer.new_state`."""
@@ -366,6 +330,28 @@ class Mamba2Backbone(nn.Module):
                 self.layers, lambda: (self._chunks(inputs_embeds, cache, mask, keep, chunk_size, every_layer),)
             )
             return hidden_states
+        with keeping_activations() if self._may_keep(inputs_embeds) else nullcontext():
+            return self._loop_with_graph(inputs_embeds, cache, mask, keep, every_layer)
+
+    def _may_keep(self, inputs_embeds):
+        """Whether autograd may keep all that the layers compute: on a CPU, where computing it again costs most.
+
+        Only where it takes at most half of the memory that is free, and in float32, in which alone autograd sums the
+        gradients of parameters without loss. Per token and layer it keeps in float32: what in_proj gave, three tensors
+        as wide as the convolution, nine as wide as the scan, two rows of scores per head, two states per block of the
+        scan, and two tensors as wide as the stream besides that itself.
+        """
+        mixer = self.layers[0].mixer
+        dtype, device_type = inputs_embeds.dtype, inputs_embeds.device.type
+        if device_type != "cpu" or autocast_dtype("cpu") or dtype != mixer.D.dtype or dtype.itemsize < 4:
+            return False
+        shape, hidden_size = mixer.shape, inputs_embeds.shape[2]
+        numbers = shape.projection + 3 * shape.conv_dim + 9 * shape.inner + 2 * shape.num_heads * SCAN_CHUNK
+        numbers += 2 * shape.inner * shape.state_size // SCAN_CHUNK + 3 * hidden_size
+        num_bytes = inputs_embeds[..., 0].numel() * len(self.layers) * numbers * inputs_embeds.element_size()
+        return num_bytes <= free_bytes() / 2
+
+    def _loop_with_graph(self, inputs_embeds, cache, mask, keep, every_layer):
         num_tokens = inputs_embeds.shape[1]
         if self.neighbours is None:
             return self._chunks(inputs_embeds, cache, mask, keep, num_tokens, every_layer)
@@ -399,13 +385,21 @@ class Mamba2Backbone(nn.Module):
             if keep is not None:
                 positions, rows = kept_tokens(keep, span)
                 kept_rows.append(rows)
-                hidden_states = hidden_states.flatten(0, 1)[positions.to(hidden_states.device)]
+                hidden_states = hidden_states.flatten(0, 1)[to_device(positions, hidden_states.device)]
             kept.append(hidden_states)
         if every_layer is not None:
             every_layer += [_joined(chunks, dim=1) for chunks in zip(*seen, strict=True)]
         if keep is None:
             return _joined(kept, dim=1)
-        return _joined(kept)[torch.cat(kept_rows).argsort().to(inputs_embeds.device)]
+        return _joined(kept)[to_device(torch.cat(kept_rows).argsort(), inputs_embeds.device)]
+
+
+def free_bytes():
+    """Memory of the machine that nobody uses; none where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return 0
 
 
 def _joined(chunks, dim=0):

@@ -17,6 +17,7 @@ from .configuration_video_ma2mba import VideoMa2mbaConfig
 from .generation_video_ma2mba import VideoMa2mbaGeneration, cache_under_old_names
 from .gradient_horizon import gradient_windows
 from .head_loss import head_loss
+from .host_copies import on_host, to_device
 from .interleaved_inputs import InterleavedInputs, WholeEmbeddings
 from .mamba2 import Mamba2Backbone, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
@@ -116,7 +117,7 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
                 "gradient_horizon does not go with the ZeRO-3 of DeepSpeed, which fetches weights ahead in the order "
                 "of an earlier pass, while here each process watches as much as its video is long: take fsdp2 or zero2"
             )
-        lengths = torch.full((batch,), num_tokens) if mask is None else mask.sum(dim=1).cpu()
+        lengths = torch.full((batch,), num_tokens) if mask is None else mask.sum(dim=1)
         supervised = torch.ones(batch, num_tokens, dtype=torch.bool) if rows is None else rows >= 0
         return gradient_windows(lengths, supervised, horizon)
 
@@ -127,6 +128,8 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
         step = chunk_size or self.language_model.prefill_chunk_size
         if cache is None:
             cache = self.language_model.new_cache(len(windows.live), inputs.device, dtype)
+
+        mask = None if mask is None else to_device(mask, inputs.device)
 
         def at(span):
             return (None if tensor is None else tensor[:, span] for tensor in (mask, rows))
@@ -157,6 +160,7 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
         output_hidden_states=None,
         prefill_chunk_size=None,
         keep=None,
+        ids_on_host=None,
         mm_token_type_ids=None,
         **kwargs,
     ):
@@ -172,6 +176,8 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
             output_hidden_states: give out those of all tokens and layers, or of a list of these. Default: the config's.
             prefill_chunk_size: tokens per step without gradient; None means the config's.
             keep: (batch, tokens) bool, the tokens whose hidden states are wanted; None for all.
+            ids_on_host: `input_ids` on the CPU. Where these, `attention_mask` and `keep` are there, nothing waits for
+                the device; else they are fetched from it.
             mm_token_type_ids: taken and not needed: the ids themselves say what a placeholder is.
             return_dict: False for a tuple.
             position_ids, seq_idx: taken where they only count the real tokens of a row; `arguments` says more.
@@ -193,22 +199,24 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
         checkpoints = self.is_checkpointing() and torch.is_grad_enabled()
         layers_wanted = hidden_states_wanted(output_hidden_states, self.config, checkpoints)
         every_layer: list | None = [] if layers_wanted else None
-        rows = None
-        if keep is not None:
-            keep = keep.cpu()
-            rows = torch.where(keep, keep.flatten().cumsum(0).view_as(keep) - 1, -1)
-        mask = order = None
-        # a graph cannot branch on what a mask is: it always takes the general way
+        # a graph cannot branch on what a mask or an id is: it always takes the general way
         compiling = torch.compiler.is_compiling()
+        mask = order = rows = None
         if attention_mask is not None:
             mask = attention_mask[:, -num_tokens:].bool()
-            if not compiling and mask.all():
+        if not compiling:
+            if ids_on_host is None and num_tokens > 1:
+                ids_on_host = input_ids
+            ids_on_host, mask, keep = on_host(ids_on_host, mask, keep)
+            if mask is not None and mask.all():
                 mask = None
+        if keep is not None:
+            rows = torch.where(keep, keep.flatten().cumsum(0).view_as(keep) - 1, -1)
         if mask is not None and (compiling or (mask[:, 1:] & ~mask[:, :-1]).any()):
             # The backbone knows one layout, real tokens first: so every kind of padding is exact, also after a past.
             order = mask.int().argsort(dim=1, descending=True, stable=True)
             mask = mask.gather(1, order)
-            rows = None if rows is None else rows.gather(1, order.cpu())
+            rows = None if rows is None else rows.gather(1, order)
 
         windows = self._gradient_windows(mask, rows, batch, num_tokens) if checkpoints else None
         plan = None
@@ -220,26 +228,28 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
                 run_gathered((*self._vision, self.language_model), lambda: ())
         pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
         if windows is not None and inputs_embeds is None:
-            frames_and_text = InterleavedInputs(self, input_ids, pixels, order)
+            frames_and_text = InterleavedInputs(self, input_ids, ids_on_host, pixels, order)
             hidden_states, cache = self._watch_and_train(
                 frames_and_text, cache, mask, rows, prefill_chunk_size, plan, windows
             )
         else:
             if inputs_embeds is None or pixel_values_videos is not None or pixel_values is not None:
-                inputs_embeds = self._embed(input_ids, inputs_embeds, pixels, plan is not None and plan.offload)
+                to_host = plan is not None and plan.offload
+                inputs_embeds = self._embed(input_ids, ids_on_host, inputs_embeds, pixels, to_host)
             if order is not None:
-                places = order.to(inputs_embeds.device)[..., None].expand_as(inputs_embeds)
+                places = to_device(order, inputs_embeds.device)[..., None].expand_as(inputs_embeds)
                 inputs_embeds = inputs_embeds.gather(1, places)
             if cache is None:
                 cache = self.language_model.new_cache(batch, device, inputs_embeds.dtype)
             how = (prefill_chunk_size, plan)
             if windows is None:
+                mask = None if mask is None else to_device(mask, device)
                 hidden_states = self.language_model(inputs_embeds, cache, mask, rows, *how, every_layer)
             else:
                 whole = WholeEmbeddings(inputs_embeds)
                 hidden_states, cache = self._watch_and_train(whole, cache, mask, rows, *how, windows)
         if order is not None:
-            back = order.argsort(dim=1)[..., None]
+            back = to_device(order.argsort(dim=1), hidden_states.device)[..., None]
             if keep is None:
                 hidden_states = hidden_states.gather(1, back.expand_as(hidden_states))
             if every_layer:
@@ -346,25 +356,31 @@ class VideoMa2mbaForConditionalGeneration(  # type: ignore[misc]  # as above
         all_wanted = isinstance(wanted, slice) and len(range(num_tokens)[wanted]) == num_tokens
         keep: Any = None
         rows_of: Any = None
+        supervised: Any = None
+        if targets is not None or (num_tokens > 1 and not torch.compiler.is_compiling()):
+            # all that the host must know of the batch, in one go
+            ids = inputs.get("ids_on_host") if inputs.get("ids_on_host") is not None else input_ids
+            inputs["ids_on_host"], inputs["attention_mask"], targets = on_host(ids, attention_mask, targets)
+            supervised = None if targets is None else targets != -100
         # a graph has one shape for all masks: there all hidden states are given out
         if not all_wanted and not (targets is None and torch.compiler.is_compiling()):
-            keep = torch.zeros(batch, num_tokens, dtype=torch.bool) if targets is None else (targets != -100).cpu()
+            keep = torch.zeros(batch, num_tokens, dtype=torch.bool) if supervised is None else supervised.clone()
             if wanted is not None:
                 keep[:, wanted] = True
                 rows_of = keep.flatten().cumsum(0).view_as(keep) - 1
         outputs = self.model(**inputs, keep=keep)
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
         if targets is not None:
-            supervised = targets != -100
             rows = hidden_states
             if keep is None:
-                rows = hidden_states[supervised.to(hidden_states.device)]
+                places = to_device(supervised.flatten().nonzero()[:, 0], hidden_states.device)
+                rows = hidden_states.flatten(0, 1)[places]
             elif wanted is not None:
-                rows = hidden_states[rows_of[supervised.cpu()].to(hidden_states.device)]
+                rows = hidden_states[to_device(rows_of[supervised], hidden_states.device)]
             loss = head_loss(self.lm_head, rows, targets[supervised], self.config.loss_chunk_size, num_items_in_batch)
         if wanted is not None:
             # all of them, or of the rows that were kept
-            rows = (slice(None), wanted) if keep is None else rows_of[:, wanted].to(hidden_states.device)
+            rows = (slice(None), wanted) if keep is None else to_device(rows_of[:, wanted], hidden_states.device)
             # as for the loss, and by no hook of an engine, which would fetch ahead for the loss what this one used
             (logits,) = run_gathered([self.lm_head], lambda rows: (self.lm_head(rows).float(),), hidden_states[rows])
         return VideoMa2mbaOutput(loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states)

@@ -1,14 +1,28 @@
 """Two ways to keep less for the backward pass, used inside one layer.
 
 `recompute_segments` runs a recurrent function over a sequence and keeps only what went in. `saved_as_recipe` lets a
-module that wants to keep its input (a linear layer does) keep the way to compute that input instead.
+module that wants to keep its input (a linear layer does) keep the way to compute that input instead. Inside
+`keeping_activations` both leave all to autograd, which keeps what it needs and computes nothing twice.
 """
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 
 from .autocast import autocast_to
+
+_keeping = ContextVar("keeping", default=False)
+
+
+@contextmanager
+def keeping_activations():
+    """Inside, nothing is computed again in the backward pass: faster, where the memory is there."""
+    token = _keeping.set(True)
+    try:
+        yield
+    finally:
+        _keeping.reset(token)
 
 
 def recompute_segments(fn, segment, sequence, states=(), params=()):
@@ -34,6 +48,9 @@ def recompute_segments(fn, segment, sequence, states=(), params=()):
     if not torch.is_grad_enabled():
         y, states_out, _ = _forward(fn, segment, sequence, states, params)
         return y, tuple(states_out), again
+    if _keeping.get():
+        y, states_out = _kept(fn, segment, sequence, states, params)
+        return y, tuple(states_out), None
     y, *states_out = _RecomputeSegments.apply(
         fn, segment, len(sequence), len(states), borders, *sequence, *states, *params
     )
@@ -106,6 +123,17 @@ class _RecomputeSegments(torch.autograd.Function):
         )
 
 
+def _kept(fn, segment, sequence, states, params):
+    """One pass under autograd, segment by segment as the other way: the same numbers, also in the backward pass."""
+    pieces = []
+    with autocast_to(sequence[0].device.type, None):
+        for start in range(0, max(sequence[0].shape[1], 1), segment):
+            span = slice(start, start + segment)
+            piece, states = fn(tuple(None if s is None else s[:, span] for s in sequence), states, params)
+            pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), states
+
+
 def _forward(fn, segment, sequence, states, params):
     """One pass without a graph. Returns y, the final states, and the states entering each segment."""
     num_tokens = sequence[0].shape[1]
@@ -137,7 +165,7 @@ def saved_as_recipe(tensor, recipe):
     `recipe` must return the same numbers in the same layout. Works through any module, also an adapter around a linear
     layer, because it looks at the storage of what is saved and not at who saves it.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _keeping.get():
         return nullcontext()
     storage = tensor.untyped_storage()._cdata
 

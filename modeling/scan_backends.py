@@ -23,7 +23,7 @@ LARGEST_NORM_BYTES = 65536  # of one row of one group, which the norm's kernel h
 
 
 class Backends(NamedTuple):
-    """What a mixer runs. `conv`: `causal_conv1d_fn`, or None for plain torch. `reasons`: for each refused, why."""
+    """What a mixer runs. `conv`: the package causal_conv1d, or None for torch. `reasons`: for each refused, why."""
 
     scan: str
     conv: Callable | None
@@ -74,6 +74,19 @@ def _choose(asked, device_type, dtype, shape, conv_kernel_size, activation):
     if not torch.compiler.is_compiling():  # a graph takes no messages
         say(f"Mamba-2: {chosen}")
     return chosen
+
+
+def norm_on_kernels(asked, device, dtype, hidden_size):
+    """Whether the norm before a mixer runs on the kernels, in one launch; arguments as of `choose_backends`."""
+    if asked == "auto":
+        asked = os.environ.get(VARIABLE) or "auto"
+    return asked != "torch" and _norm_fits(device.type, dtype, hidden_size)
+
+
+@lru_cache
+def _norm_fits(device_type, dtype, hidden_size):
+    fits = hidden_size * dtype.itemsize <= LARGEST_NORM_BYTES
+    return fits and _why_not_device(device_type, dtype) is None and _why_not_import(scan_kernels) is None
 
 
 def why_not_mamba_ssm(device_type, dtype, shape, activation="silu"):

@@ -2,8 +2,8 @@
 
 # In plain torch: bounds what the convolution and the scan hold, whatever the length of the call.
 SEGMENT = 512
-# On the kernels: likewise, and long enough to fill a GPU.
-KERNEL_SEGMENT = 8192
+# On the kernels: likewise, and so long that the launches of a call are few beside its work.
+KERNEL_SEGMENT = 32768
 # One block of the matrix form of the scan in plain torch. The work inside a block grows with this length, the number of
 # states handed from block to block shrinks with it; 64 is where a CPU is fastest at the head sizes of the published
 # models.

@@ -162,6 +162,11 @@ class _Zero3Unit:
 
     def gather(self):
         if not self.gathered:  # what is whole already is the engine's to let go of
+            if any(p.ds_status.name == "INFLIGHT" for p in self.parameters):
+                raise RuntimeError(
+                    "DeepSpeed is fetching parameters ahead that are gathered here in one call, and may be half there: "
+                    "let stage3_prefetch_bucket_size be 0"
+                )
             self.gathered = [p for p in self.parameters if p.ds_status.name == "NOT_AVAILABLE"]
             if self.gathered:
                 self.gathered[0].all_gather(param_list=self.gathered)

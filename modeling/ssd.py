@@ -32,6 +32,11 @@ def causal_conv1d(x, weight, bias, conv_state, mask=None):
     Returns:
         (batch, tokens, channels) in the dtype of `x`, and the new conv state: a copy, not a view that keeps `x` alive.
     """
+    return convolve(x, weight, bias, conv_state), last_inputs(x, conv_state, mask)
+
+
+def convolve(x, weight, bias, conv_state):
+    """The first of `causal_conv1d`."""
     window = torch.cat([conv_state.to(x.dtype), x], dim=1)
     y = F.conv1d(
         window.transpose(1, 2),
@@ -39,18 +44,47 @@ def causal_conv1d(x, weight, bias, conv_state, mask=None):
         None if bias is None else bias.to(x.dtype),
         groups=x.shape[2],
     )
-    return y.transpose(1, 2), last_inputs(x, conv_state, mask)
+    return y.transpose(1, 2)
 
 
 def last_inputs(x, conv_state, mask=None):
     """The conv state after `x`: its last real inputs, (batch, width - 1, channels); arguments as `causal_conv1d`."""
-    num_kept = conv_state.shape[1]
-    if mask is None:
-        window = torch.cat([conv_state.to(x.dtype), x[:, -num_kept:]], dim=1)
-        return window[:, window.shape[1] - num_kept :].to(conv_state.dtype, copy=True)
-    window = torch.cat([conv_state.to(x.dtype), x], dim=1)
-    last = mask.sum(dim=1, keepdim=True) + torch.arange(num_kept, device=x.device)  # (b, w - 1)
-    return window.gather(1, last[..., None].expand(-1, -1, x.shape[2])).to(conv_state.dtype)
+    num_kept, num_tokens = conv_state.shape[1], x.shape[1]
+    if mask is not None:
+        window = torch.cat([conv_state.to(x.dtype), x], dim=1)
+        return window.gather(1, _places(mask, window, num_kept)).to(conv_state.dtype)
+    if num_tokens >= num_kept:
+        return x[:, num_tokens - num_kept :].to(conv_state.dtype, copy=True)
+    return torch.cat([conv_state[:, num_tokens:], x.to(conv_state.dtype)], dim=1)
+
+
+def last_inputs_backward(grad, grad_x, grad_conv_state, mask=None):
+    """Back through `last_inputs`: adds to `grad_x`, and returns `grad_conv_state` with its part.
+
+    Args:
+        grad: (batch, width - 1, channels), of what it gave. grad_x, grad_conv_state: what x and the conv state got
+            elsewhere.
+    """
+    num_kept, num_tokens = grad.shape[1], grad_x.shape[1]
+    grad_conv_state = grad_conv_state.to(grad.dtype)
+    if mask is not None:
+        window = torch.cat([grad_conv_state, torch.zeros_like(grad_x, dtype=grad.dtype)], dim=1)
+        window.scatter_add_(1, _places(mask, window, num_kept), grad)
+        grad_x += window[:, num_kept:]
+        return window[:, :num_kept]
+    if num_tokens >= num_kept:
+        grad_x[:, num_tokens - num_kept :].add_(grad)
+        return grad_conv_state
+    grad_x += grad[:, num_kept - num_tokens :]
+    return torch.cat(
+        [grad_conv_state[:, :num_tokens], grad_conv_state[:, num_tokens:] + grad[:, : num_kept - num_tokens]], 1
+    )
+
+
+def _places(mask, window, num_kept):
+    """Where in the conv state followed by the tokens the last real inputs of each row stand."""
+    last = mask.sum(dim=1, keepdim=True) + torch.arange(num_kept, device=window.device)  # (b, w - 1)
+    return last[..., None].expand(-1, -1, window.shape[2])
 
 
 def ssd_scan(x, dt, A, B, C, D, ssm_state, chunk_size=SCAN_CHUNK):
@@ -113,6 +147,17 @@ def ssd_step(x, dt, A, B, C, D, ssm_state):
     ssm_state = ssm_state * decay + (x_t * dt_t[..., None])[..., None] * B_t[:, :, None]
     y = (ssm_state @ C_t[..., None])[..., 0] + x_t * D[:, None]
     return y[:, None], ssm_state
+
+
+def ssd_step_(x, dt, A, B, C, D, ssm_state):
+    """As `ssd_step`, without gradient: writes `ssm_state` in place and returns y alone."""
+    b, _, h, p = x.shape
+    g, n = B.shape[2:]
+    ssm_state.mul_((dt * A).exp_().view(b, h, 1, 1))
+    by_group = ssm_state.view(b * g, -1, n)
+    by_group.baddbmm_((x * dt[..., None]).view(b * g, -1, 1), B.reshape(b * g, 1, n))
+    y = torch.bmm(by_group, C.reshape(b * g, n, 1)).view(b, 1, h, p)
+    return y.addcmul_(x, D[:, None])
 
 
 def _decay_between(log_decay):

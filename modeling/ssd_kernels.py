@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from .segment_sizes import KERNEL_SEGMENT
-from .ssd import causal_conv1d, last_inputs
+from .ssd import convolve, last_inputs, last_inputs_backward
 
 MAX_OFFSET = 2**31 - 1  # elements from the start of an operand
 NEVER = -1e4  # a step before the softplus that becomes exactly zero after it: the token is padding
@@ -79,8 +79,8 @@ def scan_kernels():
 
 @lru_cache
 def conv_kernel():
-    """`causal_conv1d_fn` of causal_conv1d. Raises ImportError where the package or its compiled part is missing."""
-    return importlib.import_module("causal_conv1d").causal_conv1d_fn
+    """The package causal_conv1d. Raises ImportError where it or its compiled part is missing."""
+    return importlib.import_module("causal_conv1d")
 
 
 def elements_per_token(shape):
@@ -115,7 +115,7 @@ def kernel_core(shape, conv, projected, mask, states, params):
 
     Args:
         shape: `CoreShape`.
-        conv: `causal_conv1d_fn`, or None for the convolution in plain torch.
+        conv: the package causal_conv1d, or None for the convolution in plain torch.
         projected: (batch, tokens, projection), what in_proj gave: float32, bfloat16 or float16.
         mask: (batch, tokens) bool, real tokens first in each row, or None.
         states: conv_state and ssm_state, float32.
@@ -124,8 +124,6 @@ def kernel_core(shape, conv, projected, mask, states, params):
     Returns:
         (batch, tokens, inner), the new states, and a function that computes the first again, as `recompute_segments`.
     """
-    if projected.shape[1] == 1 and not torch.is_grad_enabled() and shape.time_step_limit == (0.0, float("inf")):
-        return *_step(shape, conv, projected, mask, states, params), None
     kept: list[torch.Tensor] = []
 
     def again():
@@ -140,20 +138,21 @@ class _KernelCore(torch.autograd.Function):
     def forward(ctx, shape, conv, kept, projected, mask, conv_state, ssm_state, *params):
         conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
         scan, A = scan_kernels().scan, -A_log.float().exp()
-        scanned = projected.new_empty(*projected.shape[:2], shape.inner)
-        borders = []
+        scanned, borders = None, []
         for span in _spans(projected, shape):
             borders += [conv_state, ssm_state]
             _, x_B_C, dt = _parts(_call(projected, span), shape)
-            convolved, conv_state = _convolve(conv, x_B_C, conv_weight, conv_bias, conv_state, _cut(mask, span))
+            where = _cut(mask, span)
+            convolved = _convolve(conv, x_B_C, conv_weight[:, 0], conv_bias, conv_state)
+            conv_state = last_inputs(x_B_C, conv_state, where)
             out, _, _, _, _, ssm_state = scan._mamba_chunk_scan_combined_fwd(
-                *_scanned(convolved, _masked(dt, _cut(mask, span)), A, shape), shape.chunk_size, D=D.float(),
+                *_scanned(convolved, _masked(dt, where), A, shape), shape.chunk_size, D=D.float(),
                 dt_bias=dt_bias.float(), initial_states=ssm_state, dt_softplus=True, dt_limit=shape.time_step_limit,
             )  # fmt: skip
-            scanned[:, span] = out.flatten(2)
+            scanned = _put(scanned, out.flatten(2), span, projected)
         y, rstd = _gated_norm(shape, scanned, projected, norm_weight)
         ctx.shape, ctx.conv = shape, conv
-        ctx.save_for_backward(projected, mask, scanned, rstd, *params, *borders)
+        ctx.save_for_backward(projected, mask, scanned, rstd, A, *params, *borders)
         kept.append(scanned)
         return y, conv_state, ssm_state
 
@@ -161,12 +160,15 @@ class _KernelCore(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_conv_state, grad_ssm_state):
         shape = ctx.shape
-        projected, mask, scanned, rstd, *params = ctx.saved_tensors
+        projected, mask, scanned, rstd, A, *params = ctx.saved_tensors
         params, borders = params[:6], params[6:]
-        conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
-        A = -A_log.float().exp()
+        conv_weight, conv_bias, dt_bias, _, D, norm_weight = params
         grad_projected = torch.empty_like(projected)
-        sums: list = [None if p is None else torch.zeros_like(p, dtype=torch.float32) for p in params]
+        sums: list = [None] * len(params)
+
+        def add(index, grad):
+            sums[index] = grad if sums[index] is None else sums[index].float() + grad
+
         for span in reversed(_spans(projected, shape)):
             ssm_state, conv_state = borders.pop(), borders.pop()
             piece, grad_piece = _call(projected, span), _call(grad_projected, span)
@@ -174,35 +176,33 @@ class _KernelCore(torch.autograd.Function):
             grad_gate, grad_x_B_C, grad_dt = _parts(grad_piece, shape)
             where = _cut(mask, span)
 
-            grad_scanned, grad_weight, grad_z = _gated_norm_backward(
-                shape, grad_y[:, span], scanned[:, span], gate, norm_weight, rstd[:, _rows(projected, span)]
+            grad_scanned, grad_weight = _gated_norm_backward(
+                shape, grad_y[:, span], scanned[:, span], gate, norm_weight, rstd[:, _rows(projected, span)], grad_gate
             )
-            grad_gate.copy_(grad_z)
-            sums[5] += grad_weight
+            add(5, grad_weight)
 
-            wanted = [x_B_C, conv_weight, conv_bias, conv_state]
+            wanted = [x_B_C, conv_weight[:, 0], conv_bias, conv_state]
             wanted = [None if t is None else t.detach().requires_grad_() for t in wanted]
             with torch.enable_grad():
-                convolved, new_conv_state = _convolve(ctx.conv, wanted[0], wanted[1], wanted[2], wanted[3], where)
+                convolved = _convolve(ctx.conv, *wanted)
             operands = _scanned(convolved.detach(), _masked(dt, where), A, shape)
             grad_convolved = torch.empty(convolved.shape, dtype=convolved.dtype, device=convolved.device)
             grad_A, grad_D, grad_dt_bias, grad_ssm_state = _scan_backward(
                 shape, grad_scanned, operands, D.float(), dt_bias.float(), ssm_state, grad_ssm_state,
                 _split_scanned(grad_convolved, shape), grad_dt,
             )  # fmt: skip
-            sums[2] += grad_dt_bias
-            sums[3] += grad_A * A
-            sums[4] += grad_D
-            found = iter(torch.autograd.grad(
-                (convolved, new_conv_state), [t for t in wanted if t is not None], (grad_convolved, grad_conv_state)
-            ))  # fmt: skip
+            add(2, grad_dt_bias)
+            add(3, grad_A)
+            add(4, grad_D)
+            found = iter(torch.autograd.grad(convolved, [t for t in wanted if t is not None], grad_convolved))
             grad_x_B_C.copy_(next(found))
-            sums[0] += next(found)
+            add(0, next(found)[:, None])
             if conv_bias is not None:
-                sums[1] += next(found)
-            grad_conv_state = next(found)
+                add(1, next(found))
+            grad_conv_state = last_inputs_backward(grad_conv_state, grad_x_B_C, next(found), where)
             if grad_piece.data_ptr() != grad_projected[:, span].data_ptr():
                 grad_projected[:, span] = grad_piece
+        sums[3] = sums[3] * A  # A is -exp(A_log)
         sums = [None if p is None else s.to(p.dtype) for p, s in zip(params, sums, strict=True)]
         return None, None, None, grad_projected, None, grad_conv_state, grad_ssm_state, *sums
 
@@ -227,9 +227,8 @@ def _scan_backward(shape, grad_y, operands, D, dt_bias, ssm_state, grad_final, g
     grad_states, grad_of_chunk, grad_initial = k._state_passing_bwd(
         states, of_chunk, grad_states.flatten(-2), dfinal_states=grad_final.flatten(-2), has_initial_states=True
     )
-    # matrix products run in the dtype of x
-    states = states.to(x.dtype).unflatten(-1, ssm_state.shape[-2:])
-    grad_states = grad_states.to(x.dtype).unflatten(-1, ssm_state.shape[-2:])
+    # the kernels that take these in matrix products turn them into the dtype of x as they read them
+    states, grad_states = (t.unflatten(-1, ssm_state.shape[-2:]) for t in (states, grad_states))
     scores = k._bmm_chunk_fwd(C, B, shape.chunk_size, output_dtype=torch.float32)  # C B^T of each chunk
     _, grad_step, grad_D = k._chunk_scan_chunk_state_bwd_dx(
         x, step, log_decay, B, scores, grad_y, grad_states, D=D, dx=grad_x
@@ -240,7 +239,7 @@ def _scan_backward(shape, grad_y, operands, D, dt_bias, ssm_state, grad_final, g
     k._bmm_chunk_bwd(C, grad_scores, residual=part_B, out=grad_B)
     k._bmm_chunk_bwd(B, grad_scores.transpose(-1, -2), residual=part_C, out=grad_C)
     # of the log decay inside each chunk, which is a cumulative sum of dt * A
-    grad_before[..., -1] += grad_of_chunk
+    grad_before[..., -1].add_(grad_of_chunk)
     grad_decay = grad_before.flip(-1).cumsum(-1).flip(-1)
     grad_decay += k._chunk_scan_bwd_ddAcs_stable(x, step, log_decay, grad_y, scores)
     grad_decay += grad_after
@@ -248,61 +247,111 @@ def _scan_backward(shape, grad_y, operands, D, dt_bias, ssm_state, grad_final, g
     return grad_A, grad_D, grad_dt_bias, grad_initial.view(ssm_state.shape)
 
 
-def _step(shape, conv, projected, mask, states, params):
-    """One token, without gradient: the state is read and written once."""
+def kernel_step(shape, conv, projected, states, params):
+    """The core on one token, without gradient; arguments and the first result as of `kernel_core`.
+
+    Both states are written in place, so each is read and written once.
+    """
     conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
     conv_state, ssm_state = states
-    _, x_B_C, dt = _parts(projected, shape)
-    convolved, conv_state = _convolve(conv, x_B_C, conv_weight, conv_bias, conv_state, mask)
-    x, B, C = (part[:, 0] for part in _split_scanned(convolved, shape))
+    gate, x_B_C, dt = _parts(projected[:, 0], shape)
+    if conv is None:
+        convolved = _convolve(conv, x_B_C[:, None], conv_weight[:, 0], conv_bias, conv_state)[:, 0]
+        conv_state.copy_(last_inputs(x_B_C[:, None], conv_state))
+    else:
+        convolved = conv.causal_conv1d_update(
+            x_B_C.to(conv_state.dtype), conv_state.transpose(1, 2), conv_weight[:, 0], conv_bias, "silu"
+        )
+    x, B, C = _split_scanned(convolved, shape)
 
     def of_heads(value, *tail):  # the kernel knows by the strides of 0 that a head shares one number
-        return value.float().view(*value.shape, *(1,) * len(tail)).expand(*value.shape, *tail)
+        return value.view(*value.shape, *(1,) * len(tail)).expand(*value.shape, *tail)
 
-    ssm_state = ssm_state.clone()  # the kernel writes in place, and whoever gave us the state may want it again
-    y = scan_kernels().update.selective_state_update(
-        ssm_state, x, of_heads(_masked(dt, mask)[:, 0], shape.head_dim),
-        of_heads(-A_log.float().exp(), shape.head_dim, shape.state_size), B, C, of_heads(D, shape.head_dim),
-        dt_bias=of_heads(dt_bias, shape.head_dim), dt_softplus=True,
+    scanned = scan_kernels().update.selective_state_update(
+        ssm_state, x, of_heads(dt, shape.head_dim), of_heads(-A_log.exp(), shape.head_dim, shape.state_size), B, C,
+        of_heads(D, shape.head_dim), dt_bias=of_heads(dt_bias, shape.head_dim), dt_softplus=True,
     )  # fmt: skip
-    return _gated_norm(shape, y.flatten(1)[:, None], projected, norm_weight)[0], (conv_state, ssm_state)
+    y = projected.new_empty(len(projected), shape.inner)
+    scan_kernels().norm._layer_norm_fwd(
+        scanned.flatten(1), norm_weight, None, shape.epsilon, z=gate, out=y,
+        group_size=shape.inner // shape.n_groups, norm_before_gate=False, is_rms_norm=True,
+    )  # fmt: skip
+    return y[:, None]
+
+
+def kernel_rms_norm(hidden_states, weight, epsilon):
+    """Root-mean-square norm in float32: (..., hidden) of any dtype -> (..., hidden) in the dtype of the weight."""
+    return _KernelRMSNorm.apply(hidden_states, weight, epsilon)
+
+
+class _KernelRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, epsilon):
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        y = torch.empty(rows.shape, dtype=weight.dtype, device=rows.device)
+        _, _, rstd = scan_kernels().norm._layer_norm_fwd(rows, weight, None, epsilon, out=y, is_rms_norm=True)
+        ctx.save_for_backward(hidden_states, weight, rstd)
+        ctx.epsilon = epsilon
+        return y.view(hidden_states.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden_states, weight, rstd = ctx.saved_tensors
+        width = hidden_states.shape[-1]
+        grad_rows, grad_weight, *_ = scan_kernels().norm._layer_norm_bwd(
+            grad.reshape(-1, width), hidden_states.reshape(-1, width), weight, None, ctx.epsilon, None, rstd,
+            is_rms_norm=True,
+        )  # fmt: skip
+        return grad_rows.view(hidden_states.shape), grad_weight, None
 
 
 def _gated_norm(shape, scanned, projected, weight):
     """RMS norm of `scanned` times silu(gate) over each group: (batch, tokens, inner), and 1 / root-mean-square."""
-    y, rstd = torch.empty_like(scanned), []
+    y, rstd = None, []
     for span in _spans(projected, shape):
         gate = _call(projected, span)[..., : shape.inner]
         out, _, one = scan_kernels().norm._layer_norm_fwd(
             scanned[:, span].reshape(-1, shape.inner), weight, None, shape.epsilon, z=gate.reshape(-1, shape.inner),
             group_size=shape.inner // shape.n_groups, norm_before_gate=False, is_rms_norm=True,
         )  # fmt: skip
-        y[:, span] = out.view(y[:, span].shape)
+        y = _put(y, out.view(gate.shape), span, projected)
         rstd.append(one.view(shape.n_groups, -1))
-    return y, torch.cat(rstd, dim=1)
+    return y, rstd[0] if len(rstd) == 1 else torch.cat(rstd, dim=1)
 
 
-def _gated_norm_backward(shape, grad_y, scanned, gate, weight, rstd):
-    """Gradients of `scanned` (batch, tokens, inner), of the weight, and of the gate."""
+def _gated_norm_backward(shape, grad_y, scanned, gate, weight, rstd, grad_gate):
+    """Gradients of `scanned` (batch, tokens, inner), and of the weight; that of the gate goes to `grad_gate`."""
     rows = [t.reshape(-1, shape.inner) for t in (grad_y, scanned, gate)]
-    grad_scanned, grad_weight, _, grad_gate = scan_kernels().norm._layer_norm_bwd(
-        rows[0], rows[1], weight, None, shape.epsilon, None, rstd.flatten().contiguous(), z=rows[2],
+    grad_rows = grad_gate.reshape(-1, shape.inner)
+    grad_scanned, grad_weight = scan_kernels().norm._layer_norm_bwd(
+        rows[0], rows[1], weight, None, shape.epsilon, None, rstd.flatten().contiguous(), z=rows[2], dz=grad_rows,
         group_size=shape.inner // shape.n_groups, norm_before_gate=False, is_rms_norm=True,
-    )[:4]  # fmt: skip
-    return grad_scanned.view(scanned.shape), grad_weight, grad_gate.view(gate.shape)
+    )[:2]  # fmt: skip
+    if grad_rows.data_ptr() != grad_gate.data_ptr():
+        grad_gate.copy_(grad_rows.view(grad_gate.shape))
+    return grad_scanned.view(scanned.shape), grad_weight
 
 
-def _convolve(conv, x, weight, bias, conv_state, mask):
-    """Convolution and silu: (batch, tokens, conv_dim), and the new conv state. weight: (conv_dim, 1, width)."""
-    weight = weight[:, 0]
+def _convolve(conv, x, weight, bias, conv_state):
+    """Convolution and silu: (batch, tokens, conv_dim). weight: (conv_dim, width)."""
     if conv is None:
-        y, conv_state = causal_conv1d(x, weight, bias, conv_state, mask)
-        return torch.nn.functional.silu(y), conv_state
-    y = conv(
+        return torch.nn.functional.silu(convolve(x, weight, bias, conv_state))
+    y = conv.causal_conv1d_fn(
         x.transpose(1, 2), weight.to(x.dtype), None if bias is None else bias.to(x.dtype),
         initial_states=conv_state.to(x.dtype).transpose(1, 2), activation="silu",
     )  # fmt: skip
-    return y.transpose(1, 2), last_inputs(x, conv_state, mask)
+    return y.transpose(1, 2)
+
+
+def _put(whole, piece, span, like):
+    """`piece` in its place of `whole`, None at first; where it is all tokens of `like` it is the whole."""
+    if piece.shape[1] == like.shape[1]:
+        return piece
+    if whole is None:
+        whole = piece.new_empty(piece.shape[0], like.shape[1], piece.shape[2])
+    whole[:, span] = piece
+    return whole
 
 
 def _spans(projected, shape):
@@ -337,7 +386,7 @@ def _masked(dt, mask):
 
 
 def _split_scanned(convolved, shape):
-    """Views x (batch, tokens, heads, head_dim), B and C (batch, tokens, groups, state)."""
+    """Views x (batch, ..., heads, head_dim), B and C (batch, ..., groups, state)."""
     x, B, C = convolved.split([shape.inner] + [shape.n_groups * shape.state_size] * 2, dim=-1)
     B, C = (t.unflatten(-1, (shape.n_groups, shape.state_size)) for t in (B, C))
     return x.unflatten(-1, (shape.num_heads, shape.head_dim)), B, C

@@ -18,6 +18,7 @@ from itertools import islice, pairwise
 import torch
 
 from .checkpoint_plan import format_bytes
+from .host_copies import to_device
 from .mamba2 import Mamba2Cache
 from .read_ahead import read_ahead
 from .video_memory_answers import VideoMemoryAnswers
@@ -232,8 +233,8 @@ class VideoMemory(VideoMemoryAnswers):
         mask, caches = ids == config.video_token_id, [memory._cache for memory, _ in rows]
         together = Mamba2Cache.joined(caches)
         together = model(
-            ids.to(model.device), attention_mask=mask.to(model.device), pixel_values_videos=pixels.to(model.device),
-            cache=together, use_cache=True, logits_to_keep=1,
+            to_device(ids, model.device), ids_on_host=ids, attention_mask=mask,
+            pixel_values_videos=to_device(pixels, model.device), cache=together, use_cache=True, logits_to_keep=1,
         ).cache  # fmt: skip
         for row, (memory, part) in enumerate(rows):
             before, cache = memory._cache.num_tokens, together.copy()
@@ -296,7 +297,7 @@ class VideoMemory(VideoMemoryAnswers):
     def _whole_or_not(self, snapshots_s=()):
         """Gives a function that absorbs frames; an exception inside leaves the memory as it was before."""
         before = self._cache, self.timestamps_s, self._snapshots, self.sources
-        # states are replaced and never written in place, so keeping the old ones takes no copy
+        # these states are replaced and not written in place, so keeping the old ones takes no copy
         self._cache, self.timestamps_s = self._cache.copy(), list(self.timestamps_s)
         self._snapshots = dict(self._snapshots)
         waiting = sorted(float(time_s) for time_s in snapshots_s)
@@ -325,10 +326,11 @@ class VideoMemory(VideoMemoryAnswers):
         if not len(pixels):
             return
         config, device = self.model.config, self.model.device
-        ids = torch.full((1, len(pixels) * config.tokens_per_frame), config.video_token_id, device=device)
+        ids = torch.full((1, len(pixels) * config.tokens_per_frame), config.video_token_id)
         self._cache = self.model(
-            ids, pixel_values_videos=pixels[None].to(device), cache=self._cache, use_cache=True, logits_to_keep=1
-        ).cache
+            to_device(ids, device), ids_on_host=ids, pixel_values_videos=to_device(pixels[None], device),
+            cache=self._cache, use_cache=True, logits_to_keep=1,
+        ).cache  # fmt: skip
         self.timestamps_s.extend(timestamps_s)
 
     @property

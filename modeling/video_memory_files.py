@@ -6,6 +6,7 @@ It says which model and processor it belongs to, and is read back for these alon
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def write_memory(folder, model, processor, *, caches, timestamps_s, described):
         OSError: it cannot be written; what was in `folder` is still there.
     """
     folder = Path(folder)
-    is_new = not folder.exists()
-    if not is_new and not (folder / CONFIG_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    is_new, is_memory = not folder.exists(), (folder / CONFIG_NAME).is_file()
+    if not (is_new or is_memory) and (not folder.is_dir() or set(folder.iterdir()) - set(_states_in(folder))):
         raise FileExistsError(f"{folder}: holds something other than a video memory; choose another folder")
     tensors = {
         f"{name}.{layer}.{field}": getattr(state, field).contiguous()
@@ -66,8 +67,11 @@ def write_memory(folder, model, processor, *, caches, timestamps_s, described):
     except BaseException as error:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # its writer says so of a full disk
-            raise OSError(f"{folder}: could not be written: {error}") from error
+        if isinstance(error, SafetensorError):  # its writer says so of a full disk, with the number in its words
+            number = re.search(r"os error (\d+)", str(error))
+            failure = OSError(f"{folder}: could not be written: {error}")
+            failure.errno = int(number[1]) if number else None
+            raise failure from error
         raise
     finally:
         _remove_leftovers(folder)
@@ -78,9 +82,14 @@ def _remove_leftovers(folder):
     if not (folder / CONFIG_NAME).is_file():
         return
     kept = _read_json(folder / CONFIG_NAME).get("states")
-    for path in (*folder.glob(f"{STATES_PREFIX}*.safetensors"), *folder.glob(".partial-*")):
+    for path in _states_in(folder):
         if path.name != kept:
             path.unlink(missing_ok=True)
+
+
+def _states_in(folder):
+    """States, whole or half written: all that a save may leave that was cut off before there was a memory."""
+    return [*folder.glob(f"{STATES_PREFIX}*.safetensors"), *folder.glob(".partial-*")]
 
 
 def read_memory(folder, model, processor):

@@ -13,6 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .arguments import refuse_unknown
+from .host_copies import on_host, to_device, wait_for
+from .host_memory import Borrowed
 from .sharded_parameters import engine_hooks_aside, others_wait_for, run_gathered
 
 
@@ -102,20 +104,21 @@ class VisualFeatures:
     def _vision(self):
         return self.vision_tower, self.multi_modal_projector
 
-    def _encode_parts(self, parts, input_ids, to_host):
-        """All frames of a batch in one go, as all processes gather what is sharded: [(mask, (tokens, hidden))].
+    def _encode_parts(self, parts, device, to_host):
+        """All frames of a batch in one go, as all processes gather what is sharded: [(places, (tokens, hidden))].
 
         A process without frames that train runs a black one where others wait for it.
 
         Args:
-            parts: [(mask (batch, tokens) bool, whether a graph is built, pixels, features -> rows of the mask)].
+            parts: [(places, whether a graph is built, pixels, features -> rows of the places)]. Places are (tokens,)
+                int64 on the CPU: where the rows stand in the flattened input.
+            device: of the input.
         """
         if not any(builds_graph for _, builds_graph, *_ in parts) and others_wait_for(self._vision):
             # in the order of a batch with frames, as engines add up gradients in the order in which they come
             side = self.config.vision_config.image_size
-            black = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=input_ids.device)
-            nowhere = torch.zeros_like(input_ids, dtype=torch.bool)
-            parts = [*parts, (nowhere, True, black, lambda features: features[:0])]
+            black = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+            parts = [*parts, (torch.zeros(0, dtype=torch.int64), True, black, lambda features: features[:0])]
         if not parts:
             return []
 
@@ -158,9 +161,11 @@ class VisualFeatures:
                 device = pooled.device
                 encoded = self._again_in_backward(
                     lambda pooled, device=device: self.multi_modal_projector(pooled.to(device)),
-                    pooled.cpu() if to_host else pooled,
+                    pooled.to("cpu", non_blocking=True) if to_host else pooled,
                 )
-            features.append(encoded.cpu() if to_host else encoded)
+            features.append(encoded.to("cpu", non_blocking=True) if to_host else encoded)
+        if to_host:
+            wait_for(encoded.device)  # before anything reads these on the host
         return torch.cat(features)
 
     def _again_in_backward(self, fn, inputs):
@@ -201,40 +206,41 @@ class VisualFeatures:
 
     # --- into the text ----------------------------------------------------------------------------------------------
 
-    def _embed(self, input_ids, inputs_embeds, pixels_by_name, to_host):
+    def _embed(self, input_ids, ids_on_host, inputs_embeds, pixels_by_name, to_host):
         """Text through the table, frames through the tower: ids or embeddings -> (batch, tokens, hidden).
 
         Rows may hold padding frames at the end; placeholders say how many are real. In embeddings a placeholder is
         found by its embedding.
         """
         table = self.get_input_embeddings()
-        token_ids = {
-            "pixel_values_videos": self.config.video_token_id, "pixel_values": self.config.image_token_id,
-        }  # fmt: skip
         parts = []
-        for name, token_id in token_ids.items():
+        for name, token_id in self._token_ids.items():
             pixels = pixels_by_name[name]
-            if input_ids is not None:
-                is_placeholder = input_ids == token_id
-            elif pixels is not None:
-                one = table(torch.full((1, 1), token_id, device=inputs_embeds.device))
-                is_placeholder = (inputs_embeds == one.to(inputs_embeds)).all(-1)
             if pixels is None:
-                if input_ids is not None:
-                    refuse_placeholders(is_placeholder, name)
+                refuse_placeholders(input_ids, ids_on_host, token_id, name)
                 continue
+            if input_ids is None:
+                one = table(torch.full((1, 1), token_id, device=inputs_embeds.device))
+                (is_placeholder,) = on_host((inputs_embeds == one.to(inputs_embeds)).all(-1))
+            else:
+                is_placeholder = ids_on_host == token_id
             counts = self._frames_per_row(is_placeholder, pixels, name, input_ids is None)
-            frames = torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
-            parts.append((is_placeholder, True, frames, lambda features: features))
+            places = is_placeholder.flatten().nonzero()[:, 0]
+            parts.append((places, True, real_frames(pixels, counts), lambda features: features))
+        given = input_ids if inputs_embeds is None else inputs_embeds
         if input_ids is not None or parts:
-            parts = self._encode_parts(parts, is_placeholder, to_host)
+            parts = self._encode_parts(parts, given.device, to_host)
         return self._interleave(input_ids, inputs_embeds, parts, to_host)
+
+    @property
+    def _token_ids(self):
+        return {"pixel_values_videos": self.config.video_token_id, "pixel_values": self.config.image_token_id}
 
     def _interleave(self, input_ids, inputs_embeds, parts, to_host):
         """Text, as ids or embeddings, with other embeddings in the places of their masks: (batch, tokens, hidden).
 
         Args:
-            parts: pairs of a mask (batch, tokens) bool, and what stands there, row by row.
+            parts: pairs of places (rows,) int64 on the CPU in the flattened input, and what stands there.
             to_host: gather the result in host memory.
         """
         table = self.get_input_embeddings()
@@ -242,9 +248,10 @@ class VisualFeatures:
             text = table(input_ids) if inputs_embeds is None else inputs_embeds
             if not parts:
                 return text
-            masks, values = zip(*parts, strict=True)
+            places, values = zip(*parts, strict=True)
+            places = tuple(to_device(one, text.device) for one in places)
             ours = inputs_embeds is None and not text.requires_grad
-            return _Interleave.apply(text, ours, masks, *values)
+            return _Interleave.apply(text, ours, places, *values)
         return self._embed_on_host(table, input_ids, inputs_embeds, parts)
 
     def _embed_on_host(self, table, input_ids, inputs_embeds, parts):
@@ -254,15 +261,16 @@ class VisualFeatures:
                 "neftune_noise_alpha needs the embeddings of whole rows on the device; use it without offload=True"
             )
         given = input_ids if inputs_embeds is None else inputs_embeds
-        is_text = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-        for mask, _ in parts:
-            is_text &= ~mask
-        text = table(input_ids[is_text][None])[0] if inputs_embeds is None else inputs_embeds[is_text]
-        masks, values = zip(*parts, (is_text, text.cpu()), strict=True)
-        masks = tuple(mask.cpu() for mask in masks)
+        is_text = torch.ones(given.shape[:2], dtype=torch.bool).flatten()
+        for places, _ in parts:
+            is_text[places] = False
+        text_places = is_text.nonzero()[:, 0]
+        text = given.flatten(0, 1)[to_device(text_places, given.device)]
+        text = table(text[None])[0] if inputs_embeds is None else text
+        places, values = zip(*parts, (text_places, text.cpu()), strict=True)
         shape = *given.shape[:2], text.shape[-1]
-        whole = torch.empty(shape, dtype=text.dtype, device=values[-1].device, pin_memory=text.is_cuda)
-        return _Interleave.apply(whole, True, masks, *values)
+        whole = Borrowed(0).empty(shape, text.dtype)
+        return _Interleave.apply(whole, True, places, *values)
 
     def _frames_per_row(self, is_placeholder, pixels, name, by_embedding=False):
         """How many real frames each row has, as its placeholders say. Raises ValueError where they do not fit."""
@@ -284,39 +292,50 @@ class VisualFeatures:
         return num_frames
 
 
-def refuse_placeholders(is_placeholder, name):
+def real_frames(pixels, counts):
+    """(batch, frames, 3, height, width) without the padding frames of rows with fewer: (all real frames, ...)."""
+    if min(counts) == pixels.shape[1]:
+        return pixels.flatten(0, 1)
+    return torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
+
+
+def refuse_placeholders(input_ids, ids_on_host, token_id, name):
     # a single id is a token being generated, which a model may get wrong
-    if is_placeholder.shape[1] == 1:
+    if input_ids is None or input_ids.shape[1] == 1:
         return
-    if torch.compiler.is_compiling():  # a graph cannot branch on what the ids are, but it can refuse them
-        torch._assert_async(~is_placeholder.any(), f"input_ids has placeholders for {name}, but no {name} was given")
-    elif is_placeholder.any():
+    if ids_on_host is None:  # a graph cannot branch on what the ids are, but it can refuse them
+        message = f"input_ids has placeholders for {name}, but no {name} was given"
+        torch._assert_async(~(input_ids == token_id).any(), message)
+    elif count := int((ids_on_host == token_id).sum()):
         raise ValueError(
-            f"input_ids has {int(is_placeholder.sum())} placeholders for {name}, but no {name} was given; "
+            f"input_ids has {count} placeholders for {name}, but no {name} was given; "
             "prepare both with the same processor call"
         )
 
 
 class _Interleave(torch.autograd.Function):
-    """Rows into their places of a sequence: `whole[masks[i]] = values[i]`, in place where `whole` needs no gradient."""
+    """Rows into their places of a sequence, in place where `whole` needs no gradient.
+
+    `whole.flatten(0, 1)[places[i]] = values[i]`
+    """
 
     @staticmethod
-    def forward(ctx, whole, in_place, masks, *values):
-        ctx.masks, ctx.dtypes = masks, [value.dtype for value in values]
+    def forward(ctx, whole, in_place, places, *values):
+        ctx.places, ctx.dtypes = places, [value.dtype for value in values]
         out = whole if in_place else whole.clone()
         if in_place:
             ctx.mark_dirty(whole)
-        for mask, value in zip(masks, values, strict=True):
-            out[mask] = value.to(out.dtype)
+        for where, value in zip(places, values, strict=True):
+            out.view(-1, out.shape[-1]).index_copy_(0, where, value.to(out.dtype))
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grad_whole = None
+        grad_whole, rows = None, grad.flatten(0, 1)
         if ctx.needs_input_grad[0]:
-            grad_whole = grad.clone()
-            for mask in ctx.masks:
-                grad_whole[mask] = 0
-        wanted = zip(ctx.masks, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
-        return grad_whole, None, None, *(grad[mask].to(dtype) if need else None for mask, dtype, need in wanted)
+            grad_whole = grad.clone(memory_format=torch.contiguous_format)
+            for where in ctx.places:
+                grad_whole.view(rows.shape).index_fill_(0, where, 0)
+        wanted = zip(ctx.places, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
+        return grad_whole, None, None, *(rows[where].to(dtype) if need else None for where, dtype, need in wanted)

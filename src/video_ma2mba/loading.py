@@ -1,7 +1,11 @@
 """Finding and loading a model for someone who typed its name: errors say what to do."""
 
+import functools
 import json
 import re
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +21,29 @@ TINY_MODEL = next(
     for folder in (_HERE / "tiny_model", _HERE.parents[1] / "model_cards" / "video-ma2mba-tiny")
     if folder.is_dir()
 )
+TINY = "tiny"  # its name, where a command needs one
+HUB_TIMEOUT_S = 5
+
+
+def named_model(name: str) -> str:
+    """The folder of the tiny model for "tiny", unless there is a folder of that name here; any other name as it is."""
+    return str(TINY_MODEL) if name == TINY and not Path(name).exists() else name
 
 
 def find_model(name: str | None) -> str:
-    """The model to load: a folder that has what it takes, or a Hub id; the tiny model for None.
+    """The model to load: a folder that has what it takes, or a Hub id; the tiny model for None and for "tiny".
 
     Raises:
         ValueError: `name` is no such folder; the message says what to do.
     """
-    folder = TINY_MODEL if name is None else Path(name).expanduser()
-    if name is None or folder.is_dir():
+    name = named_model(TINY if name is None else name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{name}: these are LoRA adapters and no model; name the model they were trained on, and give them "
+                "with --adapter, or make one model of both with `video-ma2mba merge`"
+            )
         for file, part in (("config.json", "model"), ("processor_config.json", "processor")):
             if not (folder / file).is_file():
                 raise ValueError(f"{name}: this folder has no {file}; write it with {part}.save_pretrained({name!r})")
@@ -41,6 +58,33 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the Hub can be reached, by one short request.
+
+    If it cannot, its client is told so: it then takes what it keeps here at once, and tries nothing again for a minute.
+    """
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT_S)
+        except urllib.error.HTTPError:
+            pass  # an answer, if not a kind one
+        except OSError as error:  # a certificate that only we do not know is the client's affair
+            constants.HF_HUB_OFFLINE = not isinstance(getattr(error, "reason", error), ssl.SSLError)
+    return not constants.HF_HUB_OFFLINE
+
+
+def not_from_the_hub(name: str) -> str:
+    """What to tell someone whose `name` is no folder and was not had from the Hub."""
+    if hub_answers():
+        return (
+            f"{name}: there is no such folder, and the Hub does not give it; check the name, or `hf auth login` first"
+        )
+    return f"{name}: there is no such folder, the Hub cannot be reached, and no copy of it is kept on this machine"
+
+
 @contextmanager
 def reading(name: str | Path, what: str) -> Iterator[None]:
     """Files of `name` are read in here by libraries, each of which has errors of its own for one that is damaged.
@@ -51,10 +95,12 @@ def reading(name: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        said = " ".join(str(error).split())
         is_nameless = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
         if isinstance(error, ValueError | OSError) and not is_nameless:
-            raise
-        said = " ".join(str(error).split())
+            if isinstance(error, OSError) or "\n" not in str(error).strip():
+                raise
+            raise ValueError(f"{name}: {what} cannot be loaded: {said}") from error
         raise ValueError(f"{name}: {what} cannot be loaded, a file is damaged: {said}") from error
 
 
@@ -68,6 +114,10 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
     from huggingface_hub.errors import HfHubHTTPError
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    if is_hub_id(name):
+        hub_answers()
+    elif issubclass(cls, PreTrainedModel):
+        check_weights(name)
     try:
         with reading(name, cls.__name__):
             model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
@@ -99,7 +149,21 @@ def load(cls: Any, name: str, **kwargs: Any) -> Any:
     except (HfHubHTTPError, OSError) as error:
         if Path(name).is_dir():
             raise
-        raise ValueError(f"{name}: there is no such folder, and the Hub does not give it; check the name") from error
+        raise ValueError(not_from_the_hub(name)) from error
+
+
+def check_weights(name: str) -> None:
+    """Refuse a folder that only describes a model.
+
+    Raises:
+        ValueError: it holds no weights.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not any(next(folder.glob(end), None) for end in ("*.safetensors", "pytorch_model*.bin")):
+        raise ValueError(
+            f"{name}: this folder describes a model and holds no weights, there is no model.safetensors; take one that "
+            "`train` or save_pretrained wrote, or make an untrained model with `video-ma2mba convert init`"
+        )
 
 
 def load_model(name: str, dtype: "torch.dtype | str", adapter: str | None) -> Any:
@@ -115,6 +179,8 @@ def load_model(name: str, dtype: "torch.dtype | str", adapter: str | None) -> An
         return model
     if not (Path(adapter) / "adapter_config.json").is_file() and not is_hub_id(adapter):
         raise ValueError(f"--adapter {adapter}: there is no adapter_config.json; `train finetune-lora` writes one")
+    if is_hub_id(adapter):
+        fetch_adapter(adapter)
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -131,6 +197,17 @@ def load_model(name: str, dtype: "torch.dtype | str", adapter: str | None) -> An
                 f"do not fit {name}"
             )
         return adapted.merge_and_unload()
+
+
+def fetch_adapter(name: str) -> None:
+    """Adapters of the Hub, into its client's folder: PEFT would say anything of what goes wrong here."""
+    from huggingface_hub import hf_hub_download
+
+    hub_answers()
+    try:
+        hf_hub_download(name, "adapter_config.json")
+    except OSError as error:
+        raise ValueError(not_from_the_hub(name)) from error
 
 
 def choose_dtype(name: str | None, device: "torch.device") -> "torch.dtype":

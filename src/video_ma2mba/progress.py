@@ -21,3 +21,6 @@ def progress_bars(in_bytes: bool = False) -> Iterator[Callable[[str, float, floa
             bars.update(tasks[what], completed=done, total=total)
 
         yield show
+        for task in bars.tasks:
+            if task.total is None:  # nobody knew it before; now it is what there was
+                bars.update(task.id, total=task.completed)

@@ -112,6 +112,34 @@ def test_the_text_takes_room_too(prepared, processor):
     assert batch["input_ids"].shape[1] == num_tokens - 2
 
 
+def test_rows_that_are_built_alone_make_the_batch_of_all_at_once(prepared, processor, monkeypatch):
+    """Of other lengths, other numbers of frames, and one without an image or a video."""
+    row = prepared(VIDEO, clip(1.0, 3.0), {"type": "image", "path": "a.png"})
+    start, second, third = (row["messages"][i : i + 2] for i in (0, 2, 4))
+    text = [{**one, "content": [e for e in one["content"] if e["type"] == "text"]} for one in start]
+    rows = [{**row, "messages": messages} for messages in (second, text, start + second + third, third)]
+    built = []
+    encode = type(processor).apply_chat_template
+
+    def counted(self, conversation, **options):
+        built.append(conversation)
+        return encode(self, conversation, **options)
+
+    monkeypatch.setattr(type(processor), "apply_chat_template", counted)
+    batch = VideoChatCollator(processor, pad_to_multiple_of=8, with_info=True, strict=True)(rows)
+    assert len(built) == len(rows)
+    together = encode(
+        processor, [chat for (chat,) in built], tokenize=True, return_labels=True, padding_side="right",
+        pad_to_multiple_of=8,
+    )  # fmt: skip
+    infos = batch.pop(INFO)
+    assert batch.keys() == together.keys()
+    for name, tensor in together.items():
+        assert torch.equal(batch[name], tensor), name
+    assert [info["tokens"] for info in infos] == batch["attention_mask"].sum(1).tolist()
+    assert [info["frames"] for info in infos] == [2, 0, 9, 1]
+
+
 def test_refused_rows_leave_a_batch_that_moves_no_weight(prepared, processor):
     row = prepared(VIDEO)
     batch = VideoChatCollator(processor, max_frames=5, with_info=True)([row, row])

@@ -214,6 +214,8 @@ def test_the_command_stores_frames_that_training_then_reads(tmp_path, media, mod
         (["--format", "webvids"], "--format webvids: known are llava, messages"),
         (["--max-hours", "0"], "must be positive"),
         (["--fps", "-1"], "must be positive"),
+        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--rows-per-file", "5"], "--rows-per-file is for --parquet"),
     ],
 )
 def test_the_command_refuses_nonsense(tmp_path, media, capsys, options, message):

@@ -234,20 +234,6 @@ def test_under_a_launcher_it_is_refused_by_name(tmp_path, media, monkeypatch, ca
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
-        (["--rows-per-file", "5"], "--rows-per-file is for --parquet"),
-    ],
-)
-def test_options_that_do_not_go(tmp_path, media, capsys, options, said):
-    source = write(tmp_path / "a.jsonl", {"id": "x", "messages": chat(VIDEO, text("?"))})
-    command = ["data", "prepare", str(source), "--media-root", str(media("good.mp4")), "-o", str(tmp_path / "out")]
-    assert main([*command, *options]) == 2
-    assert said in capsys.readouterr().err
-
-
 def test_half_a_character_is_left_out(tmp_path, media):
     source = tmp_path / "a.jsonl"
     write(source, {"id": "x", "messages": chat(VIDEO, text("A \ud83d?"))}, {"id": "y", "messages": chat(VIDEO)})

@@ -23,7 +23,7 @@ class Command:
     """Runs it with outputs under `root`."""
 
     def __init__(self, model, data, root):
-        self.root = root
+        self.root, self.found = root, {}
         self.values = {
             "model": str(model), "data": str(data), "global_batch_size": 4, "max_steps": 4, "save_steps": 2,
             "logging_steps": 1, "learning_rate": 1e-3, "vision_learning_rate": 1e-4,
@@ -45,6 +45,14 @@ class Command:
         done = launch("tests.distributed.train", json.dumps(wanted), processes=processes, timeout_s=600, **environment)
         assert (done.returncode != 0) == fails, done.stderr[-20000:]
         return done.stderr if fails else {one["name"]: one for one in lines(done, "RUN")}
+
+    def once(self, name):
+        """The run of an engine in float32 and in bfloat16; a later call finds what the first one did."""
+        if name not in self.found:
+            values, processes = RUNS[name]
+            float32, bfloat16 = self.wanted(name, values), self.wanted(f"{name} bf16", values, bf16=True)
+            self.found[name] = self.start(processes, float32, bfloat16)
+        return self.found[name]
 
     def report(self, name):
         return json.loads((self.root / name / "train_report.json").read_text())

@@ -1,4 +1,4 @@
-"""These tests need DeepSpeed, which has an environment of its own: `make test-distributed`."""
+"""These tests take long, and some need DeepSpeed, which has an environment of its own: `make test-distributed`."""
 
 from importlib.util import find_spec
 

@@ -10,6 +10,7 @@ As a command, under `torch.distributed.run`: the cells as JSON on the command li
 import functools
 import json
 import os
+import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -182,7 +183,10 @@ class Zero(Plain):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
         config = {
             "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulated,
-            "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+            # the buffer for gradients takes 2 GB unless told, and no engine of a process is ever let go of
+            "zero_optimization": {
+                "stage": self.stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10**5
+            },
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9,
             "gradient_clipping": 0.0,
         }  # fmt: skip
@@ -328,6 +332,11 @@ def run(cell):
     return {**cell, "own": own, "error": error, "to_the_bit": apart[1:] == [0, 0], "apart": apart}
 
 
+def peak_mib():
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 def main(cells):
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written yet is NaN
@@ -341,7 +350,8 @@ def main(cells):
         start = time.perf_counter()
         result = run(cell)
         if dist.get_rank() == 0:
-            print("CELL " + json.dumps({**result, "wall_s": round(time.perf_counter() - start, 1)}), flush=True)
+            result |= {"wall_s": round(time.perf_counter() - start, 1), "peak_mib": peak_mib()}
+            print("CELL " + json.dumps(result), flush=True)
         dist.barrier()
     dist.destroy_process_group()
 

@@ -1,12 +1,16 @@
 """`video-ma2mba train` on every engine: the losses and the model of one process, saved alike, resumed, in bfloat16."""
 
-import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from video_ma2mba.data.prepare import prepare
 
 from .commands import RUNS, Command
 
@@ -25,8 +29,7 @@ def command(model_folder, stories, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slice] if n in SLICE else []) for n in RUNS])
 def test_a_recipe_on_an_engine_is_the_run_of_one_process(command, name):
-    values, processes = RUNS[name]
-    found = command.start(processes, command.wanted(name, values), command.wanted(f"{name} bf16", values, bf16=True))
+    found = command.once(name)
     losses, alone = command.losses(name), command.losses("one")
     assert losses == pytest.approx(alone, rel=1e-5)
     mine, expected = command.report(name), command.report("one")
@@ -43,9 +46,10 @@ def test_a_recipe_on_an_engine_is_the_run_of_one_process(command, name):
 
 
 def assert_saved_alike(folder, other):
-    """The same files, and the same tensors but for what the optimizer makes of rounding."""
+    """The same files, its own code among them, and the same tensors but for what the optimizer makes of rounding."""
     assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
-    assert json.loads((folder / "config.json").read_text()) == json.loads((other / "config.json").read_text())
+    for path in folder.iterdir():
+        assert path.suffix == ".safetensors" or path.read_bytes() == (other / path.name).read_bytes(), path.name
     mine, theirs = (load_file(one / "model.safetensors") for one in (folder, other))
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -56,29 +60,60 @@ def assert_saved_alike(folder, other):
     assert everything.norm() <= 1e-3 * torch.cat([tensor.flatten() for tensor in theirs.values()]).norm()
 
 
-def test_what_was_saved_under_fsdp2_loads_where_the_package_is_not_installed(command):
-    command.start(2, command.wanted("elsewhere", {"fsdp_config": "fsdp2", "max_steps": 1}))
+def test_accelerate_launch_does_what_torchrun_does(command):
+    """By its launcher for several GPUs, since that for CPUs wants MPI; without GPUs it trains on the CPU."""
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    wanted = command.wanted("launched", {})["arguments"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *launcher, "--mixed_precision", "no", "--dynamo_backend", "no", "-m",
+         "video_ma2mba.cli", *wanted],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert command.report("launched")["devices"] == 2
+    assert command.losses("launched") == pytest.approx(command.losses("one"), rel=1e-5)
+
+
+def test_what_one_process_and_so_every_engine_saves_loads_where_the_package_is_not_installed(command):
     code = (
         "import sys; sys.modules['video_ma2mba'] = None\n"
-        "from transformers import AutoModelForImageTextToText as Auto\n"
-        f"model = Auto.from_pretrained({str(command.root / 'elsewhere' / 'model')!r}, trust_remote_code=True)\n"
-        "print(type(model).__module__, type(model).__name__)"
+        "from transformers import AutoModelForImageTextToText as Auto, AutoProcessor\n"
+        f"folder = {str(command.root / 'one' / 'model')!r}\n"
+        "model = Auto.from_pretrained(folder, trust_remote_code=True)\n"
+        "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)\n"
+        "print(type(processor).__name__, type(model).__module__, type(model).__name__)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "transformers_modules" in done.stdout
-    assert done.stdout.split()[-1] == "VideoMa2mbaForConditionalGeneration"
+    processor, module, model = done.stdout.split()[-3:]
+    assert (processor, model) == ("VideoMa2mbaProcessor", "VideoMa2mbaForConditionalGeneration")
+    assert module.startswith("transformers_modules.")
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero1", "zero3", "sequence"])
+@pytest.mark.parametrize("name", RUNS)
 def test_a_killed_rank_ends_the_run_which_is_gone_on_with(command, name):
     """The others end with it, within a minute; nothing half-written counts; the resumed run is the whole one."""
+    command.once(name)
     values, processes = RUNS[name]
-    cut = f"{name} cut"
-    command.start(processes, command.wanted(cut, values), fails=True, KILL="1:3")
+    cut, died = f"{name} cut", command.root / f"{name} died"
+    command.start(processes, command.wanted(cut, values), fails=True, KILL=f"1:3:{died}")
+    assert time.time() - died.stat().st_mtime < 60
     assert not (command.root / cut / "model").exists()
-    command.start(processes, command.wanted(cut, values, flags=["--resume"]), command.wanted(f"{name} whole", values))
-    assert command.losses(cut) == pytest.approx(command.losses(f"{name} whole"), rel=1e-6)
-    assert command.report(cut)["held_out_loss"] == pytest.approx(
-        command.report(f"{name} whole")["held_out_loss"], rel=1e-5
-    )
+    command.start(processes, command.wanted(cut, values, flags=["--resume"]))
+    assert command.losses(cut) == pytest.approx(command.losses(name), rel=1e-6)
+    assert command.report(cut)["held_out_loss"] == pytest.approx(command.report(name)["held_out_loss"], rel=1e-5)
+    assert_saved_alike(command.root / cut / "model", command.root / name / "model")
+
+
+def test_a_stream_is_shared_by_processes_and_gone_on_with(command, stories):
+    """Files for each process, and one file for both: losses of what follows a checkpoint are those of the whole run."""
+    prepare(stories.parent / "source.jsonl", stories.parent, command.root / "shards", parquet=True, rows_per_file=3)
+    for name, data in (("files", command.root / "shards"), ("file", stories)):
+        values = {"data": str(data), "streaming": True, "evaluation_data": [], "global_batch_size": 2, "max_steps": 6}
+        whole, cut = command.wanted(name, values), command.wanted(f"{name} cut", values, flags=["--resume"])
+        command.start(2, whole)
+        shutil.copytree(command.root / name / "checkpoints", command.root / f"{name} cut" / "checkpoints")
+        shutil.rmtree(command.root / f"{name} cut" / "checkpoints" / "checkpoint-6")
+        command.start(2, cut)
+        assert command.losses(f"{name} cut") == command.losses(name)
+        assert command.report(name)["samples"] == 12

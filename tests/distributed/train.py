@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -55,12 +56,13 @@ def record_dtypes():
     return seen
 
 
-def kill(rank, step):
-    """Let a process die at the beginning of a step, as one does whose machine is gone."""
+def kill(rank, step, died):
+    """Let a process die at the beginning of a step, as one does whose machine is gone, and write a file as it does."""
     training_step = VideoMa2mbaTrainer.training_step
 
     def deadly(self, *args, **kwargs):
-        if self.args.process_index == rank and self.state.global_step == step:
+        if self.args.process_index == int(rank) and self.state.global_step == int(step):
+            Path(died).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return training_step(self, *args, **kwargs)
 
@@ -74,6 +76,8 @@ def wants_bfloat16(one, recipe):
 def run_all(runs):
     torch.set_num_threads(1)
     seen, environment = record_dtypes(), dict(os.environ)
+    # One group for all runs: a second one of these processes would find the addresses of the first in their store.
+    leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda: None
     for one in runs:
         start = time.perf_counter()
         os.environ.clear()  # the Trainer leaves the settings of its engine there
@@ -94,12 +98,12 @@ def run_all(runs):
             sys.exit(code)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":
     if os.environ.get("FSDP_ON_A_CPU"):
         fsdp_on_a_cpu()
     if os.environ.get("KILL"):
-        kill(*map(int, os.environ["KILL"].split(":")))
+        kill(*os.environ["KILL"].split(":"))
     run_all(json.loads(sys.argv[1]))

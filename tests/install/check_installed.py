@@ -1,13 +1,12 @@
 """What an installed package must do with the repository out of sight. `make test-install` runs it, in an empty folder.
 
-    python tests/install/check_installed.py           # asking, planning, watching
-    python tests/install/check_installed.py --train   # the same and a training: where the extra [train] is installed
+    python tests/install/check_installed.py           # the README and its quickstart, as printed
+    python tests/install/check_installed.py --train   # fine-tuning of the quickstart, with the extra [train]
 
-Every command is the installed console script in a terminal of its own, as a person starts it: nothing may wait for an
-answer, and nothing but the command's own words may be printed.
+Every command is a line of those pages, run by a shell in a terminal of its own, as a person starts it: nothing may wait
+for an answer, and nothing but the command's own words may be printed.
 """
 
-import json
 import os
 import pty
 import re
@@ -21,85 +20,150 @@ from pathlib import Path
 import video_ma2mba
 from video_ma2mba.data.synthetic import make_story
 
-COMMAND = Path(sys.executable).with_name("video-ma2mba")
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-# A line of a command is its answer, a sentence of ours, a table or a bar; these are other libraries'.
-NOISE = re.compile(
-    r"custom code|Failed to load|Loading weights|Warning|deprecat|\bW\d{4} |Traceback|You are using a model"
-)
+BAR = re.compile(r"^(Watching|checking|opening|storing|Merging)\b.* (\d+)/(\d+|\?)")
+TYPED = "What colour was the circle?\n/help\n/quit\n"
+# What is not run here, and why; a command of a page is named by its beginning.
+EXCUSED = {
+    "make ": "in a clone: CI runs them",
+    "pip install": "`make test-install` has run them",
+    "MAMBA_SKIP_CUDA_BUILD": "`make test-kernels` runs it",
+    "CAUSAL_CONV1D_FORCE_BUILD": "needs nvcc",
+    "video-ma2mba ui": "an extra of its own; `test_ui.py` serves that page and uses it in a browser",
+    "video-ma2mba serve": "an extra of its own; `tests/serving` starts it",
+}
+# All that a command may say on stderr beside its bars, line by line. A command that is not here says nothing.
+NOTES = {
+    "video-ma2mba watch story.mp4": [r"(story-memory|talk): 60 frames up to 0:59, 6\d tokens, .* of states"],
+    "video-ma2mba train": [
+        r"global batch .*",
+        r"(chosen, .*|warning: .*|note: .*|held out: .*|step .*|.*it/s.*|.*\d+%.*|\s.*)",
+    ],
+}
+TRAINING = ("python examples/", "video-ma2mba data", "video-ma2mba train", "video-ma2mba ask my_videos")
 
 
-def in_terminal(*words: str, code: int = 0) -> str:
-    """All that the command shows in a terminal, without colours; its exit code must be `code`."""
-    leader, follower = pty.openpty()
-    process = subprocess.Popen([COMMAND, *words], stdin=follower, stdout=follower, stderr=follower, close_fds=True)
-    os.close(follower)
-    shown, deadline = b"", time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        if select.select([leader], [], [], 0.5)[0]:
+def commands(page: str) -> list[str]:
+    """The lines of the shell blocks of a page, less their comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [line.partition("    #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith(tuple(EXCUSED))]
+
+
+def in_terminal(line: str, code: int = 0) -> tuple[str, str]:
+    """What a line shows in a terminal, on stdout and on stderr, without colours; its exit code must be `code`."""
+    (out, out_end), (err, err_end) = pty.openpty(), pty.openpty()
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "TERM": "xterm",
+        "COLUMNS": "110",
+    }
+    env.pop("PYTHONPATH", None)
+    line = line.replace("examples/", f"{ROOT / 'examples'}/")
+    process = subprocess.Popen(
+        ["bash", "-c", line], stdin=out_end, stdout=out_end, stderr=err_end, env=env, close_fds=True
+    )
+    os.close(out_end), os.close(err_end)
+    if " chat " in line:
+        os.write(out, TYPED.encode())
+    shown, deadline = {out: b"", err: b""}, time.monotonic() + TIMEOUT_S
+    open_ends = {out, err}
+    while open_ends and time.monotonic() < deadline:
+        for end in select.select(list(open_ends), [], [], 0.5)[0]:
             try:
-                piece = os.read(leader, 65536)
+                piece = os.read(end, 65536)
             except OSError:  # the other end is closed: how a terminal says that it is over
-                break
-            shown += piece
-        elif process.poll() is not None:
-            break
-    else:
+                piece = b""
+            shown[end] += piece
+            if not piece:
+                open_ends.discard(end)
+    if open_ends:
         process.kill()
-    os.close(leader)
-    text = ESCAPES.sub("", shown.decode()).replace("\r\n", "\n")
-    assert process.wait() == code, f"{words}: exit code {process.returncode}\n{text}"
-    assert not NOISE.search(text), f"{words}: noise\n{text}"
-    return text
+    os.close(out), os.close(err)
+    said = [ESCAPES.sub("", shown[end].decode()).replace("\r\n", "\n") for end in (out, err)]
+    assert process.wait() == code, f"{line}: exit code {process.returncode}\n{said[0]}{said[1]}"
+    return said[0], said[1]
 
 
-def main(train: bool) -> None:
+def walk(line: str) -> str:
+    """Run a line of a page as it stands; what it printed. Bars must end full, and nothing else be said than `NOTES`."""
+    out, err = in_terminal(line)
+    bars, rest = {}, []
+    for said in re.split(r"[\r\n]+", err):
+        if bar := BAR.match(said.strip()):
+            bars[bar[1]] = bar[2], bar[3]
+        elif said.strip():
+            rest.append(said.rstrip())
+    unfinished = {name: shown for name, shown in bars.items() if shown[0] != shown[1]}
+    assert not unfinished, f"{line}: bars end at {unfinished}\n{err}"
+    notes = next((patterns for start, patterns in NOTES.items() if line.startswith(start)), [])
+    strange = [said for said in rest if not any(re.fullmatch(pattern, said) for pattern in notes)]
+    assert not strange, f"{line}: said on stderr\n" + "\n".join(strange)
+    print(f"$ {line}\n{out}", end="", flush=True)
+    return out
+
+
+def check_package() -> None:
     home = Path(video_ma2mba.__file__).parent
     assert home.parent.name == "site-packages", f"{home} is not what pip installed"
     assert all((home / room / "__init__.py").is_file() for room in ("modeling", "processing"))
     assert "LICENSE" in {file.name for file in distribution("video-ma2mba").files or ()}
     assert (home / "training" / "recipes" / "stage2.yaml").is_file()
     assert (home / "py.typed").is_file()
+    assert in_terminal("video-ma2mba --version") == (f"video-ma2mba {version('video-ma2mba')}\n", "")
 
-    assert in_terminal("--version") == f"video-ma2mba {version('video-ma2mba')}\n"
-    story = make_story(seed=7, duration_s=20)
-    story.render("story.mp4")
-    answer = in_terminal("ask", "story.mp4", "What colour was the circle?").splitlines()[-1]
-    assert answer == story.circle.colour, answer
-    in_terminal("watch", "story.mp4", "-o", "kept")
-    answer = in_terminal("ask", "kept", "What colour was the circle?").splitlines()[-1]
-    assert answer == story.circle.colour, answer
-    assert "fits" in in_terminal("plan", "--model", "3.1b", "--hours", "1", "--gpu-memory", "80GiB")
-    if train:
-        check_training()
-    else:
-        refused = in_terminal("train", "3.1b-stage2", "--dry-run", code=2)
-        assert "pip install 'video-ma2mba[train]'" in refused, refused
-    print(f"video-ma2mba {version('video-ma2mba')} in {home} asks, watches, plans{' and trains' if train else ''}")
+
+def check_pages() -> None:
+    """The README and the quickstart from top to bottom, and the Python of the README."""
+    story = make_story(seed=7, duration_s=60)
+    for line in commands("README.md") + commands("docs/quickstart.md"):
+        if line.startswith(TRAINING):
+            continue
+        out = walk(line)
+        if line.startswith("video-ma2mba ask") and "What colour" in line:
+            assert out.splitlines()[0] == story.circle.colour, out
+        if " chat " in line:
+            assert story.circle.colour in out.split("> /help")[0], out
+            assert "/save FOLDER" in out, out
+    assert "fits" in out or Path("talk/video_memory.json").is_file()
+    for folder in ("story-memory", "talk"):
+        assert (Path(folder) / "video_memory.json").is_file(), folder
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    Path("readme.py").write_text("\n".join(blocks), encoding="utf-8")
+    out, _ = in_terminal("python readme.py")
+    assert out.splitlines()[-1] == story.circle.colour, out
+    assert Path("story-memory-too/video_memory.json").is_file()
+    refused = in_terminal("video-ma2mba train 3.1b-stage2 --dry-run", code=2)[1]
+    assert "pip install 'video-ma2mba[train]'" in refused, refused
 
 
 def check_training() -> None:
-    """Own clips -> data -> a trained folder that can be shared, all by the console script."""
-    Path("clips").mkdir()
-    with Path("clips/questions.jsonl").open("w") as file:
-        for seed in range(4):
-            story = make_story(seed, 4)
-            story.render(f"clips/{seed}.mp4")
-            row = {"video": f"{seed}.mp4", "question": "Which colour?", "answer": story.circle.colour}
-            file.write(json.dumps(row) + "\n")
-    in_terminal("data", "prepare", "clips/questions.jsonl", "--media-root", "clips", "-o", "data")
-    options = {"model": home_of_the_tiny_model(), "data": "data", "output": "run", "max_steps": 2}
-    in_terminal("train", "finetune", *(word for key, value in options.items() for word in ("--set", f"{key}={value}")))
-    assert (Path("run/model") / "modeling_video_ma2mba.py").is_file(), "the trained folder has no code"
-    assert "modeling_video_ma2mba.py" in in_terminal("share", "run/model", "--repo", "me/x", "--dry-run")
-    in_terminal("ask", "story.mp4", "Which colour?", "--model", "run/model")
+    """Own clips -> data -> adapters -> an answer, and a whole model that can be shared, with its card."""
+    for line in commands("docs/quickstart.md"):
+        if line.startswith(TRAINING):
+            walk(line)
+    assert Path("my_run/model/adapter_config.json").is_file()
+    assert Path("my_run/train_report.json").is_file()
+    walk("video-ma2mba train finetune --set model=tiny --set data=my_data --set output=whole --set max_steps=2")
+    assert Path("whole/model/modeling_video_ma2mba.py").is_file(), "the trained folder has no code"
+    before = sorted(os.listdir("whole/model"))
+    out, err = in_terminal("video-ma2mba share whole/model --repo me/x --dry-run")
+    assert "modeling_video_ma2mba.py" in out
+    assert "nothing was uploaded and nothing written" in err, err
+    assert sorted(os.listdir("whole/model")) == before
+    in_terminal("video-ma2mba share whole/model --repo me/x --card-only")  # `check_card.py` does as the card says
 
 
-def home_of_the_tiny_model() -> str:
-    from video_ma2mba.loading import TINY_MODEL
-
-    return str(TINY_MODEL)
+def main(train: bool) -> None:
+    check_package()
+    if train:
+        check_training()
+    else:
+        check_pages()
+    print(f"video-ma2mba {version('video-ma2mba')}: the pages {'that train ' if train else ''}hold as printed")
 
 
 if __name__ == "__main__":

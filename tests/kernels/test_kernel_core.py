@@ -133,3 +133,15 @@ def test_gradient_of_the_state_keeps_its_bits(device):
     assert found.dtype == torch.float32
     error = (found.double().cpu() - expected).abs().max() / expected.abs().max()
     assert 0 < error < 2**-13, f"{error:.1e}: no better than a gradient rounded to half precision"
+
+
+@pytest.mark.parametrize("rows", [(1, 5), (2, 3)])
+def test_norm_before_a_mixer(rows, device):
+    hidden_states, weight, grad = draw(3, (*rows, 24), (24,), (*rows, 24))
+    ours = [t.float().to(device).requires_grad_() for t in (hidden_states, weight)]
+    y = ssd_kernels.kernel_rms_norm(*ours, 1e-5)
+    found = torch.autograd.grad(y, ours, grad.float().to(device))
+    leaves = [t.requires_grad_() for t in (hidden_states, weight)]
+    expected = torch.nn.functional.rms_norm(leaves[0], (24,), leaves[1], 1e-5)
+    for mine, theirs in zip((y, *found), (expected, *torch.autograd.grad(expected, leaves, grad)), strict=True):
+        assert (mine.double().cpu() - theirs).abs().max() <= RTOL_32 * theirs.abs().max()

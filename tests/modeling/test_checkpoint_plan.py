@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from video_ma2mba import modeling
-from video_ma2mba.benchmark.memory import count
+from video_ma2mba.benchmark.counting import LiveBytes, counting
+from video_ma2mba.benchmark.memory import PAPER_GB, choose_plan, count
+from video_ma2mba.fitting import Sizes, Training
+from video_ma2mba.modeling import checkpoint_plan
 from video_ma2mba.modeling.checkpoint_plan import (
+    FLOPS_PER_S,
+    LAUNCH_S,
+    LAUNCHES,
     CheckpointPlan,
     Costs,
     InfeasibleMemoryBudget,
@@ -19,8 +25,10 @@ from video_ma2mba.modeling.checkpoint_plan import (
     peak_bytes_without,
     plan_checkpoints,
     smallest_intervals,
+    watching_bytes,
 )
-from video_ma2mba.modeling.configuration_video_ma2mba import VideoMa2mbaConfig
+from video_ma2mba.modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
+from video_ma2mba.modeling.mamba2 import Mamba2Backbone
 
 from ..tiny import tiny_config
 
@@ -162,6 +170,61 @@ def test_prediction_with_a_horizon_is_within_ten_percent_of_the_count(cut):
     assert plan.predicted_host_bytes == pytest.approx(counter.peak["host"], rel=0.1)
 
 
+@pytest.mark.parametrize("num_tokens", [900, 20_000])
+def test_prediction_of_watching_is_within_ten_percent_of_the_count(num_tokens):
+    config = config_of()
+    config.prefill_chunk_size = 2048
+    counter = LiveBytes()
+    with torch.device("meta"):
+        backbone = Mamba2Backbone(config.text_config, config.prefill_chunk_size).to(torch.bfloat16)
+    for parameter in backbone.parameters():
+        counter.count(parameter, "weights")
+    with counting(counter), torch.no_grad():
+        cache = backbone.new_cache(1)
+        for start in range(0, num_tokens, config.prefill_chunk_size):
+            length = min(config.prefill_chunk_size, num_tokens - start)
+            embeds = torch.empty(1, length, config.text_config.hidden_size, dtype=torch.bfloat16, device="meta")
+            backbone(embeds, cache, None, torch.arange(length).sub(length - 1).clamp(-1)[None])
+            del embeds
+    assert watching_bytes(config, 1, num_tokens) == pytest.approx(counter.peak["device"], rel=0.1)
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+@pytest.mark.parametrize("num_batches", [1, 2, 3])
+def test_gradients_while_they_accumulate_are_those_counted(checkpoints, num_batches):
+    """Of so many layers that the one gradient that is just being added does not weigh."""
+    config = config_of(layers=24)
+    plan = predict_plan(config, 1, 600, "sequence_major", 24, 512) if checkpoints else None
+    counter = count(config, plan, 600, num_batches=num_batches)
+    backbone = Mamba2Backbone(config.text_config, 1)
+    for name, parameter in backbone.named_parameters():
+        if not name.endswith(("A_log", "mixer.D", "dt_bias")):
+            parameter.data = parameter.data.bfloat16()
+    whole, layers = (
+        (sum(p.numel() for p in part.parameters()), sum(p.nbytes for p in part.parameters()))
+        for part in (backbone, backbone.layers)
+    )
+    sizes = Sizes(0, 0, *whole, *layers)
+    fixed = Training(accumulation=num_batches).fixed(sizes, checkpoints, 0, 0)
+    assert fixed.gradients_bytes == pytest.approx(counter.peak["gradients"], rel=0.04)
+    assert fixed.float32_sums_bytes == (4 * layers[0] - layers[1] if checkpoints else 0)
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_predictions_are_not_far_from_what_the_paper_measured(model):
+    """Table 3: below it, as less is kept, and at most two fifths; of figures that are not mostly rounding."""
+    config = VideoMa2mbaConfig.from_preset(model)
+    for method, published in PAPER_GB[model].items():
+        for n, gigabytes in enumerate(published, start=10):
+            if gigabytes < 4:
+                continue
+            name = "layer_major" if method == "MA-GC" else method
+            plan = choose_plan(config, name, 2**n, 0)
+            batch = {"num_supervised_tokens": KEPT}
+            peak = plan.predicted_peak_bytes if plan else peak_bytes_without(config, 1, 2**n, **batch)
+            assert 0.6 < peak / 1e9 / gigabytes < 1, (method, n)
+
+
 def test_two_million_tokens_with_a_horizon():
     """A quarter of the compute of all MA-GC, by counted products of 2 of its layers, and the memory of the horizon."""
     from .test_checkpointing import Flops
@@ -204,6 +267,43 @@ def test_a_larger_budget_never_costs_compute():
         chunks.append(-(-(2**17) // plan.sequence_interval))
     assert factors == sorted(factors, reverse=True)
     assert chunks[-1] == 1
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_on_kernels_no_cell_is_so_small_that_launches_take_longer(model, monkeypatch):
+    config = VideoMa2mbaConfig.from_preset(model)
+    floor = Costs(config, 1, 1000, scan_backend="mamba_ssm").busy_tokens
+    layer = {"0.7b": 6.6e6, "1.8b": 2.6e7, "3.1b": 4e7}[model]  # parameters: two operations for each, forward
+    # at most the time of the products alone, and no less than a quarter of that, as the rest is traffic
+    products = LAUNCHES * LAUNCH_S / (4 * 2 * layer / FLOPS_PER_S)
+    assert products / 4 < floor < products
+
+    def average_cell(num_tokens):
+        plan = plan_checkpoints(config, 1, num_tokens, scan_backend="mamba_ssm", offload=True)
+        return num_tokens / -(-num_tokens // plan.sequence_interval)
+
+    for num_tokens in (300, 2**12, 2**14, 2**17):
+        assert average_cell(num_tokens) >= min(floor, num_tokens)
+    # a batch has more work for the same launches
+    assert Costs(config, 4, 1000, scan_backend="mamba_ssm").busy_tokens == pytest.approx(floor / 4)
+    monkeypatch.setattr(checkpoint_plan, "LAUNCHES", 8 * LAUNCHES)
+    assert average_cell(2**14) >= min(8 * floor, 2**14)
+
+
+def test_on_kernels_a_budget_may_still_ask_for_small_cells():
+    least = plan_checkpoints(LARGE, 1, 2**14, scan_backend="mamba_ssm", sequence_interval=256)
+    budget = least.predicted_peak_bytes * 1.001
+    plan = plan_checkpoints(LARGE, 1, 2**14, scan_backend="mamba_ssm", memory_budget_bytes=budget)
+    assert plan.predicted_peak_bytes <= budget
+
+
+def test_under_autocast_what_linear_layers_give_is_narrow():
+    wide, mixed, narrow = (
+        Costs(LARGE, 1, 2**14, dtype_bytes=e, compute_bytes=c).peak_bytes_without() for e, c in ((4, 4), (4, 2), (2, 2))
+    )
+    assert narrow < mixed < wide
+    # embeddings and their gradient, in float32
+    assert mixed - narrow <= 2 * 2**14 * 2560 * 2
 
 
 def test_the_host_budget_is_kept_and_may_cost_compute():

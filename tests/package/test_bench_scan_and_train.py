@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from video_ma2mba import VideoMa2mbaConfig
-from video_ma2mba.benchmark import train
-from video_ma2mba.benchmark.machine import allocated_peak_bytes
+from video_ma2mba.benchmark import scan, train
+from video_ma2mba.benchmark.machine import allocated_peak_bytes, resident_peak_bytes
 from video_ma2mba.cli import main
 from video_ma2mba.memory import in_measured_process
 
-SCAN = ["scan", "--tokens", "70", "--heads", "2", "--head-dim", "8", "--state", "8", "--their-chunk", "16"]
+SCAN = ["scan", "--sizes", "tiny", "--tokens", "70", "--their-chunks", "16", "--repeats", "1"]
 
 
 def run(capsys, *arguments):
@@ -19,17 +19,45 @@ def run(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("threads", [[], ["--threads", "1"]])
-def test_scan_gives_what_transformers_gives(capsys, threads):
-    report = run(capsys, *SCAN, "--repeats", "1", *threads)
-    assert set(report["largest_difference"]) == {
+def test_scan_gives_what_transformers_gives(capsys):
+    report = run(capsys, *SCAN, "--dtypes", "float32", "--threads", "1")
+    rows = {(row["row"], row["pass"]): row for row in report["rows"]}
+    both = ("forward", "forward_backward")
+    assert set(rows) == {*((row, one) for row in ("scan", "block", "model") for one in both), ("decode", "forward")}
+    assert set(rows["scan", "forward_backward"]["largest_difference"]) == {
         "y", "final_state", "grad_x", "grad_dt", "grad_A", "grad_B", "grad_C", "grad_D", "grad_state"
     }  # fmt: skip
-    assert max(report["largest_difference"].values()) < 1e-4
-    assert report["shape"]["tokens"] == 70
-    for name in ("ours", "transformers"):
-        assert report[name]["peak_bytes"] > 70 * 2 * 8 * 4  # x alone, of which the gradient is one
-        assert len(report[name]["times_s"]) == 1
+    assert set(rows["model", "forward_backward"]["largest_difference"]) == {"out", "grad_hidden_states"}
+    for (name, _), row in rows.items():
+        assert max(row["largest_difference"].values()) < 1e-4, name
+        assert row["tokens"] == (1 if name == "decode" else 70)
+        for side in ("ours", "transformers"):
+            assert len(row[side]["times_s"]) == 1
+            assert row[side]["peak_bytes"] > (70 * 16 * 4 if name != "decode" else 16 * 4)  # the stream alone
+            assert row[side]["resident_peak_bytes"] >= 0
+    assert rows["decode", "forward"]["over_floor"] > 0
+    assert "over_floor" not in rows["block", "forward"]
+
+
+def test_theirs_is_taken_at_its_best_chunk(monkeypatch):
+    pair = scan.Pair(lambda: 32, {}, [], [])
+    pair.theirs = {chunk: (lambda chunk=chunk: chunk) for chunk in (16, 32, 64)}
+    seconds = {16: 3.0, 32: 1.0, 64: 2.0}
+    monkeypatch.setattr(scan, "_forward", lambda pair, function: function())
+    monkeypatch.setattr(scan, "_clock", lambda step, device: (0.1, seconds.get(step(), 1.0)))
+    monkeypatch.setattr(scan, "_peaks", lambda step, device: {"peak_bytes": 1})
+    monkeypatch.setattr(scan, "_differences", lambda *results: {})
+    assert scan.measure(pair, "forward", 1, "cpu")["their_chunk"] == 32
+
+
+def test_two_that_know_nothing_of_each_other_agree_on_a_peak():
+    size = 64 * 2**20
+
+    def work():
+        torch.ones(size // 4).add_(torch.ones(size // 8).sum())
+
+    assert allocated_peak_bytes(work) == pytest.approx(1.5 * size, rel=0.05)
+    assert resident_peak_bytes(work) == pytest.approx(1.5 * size, rel=0.1)
 
 
 def test_train_compares_methods_with_off(capsys):
@@ -40,6 +68,9 @@ def test_train_compares_methods_with_off(capsys):
     assert off["ratio_to_off"] == 1
     assert ours["ratio_to_off"] == pytest.approx(off["step_s"] / ours["step_s"])
     assert ours["plan"].startswith("sequence_major")
+    assert ours["planned_activations_bytes"] < off["planned_activations_bytes"]
+    gradients = off["planned_bytes"] - off["planned_activations_bytes"]
+    assert ours["planned_bytes"] - ours["planned_activations_bytes"] == gradients > 4 * 10**6  # float32
     assert "plan" not in off
     assert train.backbone_config("0.7b").to_dict() == VideoMa2mbaConfig.from_preset("0.7b").to_dict()
     once = run(capsys, "train", "--lengths", "64", "--methods", "per layer", "--repeats", "1", "--once")
@@ -78,7 +109,7 @@ def test_memory_that_is_measured_comes_with_the_same_losses(capsys):
     ("arguments", "message"),
     [
         (["scan", "--tokens", "0"], "--tokens must be at least 1"),
-        (["scan", "--their-chunk", "0"], "--their-chunk must be at least 1"),
+        (["scan", "--their-chunks", "64", "0"], "--their-chunks must be at least 1"),
         (["train", "--repeats", "0"], "must be at least 1"),
         (["memory", "--lengths", "0"], "--lengths must be at least 1"),
         (["memory-of-video", "--repeats", "0"], "must be at least 1"),

@@ -305,12 +305,14 @@ def test_a_model_folder_without_weights(run, video, model_folder, tmp_path):
     assert_refused(run(video, QUESTION, "--model", tmp_path), "model.safetensors", str(tmp_path))
 
 
-def test_options_that_do_not_apply_are_refused(run, video, model, processor, tmp_path):
+def test_options_that_do_not_apply_are_refused(run, video, model, processor, model_folder, tmp_path, capsys):
     memory = VideoMemory(model, processor)
     memory.watch(video)
     memory.save_pretrained(tmp_path / "kept")
-    for option in (("--fps", "2"), ("--start", "5"), ("--end", "6"), ("--max-frames", "3"), ("--snapshots", "1")):
+    for option in (("--fps", "2"), ("--start", "5"), ("--end", "6"), ("--max-frames", "3")):
         assert_refused(run(tmp_path / "kept", QUESTION, *option), option[0], "is a memory")
+    assert cli.main(["chat", str(tmp_path / "kept"), "--model", model_folder, "--snapshots", "1"]) == 2
+    assert "--snapshots: " in capsys.readouterr().err
     assert run(tmp_path / "kept", QUESTION)[0] == 0
 
 

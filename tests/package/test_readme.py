@@ -1,6 +1,6 @@
-"""The README is run as it stands: every command, every block of Python, every figure that a file here has.
+"""The README and the pages of docs/ are run as they stand: each command, each block of Python, each figure of a file.
 
-The commands run in the order of the page, in one folder laid out as a clone with the published files that they name:
+The commands of a page run in its order, in one folder laid out as a clone with the published files that the page names:
 the same names, at a tiny size.
 """
 
@@ -20,17 +20,24 @@ from tests.tiny import byte_tokenizer
 from tests.weights import checkpoints
 from video_ma2mba import cli
 from video_ma2mba.data.synthetic import make_story
+from video_ma2mba.training import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-LINES = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line]
+# Pages that are run; what their commands need stands in the page itself.
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "memory", "training", "evaluation", "weights"))]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+BLOCKS = {
+    page: re.findall(r"^```(sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL) for page, text in TEXTS.items()
+}
+LINES = [line for page in PAGES for kind, block in BLOCKS[page] if kind == "sh" for line in block.splitlines() if line]
 IN_TABLES = re.findall(r"^\|.*\| `(video-ma2mba .*)` \|$", README, re.MULTILINE)
 
 # What cannot run in a test, and why.
 EXCUSED = {
     "make test": "it is what runs this",
     "video-ma2mba ui": "`test_ui.py` serves that page and uses it in a browser",
+    "video-ma2mba serve tiny --memories memories": "it goes on until it is stopped; `tests/serving` starts it",
     "pip install torch==2.13.0": "`make test-install` runs it, in an empty environment",
     "pip install .": "as above",
     "pip install --no-deps einops mamba_ssm-2.3.2.post1-*.whl causal_conv1d-1.7.0-*.whl": "the wheels of a GPU machine",
@@ -45,14 +52,13 @@ EXCUSED = {
 LESS = {" 65536 2097152": " 65536", "memory-of-video": "memory-of-video --minutes 1 2 --repeats 1 --size 64"}
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """The folder in which the page is run."""
-    folder = tmp_path_factory.mktemp("clone")
+@pytest.fixture
+def clone(tmp_path):
+    """The folder in which a page is run."""
     for name in ("model_cards", "examples"):
-        (folder / name).symlink_to(ROOT / name)
-    published(folder)
-    return folder
+        (tmp_path / name).symlink_to(ROOT / name)
+    published(tmp_path)
+    return tmp_path
 
 
 def published(folder):
@@ -78,53 +84,92 @@ def published(folder):
     byte_tokenizer().save_pretrained(folder / "EleutherAI" / "gpt-neox-20b")  # whose name the commands know
 
 
-def run(line, environment, monkeypatch):
+def run(line, monkeypatch):
     """One line of a block. The library's command runs in this process, which spares its imports."""
     for much, little in LESS.items():
         line = line.replace(much, little)
-    if assignment := re.fullmatch(r"(\w+)=(\S+)", line):
-        environment[assignment[1]] = assignment[2]
-        return
-    words = shlex.split(os.path.expandvars(line))
+    words = shlex.split(line)
     if words[0] != "video-ma2mba":
         where = ROOT if words[0] == "make" else None
-        words[0] = words[0].replace("python", sys.executable)
+        words[0] = sys.executable if words[0] == "python" else words[0]
         subprocess.run(words, cwd=where, check=True, env={**os.environ, "PYTHON": sys.executable})
     else:
         monkeypatch.setattr("sys.stdin", io.StringIO("What colour was the circle?\n/quit\n"))
         assert cli.main(words[1:]) == 0, line
 
 
-def test_the_page_runs_from_top_to_bottom(clone, monkeypatch, capfd):
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs_from_top_to_bottom(page, clone, monkeypatch, capfd):
     monkeypatch.chdir(clone)
     names, printed = {}, {}
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    for kind, block in BLOCKS:
+    for kind, block in BLOCKS[page]:
         if kind == "python":
-            exec(compile(block, "README.md", "exec"), names)
+            exec(compile(block, page, "exec"), names)
             printed[block] = capfd.readouterr().out
             continue
         for line in (line.partition("    #")[0].strip() for line in block.splitlines()):
             if line and line not in EXCUSED:
-                run(line, os.environ, monkeypatch)
+                run(line, monkeypatch)
                 printed[line] = capfd.readouterr().out
     colour = make_story(seed=7, duration_s=60).circle.colour
-    first = next(block for kind, block in BLOCKS if kind == "python")
-    assert printed[first] == f"{colour}\n"
-    answers = next(out for line, out in printed.items() if line.startswith("video-ma2mba ask story.mp4 "))
-    assert answers.splitlines()[0] == colour
-    truth = json.loads((clone / "my_videos" / "questions.jsonl").read_text().splitlines()[0])
-    tuned = next(out for line, out in printed.items() if line.startswith("python examples/finetune_own_videos.py my_v"))
-    assert tuned.splitlines()[-1] == truth["answer"]
+    asked = [
+        out for line, out in printed.items() if line.startswith("video-ma2mba ask story.mp4 ") and "colour" in line
+    ]
+    assert all(out.splitlines()[0] == colour for out in asked)
+    if page == "README.md":
+        assert asked
+        assert printed[next(block for kind, block in BLOCKS[page] if kind == "python")] == f"{colour}\n"
+        assert colour in printed["video-ma2mba chat story-memory"]
+    tuned = [
+        out for line, out in printed.items() if line.startswith("python examples/finetune_own_videos.py my_videos")
+    ]
+    if page == "docs/quickstart.md":
+        truth = json.loads((clone / "my_videos" / "questions.jsonl").read_text().splitlines()[0])
+        assert [out.splitlines()[-1] for out in tuned] == [truth["answer"]]
+        assert json.dumps(truth) in TEXTS[page]  # the line that the page shows is the one that is there
 
 
-def test_what_is_excused_stands_in_the_page():
+def test_what_is_excused_stands_in_a_page():
     assert set(EXCUSED) <= {line.partition("    #")[0].strip() for line in LINES}
+
+
+def test_links_and_figures_of_the_pages_exist():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            if link.startswith("http"):
+                continue
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            if anchor and target.suffix == ".md":
+                titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_paths_of_the_guide_for_contributors_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| `([\w/.]+\.py)` \| `(\w+)`", text, re.MULTILINE)
+    assert len(rows) == 5
+    for path, name in rows:
+        assert re.search(rf"^(class|def) {name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), path
+    said = re.findall(r"`((?:src|modeling|processing|tests|docs)/[\w/.]+)`", text)
+    assert [path for path in said if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.skipif(not hasattr(recipe, "recipe_keys"), reason="the table of keys is not there yet")
+def test_the_page_of_recipe_keys_is_what_the_code_says():
+    done = subprocess.run(
+        [sys.executable, "-P", ROOT / "docs" / "recipe_keys.py"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (ROOT / "docs" / "recipe_keys.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("command", IN_TABLES)
 def test_commands_of_figures_run(command, monkeypatch, capsys):
-    run(command.replace("\\|", "|"), {}, monkeypatch)
+    run(command.replace("\\|", "|"), monkeypatch)
     assert capsys.readouterr().out
 
 
@@ -153,11 +198,11 @@ def test_what_is_where_exists():
 
 
 def test_the_plan_is_what_the_command_prints(capsys):
-    (command,) = (line for line in LINES if line.startswith("video-ma2mba plan"))
+    (command,) = (line for line in LINES if line.startswith("video-ma2mba plan") and "--compare" in line)
     assert cli.main(shlex.split(command)[1:]) == 0
     table = [line.rstrip() for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     table = table[: table.index(next(line for line in table if line.startswith("└"))) + 1]
     assert len(table) > 10
-    assert "\n".join(table) in README
+    assert "\n".join(table) in TEXTS["docs/training.md"]
     hours = re.search(r"longest that fits .*", "\n".join(table))[0]
-    assert re.findall(r"[\d.]+(?= h)", hours)[2:] == ["0.27", "2.17", "4.73", "41.81"]
+    assert re.findall(r"[\d.]+(?= h)", hours)[2:] == ["0.25", "1.91", "4.23", "41.53"]

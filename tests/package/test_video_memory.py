@@ -1,6 +1,7 @@
 """`VideoMemory`: what it answers is what `generate` answers on the whole input, and nothing is lost on the way."""
 
 import copy
+import errno
 import json
 import subprocess
 import sys
@@ -413,11 +414,12 @@ def test_a_folder_of_something_else_is_left_alone(memory, tmp_path):
 
 def test_an_error_of_the_writer_of_safetensors_is_one_of_the_disk(memory, tmp_path, monkeypatch):
     def full(*args, **kwargs):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(video_memory_files, "save_file", full)
-    with pytest.raises(OSError, match="could not be written: Error while serializing"):
+    with pytest.raises(OSError, match="could not be written: Error while serializing") as caught:
         memory.save_pretrained(tmp_path / "memory")
+    assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 
 

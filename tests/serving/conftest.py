@@ -86,3 +86,15 @@ def asked(memory_id, question, **rest):
     """The body of a question about a memory."""
     content = [{"type": "memory", "id": memory_id}, {"type": "text", "text": question}]
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], **rest}
+
+
+def head_of(body):
+    """The head of a question that is sent by hand."""
+    fields = {
+        "Host": "localhost",
+        "Connection": "close",
+        "Content-Type": "application/json",
+        "Content-Length": len(body),
+    }
+    lines = ["POST /v1/chat/completions HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()

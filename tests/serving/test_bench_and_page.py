@@ -1,17 +1,23 @@
 """The benchmark of the server, and the page in the browser when a server watches and answers."""
 
 import json
+import queue
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gradio as gr
 import pytest
+import torch
+from transformers import DynamicCache
 
 from video_ma2mba import VideoMemory
-from video_ma2mba.benchmark import serve
+from video_ma2mba.benchmark import serve, serve_attention
+from video_ma2mba.benchmark.memory_of_video import attention_of_size
 from video_ma2mba.cli import bench, main
 from video_ma2mba.serving.client import RemoteMemory, Server
+from video_ma2mba.serving.engine import Engine, Row, Sampling
 from video_ma2mba.ui import Page
 
 
@@ -23,9 +29,38 @@ def test_bench_serve_prints_what_it_measured(capsys):
     assert all(row["requests_per_s"] > 0 and row["first_token_s"] > 0 for row in result["rows"])
     assert result["rows"][0]["times_one_client"] == 1.0
     assert [row["minutes"] for row in result["first_token_by_minutes"]] == [1, 2]
-    assert result["attention_tokens"] == 120
+    assert result["minutes"] == 2
     assert [row["clients"] for row in result["attention_rows"]] == [1, 2]
+    assert all(row["requests_per_s"] > 0 and row["first_token_s"] > 0 for row in result["attention_rows"])
+    assert result["ask_per_s"] > 0
     assert bench.load("serve") is serve
+
+
+def test_the_loop_answers_by_attention_as_it_would_alone(model, processor, video):
+    """Rows of different lengths, joined and left at different steps, against one row at a time."""
+    attention, past = attention_of_size(model), serve_attention.past_of_video(model, processor, video)
+    questions = [processor.tokenizer(words)["input_ids"] for words in ("Why?", "What came before that?", "And?")]
+
+    def alone(ids, count):
+        cache, said, step = DynamicCache(), [], torch.tensor([ids])
+        for number, (keys, values) in enumerate(past.layers):
+            cache.update(keys, values, number)
+        for _ in range(count):
+            with torch.no_grad():
+                step = attention(step, past_key_values=cache).logits[:, -1:].argmax(-1)
+            said.append(step.item())
+        return said
+
+    engine, told = Engine(serve_attention.Attention(attention)), queue.Queue()
+    rows = [
+        Row(ids, past, Sampling(4 + 2 * number, ignores_end=True), time.monotonic() + 60, False,
+            lambda tokens, ending, number=number: told.put((number, [token.id for token in tokens])))
+        for number, ids in enumerate(questions)
+    ]  # fmt: skip
+    engine.submit(rows)
+    given = dict(told.get(timeout=60) for _ in rows)
+    engine.close()
+    assert given == {number: alone(ids, 4 + 2 * number) for number, ids in enumerate(questions)}
 
 
 def test_the_page_shows_what_a_server_watches_and_answers(server, video, model, processor, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +167,15 @@ def test_killed_anywhere_a_server_has_whole_memories_only(
         answer = server.openai().chat.completions.create(**asked(memory_id, "Why?", max_tokens=8))
         assert answer.choices[0].message.content == alone.ask("Why?", max_new_tokens=8)
         assert not list(folder.glob("incoming-*"))
+
+
+def test_killed_while_it_saves_a_memory_is_whole_or_absent(model_folder, story, tmp_path):
+    """Before every sixth of all operations that change something on disk; `make torture` takes every one."""
+    (tmp_path / "kept").mkdir()
+    command = [sys.executable, "-m", "tests.serving.killed_while_saving", model_folder, str(story), f"{tmp_path}/kept"]
+    done = subprocess.run([*command, "6"], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[1]) > 8
 
 
 def test_two_servers_share_a_folder(store, story, monkeypatch):

@@ -12,7 +12,7 @@ import time
 import httpx
 import pytest
 
-from tests.torture.torture import NUM_KILLS
+from tests.torture.torture import NUM_KILLS, ROOT
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
 from video_ma2mba.data.synthetic import make_story
 from video_ma2mba.loading import TINY_MODEL
@@ -35,6 +35,15 @@ def started(folder):
 def question(memory_id):
     content = [{"type": "memory", "id": memory_id}, {"type": "text", "text": QUESTION}]
     return {"messages": [{"role": "user", "content": content}], "max_completion_tokens": 8}
+
+
+def test_killed_before_every_change_on_disk(tmp_path):
+    (tmp_path / "kept").mkdir()
+    video = make_story(seed=3, duration_s=40).render(tmp_path / "story.mp4")
+    command = [sys.executable, "-m", "tests.serving.killed_while_saving", str(TINY_MODEL), str(video)]
+    done = subprocess.run([*command, f"{tmp_path}/kept", "1"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[1]) > 50
 
 
 @pytest.mark.parametrize("seed", range(NUM_KILLS))

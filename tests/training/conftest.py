@@ -35,7 +35,8 @@ def changes(model_folder, stories, tmp_path) -> Callable[..., list[str]]:
     def make(**more: object) -> list[str]:
         values = {
             "model": model_folder, "data": str(stories), "output": str(tmp_path / "run"), "global_batch_size": 4,
-            "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-3, "vision_learning_rate": 1e-4, **more,
+            "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-3, "vision_learning_rate": 1e-4, "num_workers": 0,
+            **more,
         }  # fmt: skip
         return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 

@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 
 from video_ma2mba import VideoMa2mbaForConditionalGeneration
 from video_ma2mba.cli import main
+from video_ma2mba.data.collator import VideoChatCollator
+from video_ma2mba.data.manifest import load_manifest
 from video_ma2mba.data.prepare import prepare
 from video_ma2mba.training.recipe import read_recipe
 from video_ma2mba.training.run import make_trainer, prepare_run
@@ -188,17 +190,58 @@ def test_two_processes_go_on_where_one_has_only_text_or_only_bad_samples(changes
     assert report["skipped_samples"] >= 1
 
 
-def test_streaming_trains_too(changes, tmp_path):
-    assert main(command(changes(streaming=True, max_steps=3))) == 0
-    assert report_of(tmp_path / "run")["samples"] == 12
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_is_gone_on_with_exactly_and_what_was_trained_is_not_decoded_again(
+    changes, stories, tmp_path, monkeypatch, num_workers
+):
+    """Through more than one pass over the rows, and by processes that read some of the files each."""
+    shards = tmp_path / "shards"
+    prepare(stories.parent / "source.jsonl", stories.parent, shards, parquet=True, rows_per_file=2)
+    more = {"data": [str(shards)], "streaming": True, "max_steps": 6, "save_steps": 4, "num_workers": num_workers}
+    more["global_batch_size"] = 2  # twelve samples of eight rows
+    whole, cut = (changes(output=str(tmp_path / name), **more) for name in ("whole", "cut"))
+    assert main(command(whole)) == 0
+    assert report_of(tmp_path / "whole")["samples"] == 6 * 2
+    (tmp_path / "cut").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "cut" / "checkpoints")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-6")
+    collate, log = VideoChatCollator.__call__, tmp_path / "decoded"
+
+    def noted(self, rows):
+        with log.open("a") as file:
+            file.write("x")
+        return collate(self, rows)
+
+    monkeypatch.setattr(VideoChatCollator, "__call__", noted)
+    assert main(command(cut, "--resume")) == 0
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    expected, got = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert 2 * 2 <= len(log.read_text()) < 6 * 2  # some are made ahead
+
+
+def test_of_several_streams_each_row_is_drawn_as_often(changes, stories, tmp_path):
+    """Whatever their lengths, and for as long as one asks; no more processes decode than have files of their own."""
+    lines = (stories.parent / "source.jsonl").read_text().splitlines()
+    folders = []
+    for name, first, last in (("few", 0, 8), ("many", 8, len(lines))):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines[first:last]) + "\n")
+        folders.append(str(tmp_path / name))
+        prepare(tmp_path / f"{name}.jsonl", stories.parent, tmp_path / name)
+    more = {"evaluation_data": folders, "streaming": True, "num_workers": 3}
+    prepared = prepare_run(read_recipe("finetune", changes(data=folders, **more)))
+    assert len(prepared.evaluation_data) == sum(len(load_manifest(folder)) for folder in folders)  # that has an end
+    rows = [row["id"] for row in prepared.train_data.take(800)]
+    counts = {name: rows.count(name) for name in set(rows)}
+    assert counts.keys() == {row["id"] for folder in folders for row in load_manifest(folder)}
+    assert max(counts.values()) < 1.5 * min(counts.values())
+    assert make_trainer(prepared).args.dataloader_num_workers == 1
 
 
 def test_the_stock_trainer_takes_the_same_data(model_folder, stories, tmp_path):
     from transformers import Trainer
 
     from video_ma2mba import VideoMa2mbaProcessor
-    from video_ma2mba.data.collator import VideoChatCollator
-    from video_ma2mba.data.manifest import load_manifest
 
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(model_folder)
     collator = VideoChatCollator(VideoMa2mbaProcessor.from_pretrained(model_folder))

@@ -72,7 +72,7 @@ def llm(folder):
     return LLM(
         str(folder), enforce_eager=True, dtype="float32", enable_prefix_caching=True, block_size=BLOCK,
         max_model_len=40_000, max_num_batched_tokens=CHUNK, max_num_seqs=8,
-        limit_mm_per_prompt={"video": 4, "image": 4},
+        limit_mm_per_prompt={"video": 4, "image": 4}, enable_lora=True, max_lora_rank=8,
     )  # fmt: skip
 
 
@@ -90,11 +90,11 @@ def talk(content, system=None):
     return [*before, {"role": "user", "content": content}]
 
 
-def request(processor, content, system=None):
+def request(processor, content, system=None, fps=None):
     """A request to vLLM of the parts of a user's message."""
     files = [np.fromfile(part["path"], np.uint8) for part in content if part["type"] == "video"]
     images = [part["image"] for part in content if part["type"] == "image"]
-    data = ({"video": [(file, {"fps": None}) for file in files]} if files else {}) | (
+    data = ({"video": [(file, {"fps": fps}) for file in files]} if files else {}) | (
         {"image": images} if images else {}
     )
     text = processor.apply_chat_template(talk(content, system), add_generation_prompt=True)
@@ -111,8 +111,8 @@ def expected(model, processor, content, system=None):
     return ids[:start].tolist(), ids[start:].tolist()
 
 
-def answers(llm, requests):
+def answers(llm, requests, **options):
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS)
-    return llm.generate(requests, sampling, use_tqdm=False)
+    return llm.generate(requests, sampling, use_tqdm=False, **options)

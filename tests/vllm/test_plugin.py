@@ -1,14 +1,22 @@
 """The plugin in vLLM's CPU build: tokens of `generate`, states kept where a video ends, memory that is bounded."""
 
+import copy
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from tests.tiny import byte_tokenizer, tiny_config
 from tests.vllm.conftest import BLOCK, answers, expected, request, talk
+from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
+from video_ma2mba.data.synthetic import make_story
 from video_ma2mba.serving import vllm_videos
 from video_ma2mba.serving.prompts import prompt_pieces
 
@@ -49,8 +57,6 @@ def test_a_batch_of_different_lengths_has_the_tokens_of_generate(llm, model, pro
 
 def test_another_question_about_a_video_reads_none_of_its_frames(llm, model, processor, tmp_path):
     """Ten minutes, cut so that the frames end with a block; vLLM keeps states at the ends of blocks alone."""
-    from video_ma2mba.data.synthetic import make_story
-
     frames = 600 * model.config.tokens_per_frame
 
     def end_of_video(system):
@@ -68,7 +74,37 @@ def test_another_question_about_a_video_reads_none_of_its_frames(llm, model, pro
         assert answer.num_cached_tokens == (end_of_video(system) if turn else 0)
 
 
-def test_a_video_is_sampled_by_fps_alone():
+def test_an_adapter_answers_as_if_it_were_merged(llm, model, processor, stories, tmp_path):
+    """One request with it and one without, in a batch; of the folder that PEFT writes."""
+    from vllm.lora.request import LoRARequest
+
+    merged, rank, alpha, tensors = copy.deepcopy(model), 4, 8, {}
+    torch.manual_seed(3)
+    for name, module in merged.model.language_model.named_modules():
+        if name.endswith(("in_proj", "out_proj")):
+            down = torch.randn(rank, module.in_features) * 0.2
+            up = torch.randn(module.out_features, rank) * 0.2
+            place = f"base_model.model.model.language_model.{name}"
+            tensors |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
+            module.weight.data += alpha / rank * up @ down
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["in_proj", "out_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    content = [{"type": "video", "path": stories[1]}, text("What happens?")]
+    given = answers(
+        llm, [request(processor, content)] * 2, lora_request=[LoRARequest("ours", 1, str(tmp_path)), None]
+    )  # fmt: skip
+    truth = [expected(one, processor, content)[1] for one in (merged, model)]
+    assert truth[0] != truth[1]
+    assert [list(answer.outputs[0].token_ids) for answer in given] == truth
+
+
+def test_a_video_is_sampled_by_fps_alone(llm, model, processor, stories):
+    content = [{"type": "video", "path": stories[0]}, text("Why?")]
+    for fps in (None, 2.0, 0.5):
+        (answer,) = answers(llm, [request(processor, content, fps=fps)])
+        frames = len(VideoMa2mbaVideoProcessor(size=56).load(stories[0], fps=fps or 1.0).frames)
+        assert answer.prompt_token_ids.count(processor.video_token_id) == frames * model.config.tokens_per_frame
     data = b"x" * 10
     array, metadata = vllm_videos.Undecoded.load_bytes(data, fps=2.0)
     assert array.tobytes() == data
@@ -82,7 +118,6 @@ MEASURED = """
 import sys
 from tests.vllm import conftest
 from vllm import LLM
-import numpy as np
 from video_ma2mba import VideoMa2mbaProcessor
 from video_ma2mba.memory import restart_peak, peak_bytes
 import torch
@@ -100,17 +135,25 @@ if __name__ == "__main__":
 """
 
 
-def test_two_hours_take_the_memory_of_ten_minutes(folder, tmp_path):
-    from video_ma2mba.data.synthetic import make_story
-
+def test_two_hours_take_the_memory_of_ten_minutes(tmp_path):
+    """As pixels, two hours of the frames of this tiny tower would be 600 MB, half of what the process is without."""
+    processor = VideoMa2mbaProcessor(byte_tokenizer(), VideoMa2mbaVideoProcessor(size=168), patch_size=42)
+    config = tiny_config(
+        text={"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id},
+        vision={"image_size": 168, "patch_size": 42},
+        video_token_id=processor.video_token_id, image_token_id=processor.image_token_id, vision_chunk_size=8,
+    )  # fmt: skip
+    for part in (VideoMa2mbaForConditionalGeneration(config), processor):
+        part.save_pretrained(tmp_path / "model")
     videos = [make_story(seed=1, duration_s=60 * m).render(tmp_path / f"{m}.mp4") for m in (10, 120)]
     script = tmp_path / "measured.py"
     script.write_text(MEASURED)
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), *map(str, videos)], cwd=root, capture_output=True, text=True,
-        env={**__import__("os").environ, "PYTHONPATH": root},
+        [sys.executable, str(script), str(tmp_path / "model"), *map(str, videos)], cwd=root, capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": root, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak ")]
     assert len(peaks) == 2, done.stderr[-3000:]
+    print(*(f"{peak / 1e6:.0f} MB" for peak in peaks))
     assert peaks[1] <= 1.1 * peaks[0]

@@ -68,6 +68,7 @@ def test_a_folder_of_adapters_is_shared_with_a_card_of_ours(adapter, capsys):
     }  # fmt: skip
     assert "nothing was uploaded" in err
     assert "says of a black frame" in err
+    assert cli.main([*share[:-1], "--card-only", "--base-model", "video-ma2mba/video-ma2mba-tiny"]) == 0
     card = ModelCard.load(adapter / "README.md")
     assert (card.data.library_name, card.data.base_model) == ("peft", "video-ma2mba/video-ma2mba-tiny")
     assert "More Information Needed" not in card.text

@@ -30,7 +30,7 @@ def test_folder_is_its_preset(size):
 @pytest.mark.parametrize("size", BACKBONES)
 def test_card_is_what_is_rendered(size):
     folder = CARDS / f"video-ma2mba-{size}"
-    check_card(folder / "README.md")
+    check_card((folder / "README.md").read_text(encoding="utf-8"), folder / "README.md")
     bases = [f"state-spaces/mamba2-{BACKBONES[size]}", "openai/clip-vit-large-patch14-336"]
     card = render_card(folder, f"video-ma2mba/video-ma2mba-{size}", base_models=bases)
     assert (folder / "README.md").read_text(encoding="utf-8") == str(card) + "\n"

@@ -35,6 +35,27 @@ def folder(tmp_path):
     return Path(shutil.copytree(TINY, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.py")))
 
 
+@pytest.fixture
+def sent(monkeypatch):
+    """What a stand-in for the Hub was sent."""
+    sent = {}
+
+    class Hub:
+        def create_repo(self, repo, private, exist_ok):
+            sent.update(repo=repo, private=private)
+            return f"https://hub/{repo}"
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+            sent.update(files=set(allow_patterns), folder=folder_path)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    return sent
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def listed(text):
     return {line.split()[1] for line in text.splitlines()}
 
@@ -45,6 +66,8 @@ def test_dry_run_lists_exactly_what_is_needed(folder):
     (folder / "optimizer.safetensors").write_bytes(b"")
     (folder / "scratch.py").write_text("print()")
     (folder / "training_args.bin").write_bytes(b"\x80")
+    (folder / "README.md").unlink()
+    before = contents(folder)
     done = subprocess.run(
         [Path(sys.executable).with_name("video-ma2mba"), "share", str(folder), "--repo", "me/tiny", "--dry-run"],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -53,6 +76,11 @@ def test_dry_run_lists_exactly_what_is_needed(folder):
     assert listed(done.stdout) == FILES
     assert "not uploaded: events.out.tfevents.1, optimizer.safetensors, scratch.py, training_args.bin" in done.stderr
     assert "custom code" not in done.stderr
+    assert contents(folder) == before
+    assert done.stderr.splitlines()[-1] == (
+        f"a dry run: nothing was uploaded and nothing written. Without --dry-run these {len(FILES)} files go to "
+        f"me/tiny after writing the card and the code into {folder}"
+    )
 
 
 WITHOUT_THE_PACKAGE = """
@@ -76,8 +104,9 @@ print(processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1]:
 """
 
 
-def test_the_listed_files_alone_answer_without_the_package(folder, tmp_path):
-    assert cli.main(["share", str(folder), "--repo", "me/tiny", "--dry-run"]) == 0
+def test_the_uploaded_files_alone_answer_without_the_package(folder, tmp_path, sent):
+    assert cli.main(["share", str(folder), "--repo", "me/tiny"]) == 0
+    assert sent["files"] == FILES
     alone = tmp_path / "alone"
     alone.mkdir()
     for name in FILES:
@@ -124,8 +153,8 @@ def refused(command, capsys, *says):
 @pytest.mark.parametrize(
     "missing", ["tokenizer.json", "chat_template.jinja", "model.safetensors", "ssd.py", "modeling_video_ma2mba.py"]
 )
-def test_incomplete_folder(folder, missing, capsys):
-    assert cli.main(["share", str(folder), "--repo", "me/tiny", "--dry-run"]) == 0  # brings its code
+def test_incomplete_folder(folder, missing, sent, capsys):
+    assert cli.main(["share", str(folder), "--repo", "me/tiny"]) == 0  # brings its code
     (folder / missing).unlink()
     says = "no weights" if missing == "model.safetensors" else missing
     refused(["share", str(folder), "--repo", "me/tiny", "--dry-run"], capsys, says)
@@ -176,25 +205,21 @@ def test_wrong_arguments(folder, tmp_path, capsys):
     refused([*command, "--training", str(tmp_path / "none.json")], capsys, "none.json")
 
 
-def test_upload_sends_the_listed_files(folder, monkeypatch, capsys):
-    sent = {}
-
-    class Hub:
-        def create_repo(self, repo, private, exist_ok):
-            sent.update(repo=repo, private=private)
-            return f"https://hub/{repo}"
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
-            sent.update(files=set(allow_patterns), folder=folder_path)
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+def test_upload_sends_the_listed_files(folder, sent, capsys):
     assert cli.main(["share", str(folder), "--repo", "me/tiny", "--private"]) == 0
     assert sent == {"repo": "me/tiny", "private": True, "files": FILES, "folder": folder}
     assert capsys.readouterr().out.splitlines()[-1] == "https://hub/me/tiny"
 
 
 def test_unreachable_hub_is_an_error_not_a_traceback(folder, capsys):
-    refused(["share", str(folder), "--repo", "me/tiny"], capsys, "me/tiny", "Hub")
+    refused(["share", str(folder), "--repo", "me/tiny"], capsys, "me/tiny: the Hub cannot be reached")
+
+
+def test_options_of_a_card_that_is_written_are_refused(folder, capsys):
+    command = ["share", str(folder), "--repo", "me/tiny", "--dry-run"]
+    for option in (("--license", "mit"), ("--base-model", "a/b"), ("--training", "t.json")):
+        refused([*command, *option], capsys, option[0], "--card-only writes it anew")
+    refused(["share", str(folder), "--repo", "me/tiny", "--card-only", "--private"], capsys, "--private")
 
 
 def test_a_damaged_config_is_refused(folder, capsys):

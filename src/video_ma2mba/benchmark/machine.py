@@ -1,8 +1,11 @@
 """The machine and the versions behind a figure."""
 
+import ctypes
 import platform
 from collections.abc import Callable
 from typing import Any
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -32,3 +35,22 @@ def allocated_peak_bytes(function: Callable[[], Any]) -> int:
     if peak == 0:
         raise RuntimeError(f"torch {torch.__version__} reports no allocations to its profiler")
     return peak
+
+
+def resident_peak_bytes(function: Callable[[], Any]) -> int:
+    """Most bytes of this process that were resident during `function`, above those before, as Linux counts them.
+
+    glibc is told to take large blocks from the system and to give them back at once, or what it keeps would hide some.
+    """
+    import torch
+
+    from ..memory import peak_bytes, restart_peak
+
+    libc = ctypes.CDLL(None)
+    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        libc.mallopt(option, 128 * 1024)
+    device = torch.device("cpu")
+    function()  # what libraries keep for the next call is there from now on
+    before = restart_peak(device)
+    function()
+    return max(peak_bytes(device) - before, 0)

@@ -167,8 +167,9 @@ def count(
     batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     stand_in: bool = True,
+    num_batches: int = 1,
 ) -> LiveBytes:
-    """Count one forward and backward pass of the backbone and the loss.
+    """Count forward and backward passes of the backbone and the loss, whose gradients accumulate.
 
     Args:
         plan: None for no checkpointing.
@@ -184,39 +185,49 @@ def count(
         # what autograd accumulates by itself
         parameter.register_post_accumulate_grad_hook(lambda param: counter.count_as(param.grad, "gradients"))
     num_kept = min(num_tokens, NUM_SUPERVISED)
-    watched = plan.num_watched_tokens if plan is not None else 0
-    keep = torch.full((batch_size, num_tokens - watched), -1)
+    keep = torch.full((batch_size, num_tokens - (plan.num_watched_tokens if plan is not None else 0)), -1)
     keep[:, -num_kept:] = torch.arange(batch_size * num_kept).view(batch_size, num_kept)
 
     # no cycle may keep a tensor beyond its time: counted is what reference counts free
     gc.collect()
     with counting(counter, offload, stand_in):
-        cache, width = backbone.new_cache(batch_size), config.text_config.hidden_size
-        for start in range(0, watched, config.prefill_chunk_size):
-            length = min(config.prefill_chunk_size, watched - start)
-            with torch.no_grad():
-                embeds = torch.empty(batch_size, length, width, dtype=dtype, device="meta")
-                backbone(embeds, cache, None, torch.arange(length).sub(length - 1).clamp(-1).expand(batch_size, -1))
-                del embeds
-        with counter.placing("host" if offload else "device"):
-            shape = batch_size, num_tokens - watched, width
-            embeds = torch.empty(shape, dtype=dtype, device="meta").requires_grad_()
-        if plan is None:
-            hidden_states = backbone(embeds, cache, None, keep)
-        else:
-            store = CountedHostStore(counter) if offload else None
-            states, cache = cache.layers, None
-            hidden_states, _ = run_checkpointed(backbone.layers, plan, embeds, states, None, keep, store)
-            del states
-            hidden_states = backbone.norm_f(hidden_states[None])[0]
-        cache = _ = None  # training hands on no states
-        targets = torch.empty(batch_size * num_kept, dtype=torch.int64, device="meta")
-        head = torch.nn.Linear(
-            backbone.embeddings.embedding_dim, backbone.embeddings.num_embeddings, bias=False, device="meta"
-        )
-        head.weight = backbone.embeddings.weight
-        loss = head_loss(head, hidden_states, targets, config.loss_chunk_size)
-        del hidden_states
-        loss.backward()
+        for _ in range(num_batches):
+            _pass(config, backbone, counter, plan, (batch_size, num_tokens), dtype, keep)
     assert counter.live["gradients"] == counter.live["weights"], "a parameter went without its gradient"
     return counter
+
+
+def _pass(
+    config: VideoMa2mbaConfig, backbone: Mamba2Backbone, counter: LiveBytes, plan: CheckpointPlan | None,
+    shape: tuple[int, int], dtype: torch.dtype, keep: torch.Tensor,
+) -> None:  # fmt: skip
+    (batch_size, num_tokens), offload = shape, plan is not None and plan.offload
+    cache: Any
+    watched, num_kept = num_tokens - keep.shape[1], min(num_tokens, NUM_SUPERVISED)
+    cache, width = backbone.new_cache(batch_size), config.text_config.hidden_size
+    for start in range(0, watched, config.prefill_chunk_size):
+        length = min(config.prefill_chunk_size, watched - start)
+        with torch.no_grad():
+            embeds = torch.empty(batch_size, length, width, dtype=dtype, device="meta")
+            backbone(embeds, cache, None, torch.arange(length).sub(length - 1).clamp(-1).expand(batch_size, -1))
+            del embeds
+    with counter.placing("host" if offload else "device"):
+        size = batch_size, num_tokens - watched, width
+        embeds = torch.empty(size, dtype=dtype, device="meta").requires_grad_()
+    if plan is None:
+        hidden_states = backbone(embeds, cache, None, keep)
+    else:
+        store = CountedHostStore(counter) if offload else None
+        states, cache = cache.layers, None
+        hidden_states, _ = run_checkpointed(backbone.layers, plan, embeds, states, None, keep, store)
+        del states
+        hidden_states = backbone.norm_f(hidden_states[None])[0]
+    cache = _ = None  # training hands on no states
+    targets = torch.empty(batch_size * num_kept, dtype=torch.int64, device="meta")
+    head = torch.nn.Linear(
+        backbone.embeddings.embedding_dim, backbone.embeddings.num_embeddings, bias=False, device="meta"
+    )
+    head.weight = backbone.embeddings.weight
+    loss = head_loss(head, hidden_states, targets, config.loss_chunk_size)
+    del hidden_states
+    loss.backward()

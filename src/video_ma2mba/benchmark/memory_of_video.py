@@ -84,7 +84,7 @@ def _ask(model: Any, processor: Any, videos: dict[int, Path], repeats: int) -> l
     for minutes, video in videos.items():
         memories[minutes] = VideoMemory(model, processor)
         memories[minutes].watch(video)
-        caches[minutes] = _attention_cache(attention, model, processor, memories[minutes], video)
+        caches[minutes] = attention_cache(attention, model, processor, memories[minutes], video)
     times: dict[tuple[str, int], list[float]] = {}
     for turn in range(repeats + 1):
         for minutes in videos:
@@ -126,7 +126,7 @@ def attention_of_size(model: Any) -> Any:
 
 
 @torch.no_grad()
-def _attention_cache(attention: Any, model: Any, processor: Any, memory: VideoMemory, video: Path) -> tuple[Any, int]:
+def attention_cache(attention: Any, model: Any, processor: Any, memory: VideoMemory, video: Path) -> tuple[Any, int]:
     """Keys and values of the frames' embeddings, and how many tokens they are."""
     from transformers import DynamicCache
 

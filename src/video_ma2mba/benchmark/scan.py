@@ -1,44 +1,48 @@
-"""Forward and backward of the Mamba-2 scan in plain torch: this library's against that of the installed transformers.
+"""The scan, a block, a model of a few layers, and a decode step: this library's against transformers' Mamba2.
 
-Ours is what a mixer runs: `ssd_scan` over segments that are computed again in the backward pass. Theirs is
-`mamba2_chunk_scan` under autograd. Both get the same inputs in the same process, one after the other in turns.
+    video-ma2mba bench scan                                         # every row: many minutes on a CPU
+    video-ma2mba bench scan --rows block --sizes 370m --dtypes float32 --tokens 1024 8192
+    video-ma2mba bench scan --rows decode                           # within a minute
 
-Peak bytes are those of torch's CPU allocator above what the inputs take, temporaries inside operators included, as its
-memory profiler reports every allocation and release. They are exact and the same in every run; the resident size of the
-process is neither, because freed memory stays with it.
+Both get the same weights and inputs in the same process, one after the other in turns; theirs at the chunk size at
+which it is fastest. Seconds of the CPU stand beside those of the clock: where other programs share the machine, they
+are the fairer figure. A decode step is one token through `--layers` layers, beside the time of its products of a matrix
+and a vector alone, below which no implementation comes.
 
-Seconds of the CPU stand beside those of the clock: where other programs share the machine, they are the fairer figure.
+Peak bytes are told by two that know nothing of each other, above what the inputs take: torch's CPU allocator, whose
+every allocation and release the profiler reports; and the operating system, as the resident size of the process at its
+peak. On a GPU they are the allocator's, and the core of a mixer is compared with mamba_ssm's fused one too.
 """
 
 import argparse
-import inspect
+import itertools
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional as F
-from transformers.models.mamba2 import modeling_mamba2
 
 from ..loading import choose_device
-from ..modeling.recompute import recompute_segments
+from ..memory import peak_bytes, restart_peak
 from ..modeling.segment_sizes import SCAN_CHUNK, SEGMENT
-from ..modeling.ssd import ssd_scan
-from .machine import allocated_peak_bytes, describe
+from .machine import allocated_peak_bytes, describe, resident_peak_bytes
+from .peers import ROWS, SIZES, Pair, make_pair
 
-NAMES = ("x", "dt", "A", "B", "C", "D", "state")
+PASSES = ("forward", "forward_backward")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: a mixer's core on the kernels")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--state", type=int, default=128, help="state size")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--sizes", nargs="+", choices=["tiny", *SIZES], default=list(SIZES), help="of the backbone")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
+    parser.add_argument("--layers", type=int, default=2, help="of the rows model and decode (default: %(default)s)")
     parser.add_argument(
-        "--their-chunk", type=int, default=256, help="chunk size of theirs; 256 is Mamba2Config's default"
+        "--their-chunks", type=int, nargs="+", default=[64, 128, 256], help="chunk sizes of theirs to choose among"
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each, after one that is not timed")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if left out")
@@ -46,98 +50,131 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    for name in ("batch", "tokens", "heads", "head_dim", "state", "their_chunk", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if choose_device(args.device).type == "cuda":
-        from . import mixer
-
-        return mixer.measure(args)
+    for name in ("tokens", "layers", "their_chunks", "repeats"):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    device = choose_device(args.device).type
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    inputs, cotangents = _inputs(args)
-    scans = {"ours": _ours, "transformers": _theirs(args.their_chunk)}
-    results = {name: _forward_backward(scan, inputs, cotangents) for name, scan in scans.items()}  # warms up as well
-    times: dict[str, list[float]] = {name: [] for name in scans}
-    cpu_times: dict[str, list[float]] = {name: [] for name in scans}
-    for _ in range(args.repeats):
-        for name, scan in scans.items():
-            start, cpu_start = time.perf_counter(), time.process_time()
-            _forward_backward(scan, inputs, cotangents)
-            times[name].append(time.perf_counter() - start)
-            cpu_times[name].append(time.process_time() - cpu_start)
-    measured: dict[str, dict[str, Any]] = {
-        name: {
-            "median_s": statistics.median(times[name]),
-            "median_cpu_s": statistics.median(cpu_times[name]),
-            "times_s": times[name],
-            "peak_bytes": allocated_peak_bytes(partial(_forward_backward, scan, inputs, cotangents)),
-        }
-        for name, scan in scans.items()
-    }
-    ours, theirs = measured["ours"], measured["transformers"]
+    rows = []
+    for row, size, dtype, tokens in itertools.product(args.rows, args.sizes, args.dtypes, args.tokens):
+        if row == "decode" and tokens != args.tokens[0]:
+            continue  # one token is one token
+        passes = [name for name in args.passes if row != "decode" or name == "forward"]
+        pair = make_pair(
+            row, size, getattr(torch, dtype), tokens, args.layers, args.their_chunks, args.device, args.seed
+        )
+        for name in passes:
+            where = {"row": row, "size": size, "dtype": dtype, "pass": name, "tokens": 1 if row == "decode" else tokens}
+            rows.append(where | measure(pair, name, args.repeats, device))
     return {
         "benchmark": "scan",
-        "what": "forward and backward, float32, CPU",
-        "shape": {name: getattr(args, name) for name in ("batch", "tokens", "heads", "head_dim", "state")},
-        "settings": {"segment": SEGMENT, "scan_chunk": SCAN_CHUNK, "their_chunk": args.their_chunk},
-        **measured,
+        "settings": {"segment": SEGMENT, "scan_chunk": SCAN_CHUNK, "layers": args.layers, "repeats": args.repeats},
+        "rows": rows,
+        **({"core": _core(args)} if device == "cuda" else {}),
+        "machine": describe(device),
+    }
+
+
+def measure(pair: Pair, name: str, repeats: int, device: str) -> dict[str, Any]:
+    """One row: seconds and bytes of both, and how far their results are apart."""
+    step = partial(_forward if name == "forward" else _forward_backward, pair)
+    # first of all, as a decode step moves the states on; it warms up as well
+    of_ours, of_theirs = step(pair.ours), {chunk: step(theirs) for chunk, theirs in pair.theirs.items()}
+    tried = {chunk: _clock(partial(step, theirs), device)[1] for chunk, theirs in pair.theirs.items()}
+    chunk = min(tried, key=lambda one: tried[one])
+    differences = _differences(pair.names, of_ours, of_theirs[chunk])
+    del of_ours, of_theirs
+    subjects = {"ours": pair.ours, "transformers": pair.theirs[chunk]}
+    if pair.floor is not None:
+        subjects["floor"] = pair.floor
+    times: dict[str, list[float]] = {key: [] for key in subjects}
+    cpu_times: dict[str, list[float]] = {key: [] for key in subjects}
+    for _ in range(repeats):
+        for key, function in subjects.items():
+            seconds, cpu_seconds = _clock(partial(step, function), device)
+            times[key].append(seconds)
+            cpu_times[key].append(cpu_seconds)
+    measured: dict[str, dict[str, Any]] = {
+        key: {
+            "median_s": statistics.median(times[key]),
+            "median_cpu_s": statistics.median(cpu_times[key]),
+            "times_s": times[key],
+            **({} if key == "floor" else _peaks(partial(step, function), device)),
+        }
+        for key, function in subjects.items()
+    }
+    ours, theirs = measured["ours"], measured["transformers"]
+    compared = {
+        "their_chunk": chunk,
         "times_faster": theirs["median_s"] / ours["median_s"],
         "times_less_cpu": theirs["median_cpu_s"] / ours["median_cpu_s"],
-        "memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
-        "largest_difference": _differences(results["ours"], results["transformers"]),
-        "machine": describe("cpu"),
+        "memory_ratio": ours["peak_bytes"] / max(theirs["peak_bytes"], 1),
+        "largest_difference": differences,
     }
+    if pair.floor is not None:
+        compared["over_floor"] = ours["median_cpu_s"] / measured["floor"]["median_cpu_s"]
+    return measured | compared
 
 
-def _inputs(args):
-    """Leaves that want gradients, in the sizes a trained model has them, and cotangents for y and the final state."""
-    draw = torch.Generator().manual_seed(args.seed)
+def _clock(function: Callable[[], Any], device: str) -> tuple[float, float]:
+    """Seconds of the clock, and of the CPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
-    def normal(*shape):
-        return torch.randn(shape, generator=draw)
 
-    b, t, h, p, n = args.batch, args.tokens, args.heads, args.head_dim, args.state
-    inputs = [
-        normal(b, t, h, p),
-        F.softplus(normal(b, t, h) - 3),
-        -torch.exp(normal(h)),
-        normal(b, t, 1, n),
-        normal(b, t, 1, n),
-        normal(h),
-        normal(b, h, p, n),
+def _peaks(function: Callable[[], Any], device: str) -> dict[str, int]:
+    if device == "cuda":
+        before = restart_peak(torch.device(device))
+        function()
+        return {"peak_bytes": peak_bytes(torch.device(device)) - before}
+    return {"peak_bytes": allocated_peak_bytes(function), "resident_peak_bytes": resident_peak_bytes(function)}
+
+
+def _forward(pair: Pair, function: Callable) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        return tuple(function(*pair.inputs))
+
+
+def _forward_backward(pair: Pair, function: Callable) -> tuple[torch.Tensor, ...]:
+    """The outputs, and the gradients of the inputs; those of weights are computed too, and let go of."""
+    outputs = function(*pair.inputs)
+    draw = torch.Generator(outputs[0].device).manual_seed(0)
+    cotangents = [
+        torch.randn(out.shape, generator=draw, device=out.device, dtype=torch.float32).to(out.dtype) for out in outputs
     ]
-    return [tensor.requires_grad_() for tensor in inputs], (normal(b, t, h, p), normal(b, h, p, n))
+    torch.autograd.backward(outputs, cotangents)
+    gradients = [tensor.grad for tensor in pair.inputs]
+    for tensor in pair.inputs:
+        tensor.grad = None
+    return *(out.detach() for out in outputs), *(grad for grad in gradients if grad is not None)
 
 
-def _ours(x, dt, A, B, C, D, state):
-    def segment(sequence, states, params):
-        (x, dt, B, C), (A, D) = sequence, params
-        y, new_state = ssd_scan(x, dt, A, B, C, D, *states)
-        return y, (new_state,)
-
-    y, (state,), _ = recompute_segments(segment, SEGMENT, (x, dt, B, C), (state,), (A, D))
-    return y, state
-
-
-def _theirs(chunk_size):
-    scan = inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)
-
-    def run_theirs(x, dt, A, B, C, D, state):
-        return scan(x, dt, A, B, C, chunk_size, D=D, initial_states=state, return_final_states=True)
-
-    return run_theirs
-
-
-def _forward_backward(scan, inputs, cotangents):
-    outputs = scan(*inputs)
-    return *(out.detach() for out in outputs), *torch.autograd.grad(outputs, inputs, cotangents)
-
-
-def _differences(ours, theirs) -> dict[str, float]:
+def _differences(names: list[str], ours: tuple, theirs: tuple) -> dict[str, float]:
     """For each result and gradient, the largest difference over the largest element."""
-    names = ("y", "final_state", *(f"grad_{name}" for name in NAMES))
     return {
         name: float((mine - other).abs().max() / other.abs().max())
-        for name, mine, other in zip(names, ours, theirs, strict=True)
+        for name, mine, other in zip(names, ours, theirs, strict=False)
     }
+
+
+def _core(args: argparse.Namespace) -> dict[str, Any]:
+    """The core of a mixer against mamba_ssm's, by size."""
+    from .mixer import measure as measure_core
+    from .peers import text_config
+
+    found = {}
+    for size in args.sizes:
+        config = text_config(size, 1)
+        asked = argparse.Namespace(
+            batch=1, tokens=args.tokens[0], heads=config.num_heads, head_dim=config.head_dim, state=config.state_size,
+            their_chunk=config.chunk_size, repeats=args.repeats, seed=args.seed,
+        )  # fmt: skip
+        found[size] = measure_core(asked)
+    return found

@@ -3,8 +3,7 @@
 A server of the tiny model (or --model) in a process of its own, and clients in another, which ask one question after
 another, each with an answer of exactly --tokens tokens:
 - by clients: requests a second against one client, which is one question at a time; median time to the first token;
-- the same of a Llama of equal size with keys and values of as many tokens as the video, in a loop that likewise takes a
-  step for all its rows; without HTTP, which spares it some milliseconds a request;
+- the same in the same server and loop, where a Llama of equal size answers from keys and values of the longest video;
 - `VideoMemory.ask`, one at a time, without HTTP;
 - the time to the first token by minutes of video, in turns.
 """
@@ -37,47 +36,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=256, help="at each number of clients (default: 256)")
     parser.add_argument("--minutes", type=int, nargs="+", default=[1, 60], help="of the videos asked about")
     parser.add_argument("--repeats", type=int, default=40, help="first tokens timed for each video")
-    parser.add_argument("--attention-requests", type=int, default=64, help="of the attention model; 0 leaves it out")
+    parser.add_argument(
+        "--attention-requests", type=int, default=64, help="the same of the attention model (default: 64)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if min(*args.clients, *args.minutes, args.tokens, args.requests, args.repeats) < 1:
+    counts = (*args.clients, *args.minutes, args.tokens, args.requests, args.repeats, args.attention_requests)
+    if min(counts) < 1:
         raise ValueError("clients, minutes, tokens, requests and repeats must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
         videos = {m: make_story(seed=1, duration_s=60 * m).render(Path(folder) / f"{m}.mp4") for m in args.minutes}
-        with _served(args.model, folder, max(args.clients)) as url:
+        slots, memories, longest = str(max(args.clients)), f"{folder}/memories", args.minutes[-1]
+        ours = ["video_ma2mba.cli", "serve", args.model, "--port", "0", "--device", "cpu", "--slots", slots]
+        with _served(*ours, "--memories", memories, "--allow-media", folder) as url:
             ids = {minutes: _remembered(url, video, minutes) for minutes, video in videos.items()}
-            first = ids[args.minutes[0]]
-            _clients(url, [first], args.tokens, clients=4, requests=8)  # not timed
-            rows = [
-                {"clients": count, **_clients(url, [first], args.tokens, count, max(args.requests, count))}
-                for count in args.clients
-            ]
+            rows = _by_clients(url, ids[longest], args, args.requests)
             in_turns = _clients(url, list(ids.values()), args.tokens, 1, args.repeats * len(ids))["by_memory"]
-        alone = rows[0]["requests_per_s"] if rows[0]["clients"] == 1 else None
-        for row in rows:
-            row["times_one_client"] = None if alone is None else row["requests_per_s"] / alone
-            del row["by_memory"]
         firsts = [{"minutes": minutes, "first_token_s": in_turns[one]} for minutes, one in ids.items()]
-        others = _without_http(args, videos[args.minutes[-1]])
+        theirs = ["video_ma2mba.benchmark.serve_attention", str(videos[longest]), args.model, memories, slots]
+        with _served(*theirs) as url:
+            attention_rows = _by_clients(url, ids[longest], args, args.attention_requests)
+        ask_per_s = _one_at_a_time(args, videos[longest])
     return {
         "benchmark": "serve",
         "model": Path(args.model).name,
         "tokens": args.tokens,
+        "minutes": longest,
         "rows": rows,
+        "attention_rows": attention_rows,
+        "ask_per_s": ask_per_s,
         "first_token_by_minutes": firsts,
         "first_token_ratio": firsts[-1]["first_token_s"] / firsts[0]["first_token_s"],
-        **others,
         "machine": describe("cpu"),
     }
 
 
 @contextmanager
-def _served(model: str, folder: str, slots: int) -> Iterator[str]:
-    command = [sys.executable, "-m", "video_ma2mba.cli", "serve", model, "--port", "0", "--device", "cpu"]
-    command += ["--memories", f"{folder}/memories", "--allow-media", folder, "--slots", str(slots)]
+def _served(*arguments: str) -> Iterator[str]:
+    """The address of a server in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums of one size, and a core left for the clients
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    server = subprocess.Popen(
+        [sys.executable, "-P", "-m", *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    )
     try:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
@@ -96,6 +97,19 @@ def _remembered(url: str, video: Path, minutes: int) -> str:
     return server.wait(server.remember(path=str(video.resolve()))["id"], timeout_s=LONGER * (1 + minutes))["id"]
 
 
+def _by_clients(url: str, memory_id: str, args: argparse.Namespace, requests: int) -> list[dict[str, Any]]:
+    """What each number of clients measured."""
+    _clients(url, [memory_id], args.tokens, clients=4, requests=8)  # not timed
+    rows = []
+    for count in args.clients:
+        row = {"clients": count, **_clients(url, [memory_id], args.tokens, count, max(requests, count))}
+        del row["by_memory"]
+        alone = rows[0] if rows else row
+        row["times_one_client"] = row["requests_per_s"] / alone["requests_per_s"] if alone["clients"] == 1 else None
+        rows.append(row)
+    return rows
+
+
 def _clients(url: str, ids: list[str], tokens: int, clients: int, requests: int) -> dict[str, Any]:
     """What clients in a process of their own measured."""
     task = json.dumps({
@@ -107,16 +121,16 @@ def _clients(url: str, ids: list[str], tokens: int, clients: int, requests: int)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _without_http(args: argparse.Namespace, video: Path) -> dict[str, Any]:
-    """Requests a second of `ask`, one at a time, and of the attention model, whose rows step together."""
+def _one_at_a_time(args: argparse.Namespace, video: Path) -> float:
+    """Requests a second of `ask`, without HTTP."""
     import torch
 
     from .. import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
-    from .memory_of_video import _attention_cache, attention_of_size
 
-    model = VideoMa2mbaForConditionalGeneration.from_pretrained(args.model).eval()
-    processor = VideoMa2mbaProcessor.from_pretrained(args.model)
-    memory = VideoMemory(model, processor)
+    memory = VideoMemory(
+        VideoMa2mbaForConditionalGeneration.from_pretrained(args.model).eval(),
+        VideoMa2mbaProcessor.from_pretrained(args.model),
+    )
     memory.watch(video)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -126,33 +140,6 @@ def _without_http(args: argparse.Namespace, video: Path) -> dict[str, Any]:
         begin = time.perf_counter()
         for _ in range(10):
             memory.ask(QUESTIONS[0], **options)
-        result: dict[str, Any] = {"ask_per_s": 10 / (time.perf_counter() - begin)}
-        if args.attention_requests:
-            attention = attention_of_size(model)
-            cache, num_tokens = _attention_cache(attention, model, processor, memory, video)
-            ids = processor.tokenizer(f"\n{QUESTIONS[0]}<|assistant|>", return_tensors="pt")["input_ids"]
-            result["attention_minutes"], result["attention_tokens"] = args.minutes[-1], num_tokens
-            result["attention_rows"] = [
-                {"clients": count, "requests_per_s": _attention(attention, cache, ids, args.tokens, count, args)}
-                for count in args.clients
-            ]
+        return 10 / (time.perf_counter() - begin)
     finally:
         torch.set_num_threads(threads)
-    return result
-
-
-def _attention(attention: Any, cache: Any, ids: Any, tokens: int, clients: int, args: argparse.Namespace) -> float:
-    import copy
-
-    import torch
-
-    turns = max(1, args.attention_requests // clients)
-    begin = time.perf_counter()
-    with torch.no_grad():
-        for _ in range(turns):
-            own, step = copy.deepcopy(cache), ids.repeat(clients, 1)
-            own.batch_repeat_interleave(clients)
-            for _ in range(tokens):
-                logits = attention(step, past_key_values=own, use_cache=True, logits_to_keep=1).logits
-                step = logits[:, -1:].argmax(-1)
-    return turns * clients / (time.perf_counter() - begin)

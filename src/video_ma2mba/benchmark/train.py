@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, Mamba2Config
 
+from ..files import write_json
+from ..fitting import Sizes, Training
 from ..loading import choose_device, choose_dtype
 from ..memory import peak_bytes, restart_peak
 from ..methods import METHODS
 from ..modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
+from ..modeling.checkpoint_plan import peak_bytes_without
 from ..modeling.configuration_video_ma2mba import PRESETS
 from .machine import describe
 
@@ -43,17 +46,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dtype = choose_dtype(args.dtype, device)
     torch.manual_seed(0)
     config = backbone_config(args.model)
-    model = VideoMa2mbaForConditionalGeneration._from_config(config, dtype=dtype).to(device).train()
+    with torch.device(device):
+        model = VideoMa2mbaForConditionalGeneration._from_config(config, dtype=dtype).train()
     model.model.vision_tower.requires_grad_(False)
-    rows = [row for length in args.lengths for row in _measure(model, length, args)]
-    return {
+    result: dict[str, Any] = {
         "benchmark": "train",
         "model": args.model,
         "num_backbone_parameters": sum(p.numel() for p in model.model.language_model.parameters()),
         "dtype": str(dtype).removeprefix("torch."),
-        "rows": rows,
+        "rows": [],
         "machine": describe(device.type),
     }
+    for length in args.lengths:
+        result["rows"] += _measure(model, length, args)
+        if getattr(args, "output", None) is not None:  # what was measured is kept, whatever becomes of the next length
+            write_json(args.output, result)
+    return result
 
 
 def backbone_config(name: str) -> VideoMa2mbaConfig:
@@ -98,6 +106,7 @@ def _measure(model: VideoMa2mbaForConditionalGeneration, length: int, args: argp
         if METHODS[name] is not None:
             _enable(model, METHODS[name])
             row["plan"] = str(model.checkpoint_plan(1, length))
+        row |= _planned(model, name, length)
         if name in times:
             row["step_s"] = statistics.median(times[name])
             row["tokens_per_s"] = length / row["step_s"]
@@ -111,6 +120,21 @@ def _measure(model: VideoMa2mbaForConditionalGeneration, length: int, args: argp
         if off and "tokens_per_s" in row:
             row["ratio_to_off"] = row["tokens_per_s"] / off
     return rows
+
+
+def _planned(model: VideoMa2mbaForConditionalGeneration, name: str, length: int) -> dict[str, int]:
+    """What the planner says of the step: bytes of activations, and with the gradients, as `peak_bytes` measures."""
+    if METHODS[name] is not None:
+        activations_bytes = model.checkpoint_plan(1, length).predicted_peak_bytes
+    else:
+        weight = model.model.language_model.embeddings.weight
+        scan = model.model.language_model.layers[0].mixer.backends(weight.device, weight.dtype).scan
+        activations_bytes = peak_bytes_without(
+            model.config, 1, length, dtype_bytes=weight.element_size(), scan_backend=scan,
+            num_supervised_tokens=min(length, NUM_SUPERVISED),
+        )  # fmt: skip
+    gradients_bytes = Training().fixed(Sizes.of(model), METHODS[name] is not None, 0, 0).gradients_bytes
+    return {"planned_activations_bytes": activations_bytes, "planned_bytes": activations_bytes + gradients_bytes}
 
 
 def _enable(model: VideoMa2mbaForConditionalGeneration, options: dict | None) -> None:

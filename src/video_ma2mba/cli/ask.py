@@ -16,10 +16,14 @@ HELP = "answer questions about a video"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="path or URL of a video, or the folder of a memory")
-    parser.add_argument("questions", metavar="QUESTION", nargs="+", help="each is answered on its own")
-    watching.add_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="per answer (default: 128)")
-    parser.add_argument("--json", action="store_true", help="print one object with answers, tokens, seconds, bytes")
+    parser.add_argument("questions", metavar="QUESTION", nargs="+", help="in quotes; each is answered on its own")
+    watching.add_arguments(parser, snapshots=False)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens of an answer (default: 128)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object with answers, tokens, seconds, bytes"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

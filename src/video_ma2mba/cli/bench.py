@@ -1,7 +1,4 @@
-"""Run one of the library's benchmarks and print its figures as JSON.
-
-A benchmark is a module of `video_ma2mba.benchmark` with `add_arguments(parser)` and `run(args) -> dict`.
-"""
+"""Run one of the library's benchmarks and print its figures as JSON."""
 
 import argparse
 import importlib
@@ -12,15 +9,17 @@ from types import ModuleType
 from ..files import write_json
 
 HELP = "run a benchmark and print its figures as JSON"
+# Modules of `video_ma2mba.benchmark` with `add_arguments(parser)` and `run(args) -> dict`.
 BENCHMARKS = {
     "decode": "reading a video's frames against a bare PyAV loop",
-    "scan": "forward and backward of the Mamba-2 scan against transformers' own",
+    "scan": "the scan, a block, a model and a decode step against transformers' own",
     "memory": "memory of training by checkpointing method and length: counted at full size, or measured",
     "train": "training throughput by checkpointing method",
     "generate": "prefill, seconds per new token by length of the context, and frames per second of the tower",
     "memory-of-video": "a video memory against an attention model: bytes and seconds per question, by minutes of video",
     "serve": "questions over HTTP: requests a second and time to the first token, by clients at once",
     "study": "small experiments: backbone, fps, intervals, length, max-length, stability",
+    "device": "launches, decoding, watching and offload, as a GPU has them",
     "backends": "which kernels run on this machine, and why not the others",
 }
 

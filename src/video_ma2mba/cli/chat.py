@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     watching.add_arguments(parser)
     watching.add_server_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="per answer (default: 128)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens of an answer (default: 128)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

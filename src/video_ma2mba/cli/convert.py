@@ -13,28 +13,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     init = sources.add_parser(
         "init", help="an untrained model of a Mamba-2 and a vision tower", description=_INIT, epilog=_EPILOG
     )
-    init.add_argument("--language-model", required=True, metavar="DIR_OR_HUB_ID", help="state-spaces/mamba2-2.7b, ...")
     init.add_argument(
-        "--vision-model", required=True, metavar="DIR_OR_HUB_ID", help="openai/clip-vit-large-patch14-336, ..."
+        "--language-model", required=True, metavar="DIR_OR_HUB_ID", help="a Mamba-2, such as state-spaces/mamba2-2.7b"
     )
-    init.add_argument("--seed", type=int, default=0, help="of the projector's weights (default: 0)")
+    init.add_argument(
+        "--vision-model",
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="a CLIP or SigLIP, such as openai/clip-vit-large-patch14-336",
+    )
+    init.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="for the projector's random weights (default: 0)"
+    )
 
     llava = sources.add_parser(
         "llava-mamba", help="a checkpoint of the model's authors", description=_LLAVA_MAMBA, epilog=_EPILOG
     )
-    llava.add_argument("source", metavar="DIR_OR_HUB_ID", help="interlive/video-ma2mba-1.3b, ...")
-    llava.add_argument("--vision-model", metavar="DIR_OR_HUB_ID", help="whose config describes the tower, if not known")
+    llava.add_argument("source", metavar="DIR_OR_HUB_ID", help="such as interlive/video-ma2mba-1.3b")
+    llava.add_argument(
+        "--vision-model", metavar="DIR_OR_HUB_ID", help="where to read what tower it is, if that is not known"
+    )
 
     for command in (init, llava):
-        command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new folder")
-        command.add_argument("--tokenizer", metavar="DIR_OR_HUB_ID", help="default: the source's, or else GPT-NeoX's")
+        command.add_argument(
+            "-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write, which must be new"
+        )
+        command.add_argument(
+            "--tokenizer", metavar="DIR_OR_HUB_ID", help="default: that of the source, or else GPT-NeoX's"
+        )
         command.add_argument(
             "--dtype",
             choices=("auto", "float32", "bfloat16", "float16"),
             default="auto",
-            help="auto: that of the source; A_log, D and dt_bias are float32 always",
+            help="default: auto, that of the source; A_log, D and dt_bias are float32 always",
         )
-        command.add_argument("--verify", action="store_true", help="compare every tensor and run a forward pass")
+        command.add_argument(
+            "--verify", action="store_true", help="compare every tensor with its source, and run a forward pass"
+        )
 
 
 _INIT = """An untrained Video-Ma2mba: a language model in the format of state-spaces or of transformers' Mamba2, the

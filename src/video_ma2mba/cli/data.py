@@ -22,28 +22,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     prepare = actions.add_parser("prepare", help="convert, check and group", description=__doc__)
     prepare.add_argument("source", type=Path, metavar="SOURCE", help="a published file, or a folder of them")
-    prepare.add_argument("--media-root", type=Path, required=True, metavar="DIR", help="where the paths in it begin")
+    prepare.add_argument(
+        "--media-root", type=Path, required=True, metavar="DIR", help="folder in which the paths of its media begin"
+    )
     prepare.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write")
-    prepare.add_argument("--format", metavar="NAME", help="of the files (default: found out from each)")
-    prepare.add_argument("--max-hours", type=float, default=24.0, help="leave out longer videos (default: 24)")
+    prepare.add_argument("--format", metavar="NAME", help="format of the files (default: told from each file)")
+    prepare.add_argument(
+        "--max-hours", type=float, default=24.0, metavar="HOURS", help="leave out videos that are longer (default: 24)"
+    )
     prepare.add_argument("--parquet", action="store_true", help="write Parquet instead of JSON lines")
     prepare.add_argument(
-        "--rows-per-file", type=int, metavar="N", help="of Parquet, for sets that are streamed (default: one file)"
+        "--rows-per-file",
+        type=int,
+        metavar="N",
+        help="with --parquet: rows of a file, for sets that are streamed (default: all)",
     )
     prepare.add_argument(
         "--workers", type=int, metavar="N", help="videos opened or decoded at a time (default: the machine's cores)"
     )
     prepare.add_argument(
-        "--shard", type=parse_share, metavar="I/N", help="only the I-th part of the media, no manifest"
+        "--shard",
+        type=parse_share,
+        metavar="I/N",
+        help="look at the I-th part of the media alone, and write no manifest",
     )
     prepare.add_argument(
-        "--cache-frames", choices=("raw", "jpeg"), metavar="raw|jpeg", help="store the frames: training decodes no more"
+        "--cache-frames",
+        choices=("raw", "jpeg"),
+        metavar="raw|jpeg",
+        help="store the frames too, so that training decodes no video",
     )
-    prepare.add_argument("--fps", type=float, default=1.0, help="of the stored frames (default: 1)")
+    prepare.add_argument("--fps", type=float, metavar="N", help="stored frames per second of video (default: 1)")
     prepare.add_argument(
         "--model",
         metavar="DIR_OR_HUB_ID",
-        help="whose processor resizes the stored frames (default: 336 x 336, cropped)",
+        help="the model that will be trained: its processor resizes the stored frames (default: 336 x 336, cropped)",
     )
 
 
@@ -71,8 +84,12 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.rows_per_file and not args.parquet:
         raise ValueError("--rows-per-file is for --parquet: JSON lines are one file")
+    for name in ("fps", "model"):
+        if getattr(args, name) is not None and not args.cache_frames:
+            raise ValueError(f"--{name} is for --cache-frames: leave it out, or store the frames")
     share = args.shard or Share()
-    if not args.max_hours > 0 or not args.fps > 0:
+    fps = 1.0 if args.fps is None else args.fps
+    if not args.max_hours > 0 or not fps > 0:
         raise ValueError("--max-hours and --fps must be positive")
     cache = None
     if args.cache_frames:
@@ -82,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         processor = (
             load(VideoMa2mbaVideoProcessor, find_model(args.model)) if args.model else VideoMa2mbaVideoProcessor()
         )
-        cache = {"processor": processor, "fps": args.fps, "encoding": args.cache_frames}
+        cache = {"processor": processor, "fps": fps, "encoding": args.cache_frames}
 
     try:
         with progress_bars() as show:
@@ -102,10 +119,11 @@ def run(args: argparse.Namespace) -> None:
         )
         return
     records = report["records"]
-    print(
-        f"{args.output}: {report['samples']} conversations, {report['turns']} questions, "
-        f"{report['watched_s'] / 3600:.2f} h of video; kept {records['kept']} of {records['read']} records"
-    )
+    if records["kept"]:
+        print(
+            f"{args.output}: {report['samples']} conversations, {report['turns']} questions, "
+            f"{report['watched_s'] / 3600:.2f} h of video; kept {records['kept']} of {records['read']} records"
+        )
     for reason, count in sorted(records["left_out"].items()):
         print(f"left out, {reason}: {count}", file=sys.stderr)
     for note, count in report["notes"].items():

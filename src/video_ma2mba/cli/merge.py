@@ -12,12 +12,14 @@ HELP = "merge LoRA adapters into the weights of their model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id, as `train finetune-lora` wrote it")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write, which must be new or empty"
+    )
     parser.add_argument(
         "--model", metavar="DIR_OR_HUB_ID", help="what they were trained on (default: what the adapters name)"
     )
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: that of the model"
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto, that of the model"
     )
 
 

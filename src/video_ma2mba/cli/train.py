@@ -9,11 +9,11 @@ machines share.
 import argparse
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..fitting import RESERVED_BYTES, Fixed, on_meta, planned
+from ..fitting import Sizes, Training, gpu_at_hand_bytes, needed_bytes, on_meta, planned
 from .plan import parse_bytes
 
 if TYPE_CHECKING:
@@ -38,9 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..loading import named_model
     from ..training.recipe import read_recipe
 
     recipe = read_recipe(args.recipe, [*args.changes, *(["strict=true"] if args.strict else [])])
+    recipe = replace(recipe, model=named_model(recipe.model))
     if args.dry_run:
         dry_run(recipe, args.gpu_memory)
         return
@@ -83,14 +85,12 @@ def _batch_line(recipe: "Recipe") -> str:
 
 def dry_run(recipe: "Recipe", gpu_bytes: int | None) -> None:
     """Print parameter groups, steps, the checkpoint plan of the longest sample, and whether it fits."""
-    import torch
     from rich.console import Console
     from rich.table import Table
 
     from ..training.run import describe_groups, make_trainable
 
-    if gpu_bytes is None and torch.cuda.is_available():
-        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    gpu_bytes = gpu_bytes or gpu_at_hand_bytes()
     model = make_trainable(on_meta(_config(recipe.model), recipe.dtype), recipe)
     groups = describe_groups(model, recipe)
     console = Console(highlight=False, width=100)
@@ -159,30 +159,49 @@ def _memory_lines(
     from ..modeling.checkpoint_plan import InfeasibleMemoryBudget, format_bytes
 
     config: Any = model.config
-    batch, options = recipe.device_batch_size, recipe.gradient_checkpointing
+    batch, options, ranks = recipe.device_batch_size, recipe.gradient_checkpointing, recipe.sequence_parallel
+    devices = int(os.environ.get("WORLD_SIZE", ranks))
+    # of what one device holds; what it holds of a shared video is a span
+    num_tokens = -(-num_tokens // ranks)
     num_frames = batch * (num_tokens // config.tokens_per_frame)
-    trained_bytes = sum(group["bytes"] for group in groups)
-    fixed = Fixed(
-        weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        gradients_bytes=trained_bytes,
-        optimizer_bytes=2 * trained_bytes,
-        pixels_bytes=num_frames * 3 * config.vision_config.image_size**2,
+    training = Training(_engine(recipe, devices), devices, recipe.accumulation_steps(devices), ranks)
+    sizes = Sizes.of(model, autocast=recipe.bf16)
+    fixed = training.fixed(
+        sizes, options is not None, 2 * sizes.trained_bytes, num_frames * 3 * config.vision_config.image_size**2
     )
+    bytes_of = {"float32": 4, "bfloat16": 2}[recipe.dtype]
     try:
         plan, activations_bytes = planned(
-            config, batch, num_tokens, options, dtype_bytes=2 if recipe.bf16 else 4, num_frames=num_frames,
-            trains_vision=any(group["name"].startswith("vision") for group in groups),
+            config, batch, num_tokens, options, dtype_bytes=bytes_of, compute_bytes=2 if recipe.bf16 else bytes_of,
+            num_frames=num_frames, trains_vision=any(group["name"].startswith("vision") for group in groups),
         )  # fmt: skip
     except InfeasibleMemoryBudget as error:
         raise ValueError(f"the recipe's memory_budget_bytes: {error}") from error
     console.print(f"{batch} x {num_tokens:,} tokens: {plan or 'no gradient checkpointing'}", soft_wrap=True)
-    parts = {**asdict(fixed), "activations_bytes": activations_bytes}
-    total_bytes = fixed.total + activations_bytes + RESERVED_BYTES
+    parts = {**fixed.parts, "activations_bytes": activations_bytes}
+    total_bytes = needed_bytes(fixed, activations_bytes)
+    sums = fixed.float32_sums_bytes
     console.print(
-        ", ".join(f"{name.removesuffix('_bytes')} {format_bytes(size)}" for name, size in parts.items())
-        + f"; with 2 GiB kept back {format_bytes(total_bytes)}"
+        ", ".join(f"{name.removesuffix('_bytes')} {format_bytes(size)}" for name, size in parts.items() if size)
+        + f"; with what is kept back {format_bytes(total_bytes)}"
+        + (f"; of the gradients, {format_bytes(sums)} are for summing them in float32" if sums else ""),
+        soft_wrap=True,
     )
     if gpu_bytes is None:
         console.print("no GPU here: say with --gpu-memory what it must fit into")
     else:
         console.print(f"fits into {format_bytes(gpu_bytes)}: {'yes' if total_bytes <= gpu_bytes else 'no'}")
+
+
+def _engine(recipe: "Recipe", devices: int) -> str | None:
+    """What shares what among the devices, as `Training` knows it."""
+    if devices == 1:
+        return None
+    if recipe.fsdp_config:
+        return "fsdp2"
+    if recipe.deepspeed is None:
+        return "ddp"
+    from ..training.engines import zero_stage
+
+    stage = zero_stage(recipe.deepspeed)
+    return f"zero{stage}" if stage else "ddp"

@@ -17,7 +17,14 @@ FRAMES_BETWEEN_SAVES = 600
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="path or URL of a video")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MEMORY", help="folder to write")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="MEMORY",
+        help="folder of the memory; one that is there is replaced",
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where an interrupted call stood")
     again.add_argument("--restart", action="store_true", help="begin anew, and drop what an interrupted call watched")

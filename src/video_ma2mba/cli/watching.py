@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..loading import choose_device, choose_dtype, find_model, load, load_model
+from ..loading import TINY, check_weights, choose_device, choose_dtype, find_model, load, load_model
 from ..progress import progress_bars
 
 if TYPE_CHECKING:
@@ -14,33 +15,49 @@ if TYPE_CHECKING:
     from ..serving.client import RemoteMemory, Server
 
 
+ABOVE_OWN_RATE = 1.1  # rates are averages, and rounded
 TINY_KNOWS = "which knows videos of coloured shapes and nothing else"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every command that runs a model."""
-    parser.add_argument("--model", metavar="DIR_OR_HUB_ID", help=f"default: a tiny model, {TINY_KNOWS}")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_HUB_ID", help=f"default: tiny, the model of this package, {TINY_KNOWS}"
+    )
     add_loading_arguments(parser)
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded, whatever names it."""
     parser.add_argument("--adapter", metavar="DIR_OR_HUB_ID", help="LoRA adapters that were trained on the model")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, cuda if there is one"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="default: auto, bfloat16 on cuda and float32 elsewhere",
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that watches a video."""
+def add_arguments(parser: argparse.ArgumentParser, snapshots: bool = True) -> None:
+    """The options of every command that watches a video; `snapshots` for those that can go back to one."""
     add_model_arguments(parser)
-    parser.add_argument("--fps", type=float, help="frames per second of video (default: the model's, usually 1)")
+    parser.add_argument(
+        "--fps", type=float, metavar="N", help="frames to watch per second of video (default: the model's, usually 1)"
+    )
     parser.add_argument("--max-frames", type=int, metavar="N", help="watch at most N frames, spread evenly")
-    parser.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="where in the video to begin")
+    parser.add_argument(
+        "--start", type=float, default=0.0, metavar="SECONDS", help="where in the video to begin (default: 0)"
+    )
     parser.add_argument("--end", type=float, metavar="SECONDS", help="where to stop (default: the end)")
-    parser.add_argument("--max-duration", type=float, metavar="SECONDS", help="watch no more than this of the video")
-    parser.add_argument("--snapshots", type=float, nargs="+", default=[], metavar="SECONDS", help="times to go back to")
+    parser.add_argument("--max-duration", type=float, metavar="SECONDS", help="watch at most this much of the video")
+    if snapshots:
+        parser.add_argument(
+            "--snapshots", type=float, nargs="+", default=[], metavar="SECONDS",
+            help="times of the video at which the memory is kept too, for `/seek` of `chat`",
+        )  # fmt: skip
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,11 +108,21 @@ def load_model_and_processor(args: argparse.Namespace, video: str | None = None)
     name = find_model(args.model)
     device = choose_device(args.device)
     processor = load(VideoMa2mbaProcessor, name)
+    check_weights(name)
     if video is not None:
-        processor.video_processor.open_video(
-            video, fps=args.fps, max_frames=args.max_frames, start_s=args.start, end_s=args.end
-        ).close()
-        if args.model is None and not is_story(video):
+        with closing(
+            processor.video_processor.open_video(
+                video, fps=args.fps, max_frames=args.max_frames, start_s=args.start, end_s=args.end
+            )
+        ) as frames:
+            own = frames.info.average_fps
+        if args.fps is not None and own is not None and args.max_frames is None and args.fps > own * ABOVE_OWN_RATE:
+            print(
+                f"note: --fps {args.fps:g} is above the video's own {own:g} frames per second: each picture is watched "
+                f"some {args.fps / own:.1f} times",
+                file=sys.stderr,
+            )
+        if args.model in (None, TINY) and not is_story(video):
             print(f"note: this is the tiny model, {TINY_KNOWS}; --model names another", file=sys.stderr)
     return load_model(name, choose_dtype(args.dtype, device), args.adapter).to(device), processor
 
@@ -113,7 +140,7 @@ def open_memory(args: argparse.Namespace) -> tuple["VideoMemory", dict[str, Any]
 
     if is_memory(args.video):
         for name in ("fps", "max_frames", "start", "end", "max_duration", "snapshots"):
-            if getattr(args, name):
+            if getattr(args, name, None):
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option}: {args.video} is a memory, watched already; leave the option out")
         model, processor = load_model_and_processor(args)
@@ -141,7 +168,7 @@ def watch(
 
         watched = memory.watch(
             args.video, args.fps, start_s=start_s, end_s=args.end, max_frames=args.max_frames,
-            max_duration_s=max_duration_s, snapshots_s=args.snapshots, progress=progress,
+            max_duration_s=max_duration_s, snapshots_s=getattr(args, "snapshots", ()), progress=progress,
         )  # fmt: skip
         show("Watching, frames", memory.num_frames, memory.num_frames)  # a truncated file ends early
     return watched

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from ..processing.video_processing_video_ma2mba import stack_rows
 from .manifest import clean_messages
 from .media_loader import MediaLoader
 
@@ -63,13 +65,12 @@ class VideoChatCollator:
 
         A batch of which no row can be used becomes one black frame without labels, which moves no weight.
         """
-        chats, infos, alone = [], [], {}
+        samples, infos = [], []
         for row in rows:
             info = {"id": row["id"], "videos": _paths(row)}
             try:
-                chat = self._load(row, info)
-                # alone first: what is wrong with one row must not take the others with it
-                alone = self._batch([chat])
+                # alone: what is wrong with one row must not take the others with it
+                sample = self._encode(self._load(row, info))
             except (ValueError, OSError) as error:
                 if self.strict:
                     raise ValueError(
@@ -77,23 +78,36 @@ class VideoChatCollator:
                     ) from error
                 info["error"] = str(error)
             else:
-                info["tokens"] = int(alone["attention_mask"].sum())
-                info["supervised"] = int((alone["labels"][:, 1:] != -100).sum())
-                chats.append(chat)
+                info["tokens"] = int(sample["attention_mask"].sum())
+                info["supervised"] = int((sample["labels"][:, 1:] != -100).sum())
+                samples.append(sample)
             infos.append(info)
-        batch = (
-            alone if len(chats) == 1 else self._batch(chats or [[{"role": "user", "content": [self._black_frame()]}]])
-        )
-        if not chats:
-            batch["labels"] = torch.full_like(batch["labels"], -100)
+        if not samples:
+            samples = [self._encode([{"role": "user", "content": [self._black_frame()]}])]
+            samples[0]["labels"].fill_(-100)
+        batch = samples[0] if len(samples) == 1 else self._together(samples)
         if self.with_info:
             batch[INFO] = infos
         return batch
 
-    def _batch(self, chats: list[list[dict]]) -> dict[str, Any]:
+    def _encode(self, chat: list[dict]) -> dict[str, Any]:
+        """A batch of one."""
         return self.processor.apply_chat_template(
-            chats, tokenize=True, return_labels=True, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
+            [chat], tokenize=True, return_labels=True, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of
         ).data
+
+    def _together(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Batches of one as one batch, as the processor would make it of all conversations at once."""
+        fill = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        batch: dict[str, Any] = {
+            name: pad_sequence([sample[name][0] for sample in samples], batch_first=True, padding_value=value)
+            for name, value in fill.items()
+        }
+        for name in ("pixel_values_videos", "pixel_values"):
+            given = [sample[name][0] for sample in samples if name in sample]
+            if given:
+                batch[name] = stack_rows([sample[name][0] if name in sample else given[0][:0] for sample in samples])
+        return batch
 
     def _load(self, row: dict[str, Any], info: dict[str, Any]) -> list[dict[str, Any]]:
         """The conversation of a row with its frames in memory, within the limits."""

@@ -10,6 +10,8 @@ from typing import Any
 
 from .engine import Row, Token
 
+SETTLED_TOKENS = 64  # of an answer, whose text no longer changes
+
 
 class Transcript:
     """The text of an answer as its tokens come.
@@ -25,6 +27,9 @@ class Transcript:
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         self.tokenizer, self.stops = tokenizer, stops
         self.ids: list[int] = []
+        # a long answer is not decoded anew with each token: the text of ids[:place], those of them from `context` on
+        # being decoded again, since how a token reads may depend on the one before
+        self._settled, self._context, self._place = "", 0, 0
         self.given = 0  # characters
         self.is_stopped = False
 
@@ -36,9 +41,8 @@ class Transcript:
             found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
             if found:
                 self.is_stopped = True
-                text = text[: min(found)]
-            else:
-                text = text[: len(text) - max(_begun(text, stop) for stop in self.stops)]
+                return self._new(text[: min(found)])
+            text = text[: len(text) - max(_begun(text, stop) for stop in self.stops)]
         return self._new(text.rstrip("\ufffd"))
 
     def finish(self) -> str:
@@ -46,7 +50,14 @@ class Transcript:
         return "" if self.is_stopped else self._new(self._text())
 
     def _text(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+        known = self._decoded(self.ids[self._context : self._place])
+        text = self._settled + self._decoded(self.ids[self._context :])[len(known) :]
+        if len(self.ids) - self._place >= SETTLED_TOKENS and not text.endswith("\ufffd"):
+            self._settled, self._context, self._place = text, self._place, len(self.ids)
+        return text.lstrip()
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _new(self, text: str) -> str:
         new = text.rstrip()[self.given :]

@@ -20,13 +20,14 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, StreamingResponse
 
-from .answers import Deliveries, Overdue, event
+from .answers import Answer, Deliveries, Overdue, event
 from .chat import Chat
 from .engine import Engine, TooManyWaiting
 from .guard import ApiError, Guard, busy
 from .media import Forbidden, MediaRules, Medium, TooLarge, check
 from .memories import Memories
 from .metrics import metrics_text
+from .prompts import Shown
 from .schema import ChatRequest, FramesRequest, MemoryRequest
 from .watching import Stopped, TooManyVideos
 
@@ -48,6 +49,21 @@ class Settings:
     max_waiting: int = 256
     timeout_s: float = 300.0
     max_new_tokens: int = 512
+
+
+class Events(StreamingResponse):
+    """Server-sent events of answers; their slots are free once it ends, however it ends."""
+
+    def __init__(self, content: AsyncIterator[str], answers: list[Answer]):
+        super().__init__(content, media_type="text/event-stream")
+        self.answers = answers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:  # a client that goes away at once ends it before `content` was begun
+            for answer in self.answers:
+                answer.row.cancelled = True
 
 
 class ClientGone(Exception):
@@ -127,7 +143,7 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
             raise Overdue from None
         answers = chat.begin(body, prompt, deadline)
         if body.stream:
-            return StreamingResponse(chat.events(body, prompt, answers), media_type="text/event-stream")
+            return Events(chat.events(body, prompt, answers), answers)
         try:
             return JSONResponse(await _unless_gone(request, chat.completion(body, prompt, answers)))
         finally:
@@ -165,9 +181,12 @@ def build_app(model: Any, processor: Any, settings: Settings) -> Guard:
             medium = await bring(wanted.url or wanted.path or "")
         else:
             raise ApiError(415, "send application/json, or the file as multipart/form-data under `file`")
+        if len(wanted.snapshots_s) > memories.max_snapshots:
+            medium.discard()
+            raise ApiError(400, f"snapshots_s: at most {memories.max_snapshots} of this model", param="snapshots_s")
         name = wanted.name or (wanted.path or wanted.url or "").rpartition("/")[2][:200] or "video"
         fps = processor.video_processor.fps if wanted.fps is None else wanted.fps
-        piece = {
+        piece: Shown = {
             "type": "video", "sha256": medium.sha256, "path": medium.source, "fps": fps,
             "snapshots_s": sorted(set(wanted.snapshots_s)),
         }  # fmt: skip

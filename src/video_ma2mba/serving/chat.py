@@ -15,8 +15,9 @@ from .engine import Engine, Row, Sampling
 from .guard import ApiError
 from .media import Medium
 from .memories import Memories
-from .prompts import Piece, prompt_pieces
+from .prompts import Entry, Piece, Shown, prompt_pieces
 from .schema import ChatRequest, ImagePart, MemoryPart
+from .watching import Stopped
 
 Bring = Callable[[str], Awaitable[Medium]]
 
@@ -82,14 +83,20 @@ class Chat:
             )  # fmt: skip
         memory, memory_id, pieces = await self._remembered(pieces)
         num_cached = 0 if memory is None else memory.num_tokens
-        *before, ids = pieces
+        *before, question = pieces
         if before:
-            memory, num_cached = await self._watched(memory_id, num_cached, before)
+            try:
+                memory, num_cached = await self._watched(memory_id, num_cached, before)
+            except KeyError:  # deleted between two steps
+                raise Stopped("a memory that the question needs was deleted") from None
+        ids = question if isinstance(question, list) else []  # a question is never a medium
         if memory is None:
             return Prompt(self.model.model.language_model.new_cache(1), ids, 0)
         return Prompt(memory._cache, ids, num_cached)
 
-    async def _remembered(self, pieces: list[Piece]) -> tuple[VideoMemory | None, str | None, list[Piece]]:
+    async def _remembered(
+        self, pieces: list[list[int] | Entry]
+    ) -> tuple[VideoMemory | None, str | None, list[list[int] | Entry]]:
         """The memory that a conversation begins with, its id, and the pieces after it."""
         parts = [piece["part"] for piece in pieces if isinstance(piece, dict)]
         if not any(isinstance(part, MemoryPart) for part in parts):
@@ -120,7 +127,9 @@ class Chat:
             return self.memories.load(memory_id, at_s)
         return await asyncio.to_thread(self.memories.load, memory_id, at_s)
 
-    async def _watched(self, parent: str | None, num_cached: int, pieces: list[Piece]) -> tuple[VideoMemory, int]:
+    async def _watched(
+        self, parent: str | None, num_cached: int, pieces: list[list[int] | Entry]
+    ) -> tuple[VideoMemory, int]:
         """The memory of pieces that end with a medium, after `parent`; and the tokens that were remembered already."""
         group: list[Piece] = []
         media: dict[int, Medium] = {}
@@ -133,11 +142,12 @@ class Chat:
                 url = part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
                 medium = await self.bring(url)
                 media[len(group)] = medium
-                group.append({"type": piece["type"], "sha256": medium.sha256, "path": medium.source})
+                shown: Shown = {"type": piece["type"], "sha256": medium.sha256, "path": medium.source}
+                group.append(shown)
                 if isinstance(part, ImagePart):
                     continue
-                fps = self.processor.video_processor.fps if part.video_url.fps is None else part.video_url.fps
-                group[-1] |= {"fps": fps, "snapshots_s": []}
+                shown["fps"] = self.processor.video_processor.fps if part.video_url.fps is None else part.video_url.fps
+                shown["snapshots_s"] = []
                 handed, media = media, {}
                 parent = await asyncio.to_thread(self.memories.ensure, parent, group, handed, "chat")
                 is_new, group = not self.memories.is_ready(parent), []

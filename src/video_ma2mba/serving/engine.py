@@ -212,7 +212,7 @@ class Engine:
         for place, part in enumerate(parts):
             ids[place, longest - len(part) :] = torch.tensor(part)
             mask[place, longest - len(part) :] = 1
-        cache = Mamba2Cache.joined([row.cache for row in rows])
+        cache = rows[0].cache.joined([row.cache for row in rows])
         outputs = self._call(ids, mask, cache)
         self.read += sum(len(part) for part in parts)
         ready = []
@@ -226,7 +226,7 @@ class Engine:
             begun = [rows[place] for place in ready]
             self._reading = [row for row in rows if row.ids]
             states = _rows(outputs.cache, ready)
-            self._cache = states if self._cache is None else Mamba2Cache.joined([self._cache, states])
+            self._cache = states if self._cache is None else states.joined([self._cache, states])
             self._writing += begun
             self._choose(outputs.logits[ready, -1], begun)
 
@@ -234,6 +234,7 @@ class Engine:
         """The next token of all answers."""
         rows = self._writing
         ids = torch.tensor([[row.tokens[-1].id] for row in rows])
+        self._cache.own()  # its rows were copied when they joined
         outputs = self._call(ids, None, self._cache)
         self._cache = outputs.cache
         self._choose(outputs.logits[:, -1], rows)
@@ -275,7 +276,9 @@ class Engine:
 
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token drawn from (vocabulary) logits: of the likeliest ones that together have the probability `top_p`."""
-    probabilities, order = (logits.float() / sampling.temperature).softmax(0).sort(descending=True, stable=True)
+    # of any temperature above 0, however small: the likeliest token stays at 0, and nothing is 0 / 0
+    scaled = (logits.double() - logits.max()) / sampling.temperature
+    probabilities, order = scaled.softmax(0).sort(descending=True, stable=True)
     before = probabilities.cumsum(0) - probabilities
     probabilities = torch.where(before < sampling.top_p, probabilities, 0.0)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])

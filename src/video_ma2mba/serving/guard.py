@@ -28,7 +28,10 @@ class ApiError(Exception):
         self.headers = rest.get("headers")
 
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        # what a client sent is repeated there, and may hold halves of characters
+        sayable = {k: v and str(v).encode(errors="backslashreplace").decode() for k, v in error.items()}
+        return {"error": sayable}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, headers=self.headers)
@@ -74,6 +77,8 @@ class Guard:
                 await error.response()(scope, receive, counted)
             else:
                 await self.app(scope, _bounded(receive, limit), counted)
+        except asyncio.CancelledError:  # the server ends, and has waited for this long enough: no trace of that
+            return
         finally:
             self.num_requests -= 1
             route = scope.get("route")

@@ -29,7 +29,7 @@ from ..modeling.video_memory import VideoMemory
 from ..modeling.video_memory_files import CONFIG_NAME, identity
 from .media import MediaRules
 from .prompts import prefix_hash, prompt_pieces
-from .watching import Job, MemoryWatching
+from .watching import Job, MemoryWatching, remove_what_is_done_with
 
 MAX_LOADED_BYTES = 4 * 2**30  # of memories that are held, so that questions need not read them from disk
 _LEFTOVER_AGE_S = 24 * 3600
@@ -66,6 +66,8 @@ class Memories(MemoryWatching):
         self.folder, self.model, self.processor, self.rules = Path(folder).absolute(), model, processor, rules
         self.wait_for_turn = wait_for_turn
         self.origin = prefix_hash("", [identity(model, processor)])
+        # what snapshots take, of one memory
+        self.max_snapshots = MAX_LOADED_BYTES // model.model.language_model.new_cache(1).num_bytes
         self.head = prompt_pieces(processor, [{"role": "user", "content": [{"type": "video"}, _text("?")]}])[0]
         self.watched_frames = 0
         self._jobs: dict[str, Job] = {}
@@ -92,7 +94,10 @@ class Memories(MemoryWatching):
 
     def ids(self) -> list[str]:
         """All memories that are whole, being watched, waiting or that failed; the newest first."""
-        found = [(path.parent.stat().st_mtime, path.parent.name) for path in self.folder.glob("*/record.json")]
+        found = []
+        for path in self.folder.glob("*/record.json"):
+            with suppress(FileNotFoundError):  # deleted just now
+                found.append((path.parent.stat().st_mtime, path.parent.name))
         return [name for _, name in sorted(found, reverse=True)]
 
     def describe(self, memory_id: str) -> dict[str, Any]:
@@ -115,7 +120,9 @@ class Memories(MemoryWatching):
         if (whole := _described(folder / "memory")) is not None:
             described |= {name: whole[name] for name in ("num_frames", "num_tokens", "duration_s")}
             described["snapshots_s"] = [one["time_s"] for one in whole["snapshots"]]
-            described["num_bytes"] = sum(path.stat().st_size for path in (folder / "memory").glob("*.safetensors"))
+            described["num_bytes"] = 0
+            with suppress(FileNotFoundError):  # replaced just now
+                described["num_bytes"] = (folder / "memory" / whole["states"]).stat().st_size
             described["status"] = "ready"
         elif described["error"]:
             described["status"] = "failed"
@@ -131,20 +138,27 @@ class Memories(MemoryWatching):
         Raises:
             KeyError: there is none of that id. ValueError: it is not whole yet, damaged, or has no such snapshot.
         """
-        if (saved := self._saved_at(memory_id)) is None:
-            described = self.describe(memory_id)
-            why = described["error"] or f"it is {described['status']}"
-            raise ValueError(f"the memory {memory_id} is not ready: {why}")
-        with self._lock:
-            loaded = self._loaded.get(memory_id)
-            if loaded is not None:
-                self._loaded.move_to_end(memory_id)
-        if loaded is not None and loaded.saved == saved:  # or another server that shares the folder changed it
-            memory = loaded.memory
-        else:
-            memory = VideoMemory.from_pretrained(self._folder_of(memory_id) / "memory", self.model, self.processor)
-            self._hold(memory_id, memory, saved)
-        return memory if at_s is None else memory.at(seconds=at_s)
+        while (saved := self._saved_at(memory_id)) is not None:
+            with self._lock:
+                loaded = self._loaded.get(memory_id)
+                if loaded is not None:
+                    self._loaded.move_to_end(memory_id)
+            if loaded is not None and loaded.saved == saved:  # or another server that shares the folder changed it
+                memory = loaded.memory
+            else:
+                try:
+                    memory = VideoMemory.from_pretrained(
+                        self._folder_of(memory_id) / "memory", self.model, self.processor
+                    )
+                except Exception:  # damage of any kind, or
+                    if self._saved_at(memory_id) != saved:  # frames came meanwhile, or it was deleted
+                        continue
+                    raise
+                self._hold(memory_id, memory, saved)
+            return memory if at_s is None else memory.at(seconds=at_s)
+        described = self.describe(memory_id)
+        why = described["error"] or f"it is {described['status']}"
+        raise ValueError(f"the memory {memory_id} is not ready: {why}")
 
     def is_loaded(self, memory_id: str) -> bool:
         """Whether `load` takes no time."""
@@ -188,10 +202,12 @@ class Memories(MemoryWatching):
             "created": int(time.time()), "name": name, "live": True, "parent": None, "pieces": [], "standard": True,
         }  # fmt: skip
         folder = self._folder_of(memory_id)
-        folder.mkdir()
-        write_json(folder / "record.json", record)
-        memory = VideoMemory(self.model, self.processor)
-        memory.save_pretrained(folder / "memory")
+        try:
+            VideoMemory(self.model, self.processor).save_pretrained(folder / "memory")
+            write_json(folder / "record.json", record)  # last: by this file a memory is there
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return memory_id
 
     # --- the folder --------------------------------------------------------------------------------------------------
@@ -243,7 +259,9 @@ class Memories(MemoryWatching):
                 record = _read(self._folder_of(memory_id) / "record.json")
             except (OSError, ValueError, KeyError):
                 continue
-            if not (record.get("error") or record["live"] or self.is_ready(memory_id)):
+            if self.is_ready(memory_id):
+                remove_what_is_done_with(self._folder_of(memory_id))
+            elif not (record.get("error") or record["live"]):
                 self._start(Job(memory_id, record, {}))
 
 

@@ -2,15 +2,32 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 
-Piece = Any  # list[int], or a dict of a medium
+
+class Shown(TypedDict):
+    """A medium that a memory is of: its bytes, where they are, and how they are sampled.
+
+    Attributes:
+        path: under an allowed folder; None for what was sent.
+        fps, snapshots_s: of videos alone.
+    """
+
+    type: Literal["video", "image"]
+    sha256: str
+    path: str | None
+    fps: NotRequired[float]
+    snapshots_s: NotRequired[list[float]]
 
 
-def prompt_pieces(processor: Any, messages: Sequence[dict]) -> list[Piece]:
+Piece = list[int] | Shown  # token ids, or a medium between them
+Entry = dict[str, Any]  # a medium as a message has it
+
+
+def prompt_pieces(processor: Any, messages: Sequence[Mapping[str, Any]]) -> list[list[int] | Entry]:
     """Cut a conversation, as the processor tokenises it, where its media stand.
 
     Args:
@@ -25,7 +42,7 @@ def prompt_pieces(processor: Any, messages: Sequence[dict]) -> list[Piece]:
     """
     side = processor.video_processor.side
     stand_in = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-    media: list[dict] = []
+    media: list[Entry] = []
 
     def shown(entry: Any) -> Any:
         if not isinstance(entry, dict) or entry.get("type") not in ("video", "image"):
@@ -41,7 +58,7 @@ def prompt_pieces(processor: Any, messages: Sequence[dict]) -> list[Piece]:
         ],
         add_generation_prompt=True, tokenize=True, return_tensors=None,
     )["input_ids"][0]  # fmt: skip
-    pieces: list[Piece] = []
+    pieces: list[list[int] | Entry] = []
     start = 0
     for entry in media:
         place = ids.index(processor.video_token_id, start)
@@ -50,7 +67,7 @@ def prompt_pieces(processor: Any, messages: Sequence[dict]) -> list[Piece]:
     return [*pieces, ids[start:]]
 
 
-def prefix_hash(before: str, pieces: Sequence[Piece]) -> str:
+def prefix_hash(before: str, pieces: Sequence[list[int] | Mapping[str, Any]]) -> str:
     """A name for what a conversation begins with: that of what comes before, and the pieces; 32 hexadecimal digits."""
     said = json.dumps([before, *pieces], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:32]

@@ -3,7 +3,7 @@ is refused by its name."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_MEDIA = 256  # of a request
 MAX_TEXT = 2**19  # characters of a conversation: more than the tokens that are read could say
@@ -12,17 +12,28 @@ MAX_NEW_TOKENS = 8192
 MAX_FPS = 60.0
 
 
+def _of_whole_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a character, a surrogate") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_of_whole_characters)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
 class TextPart(_Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImageUrl(_Strict):
-    url: str
+    url: Text
     detail: Literal["auto", "low", "high"] = "auto"  # a frame has one size
 
 
@@ -32,7 +43,7 @@ class ImagePart(_Strict):
 
 
 class VideoUrl(_Strict):
-    url: str
+    url: Text
     fps: float | None = Field(None, gt=0, le=MAX_FPS, allow_inf_nan=False)
 
 
@@ -43,7 +54,7 @@ class VideoPart(_Strict):
 
 class MemoryPart(_Strict):
     type: Literal["memory"]
-    id: str
+    id: Text
     at_s: float | None = Field(None, ge=0, allow_inf_nan=False)
 
 
@@ -52,7 +63,7 @@ Part = Annotated[TextPart | ImagePart | VideoPart | MemoryPart, Field(discrimina
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Text | list[Part]
     name: None = None
 
     @field_validator("role")
@@ -66,6 +77,16 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
+class VideoSampling(_Strict):
+    num_frames: Literal[-1] | None = None  # all of them
+
+
+class MediaSampling(_Strict):
+    """What vLLM's clients may say of media, lmms-eval among them."""
+
+    video: VideoSampling | None = None
+
+
 class ChatRequest(_Strict):
     """`POST /v1/chat/completions`. Those of OpenAI's fields that change nothing are taken, the others are refused."""
 
@@ -73,7 +94,7 @@ class ChatRequest(_Strict):
     messages: list[Message] = Field(min_length=1, max_length=1000)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     n: int = Field(1, ge=1, le=MAX_ANSWERS)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
@@ -97,6 +118,7 @@ class ChatRequest(_Strict):
     tools: list[Any] | None = Field(None, max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
     response_format: dict[str, Any] | None = None
+    media_io_kwargs: MediaSampling | None = None
     modalities: list[Literal["text"]] | None = None
 
     @field_validator("frequency_penalty", "presence_penalty", mode="before")
@@ -147,10 +169,10 @@ class ChatRequest(_Strict):
 class MemoryRequest(_Strict):
     """`POST /v1/memories` as JSON: a file under an allowed folder, a URL where allowed, or a live source."""
 
-    url: str | None = None
-    path: str | None = None
+    url: Text | None = None
+    path: Text | None = None
     live: bool = False
-    name: str | None = Field(None, max_length=200)
+    name: Text | None = Field(None, max_length=200)
     fps: float | None = Field(None, gt=0, le=MAX_FPS, allow_inf_nan=False)
     snapshots_s: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field([], max_length=1000)
 
@@ -166,5 +188,5 @@ class MemoryRequest(_Strict):
 class FramesRequest(_Strict):
     """`POST /v1/memories/{id}/frames`: pictures as data URLs, and their times in seconds."""
 
-    frames: list[str] = Field(min_length=1, max_length=256)
+    frames: list[Text] = Field(min_length=1, max_length=256)
     timestamps_s: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.interfaces import (
     HasInnerState,
     IsAttentionFree,
+    SupportsLoRA,
     SupportsMambaPrefixCaching,
     SupportsMultiModal,
 )
@@ -19,6 +20,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ..modeling.visual_features import VideoMa2mbaProjector, VisualFeatures, build_tower
+from .vllm_frames import frame_folder, placed
 from .vllm_videos import DummyInputs, Info, Processor
 
 
@@ -82,7 +84,9 @@ class Backbone(nn.Module):
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=DummyInputs)
-class VideoMa2mbaServed(nn.Module, SupportsMultiModal, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
+class VideoMa2mbaServed(
+    nn.Module, SupportsMultiModal, SupportsLoRA, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
+):
     """`VideoMa2mbaForConditionalGeneration` in vLLM: the released folder as it is."""
 
     hf_to_vllm_mapper = WeightsMapper(
@@ -140,16 +144,16 @@ class VideoMa2mbaServed(nn.Module, SupportsMultiModal, HasInnerState, IsAttentio
     multi_modal_projector: Any
     _see, _pool, _pooled_features = VisualFeatures._see, VisualFeatures._pool, VisualFeatures._pooled_features
 
-    def embed_multimodal(self, **pixels: Any) -> list[torch.Tensor]:
+    def embed_multimodal(self, **items: Any) -> list[torch.Tensor]:
         """(frames * tokens_per_frame, hidden) of each item."""
-        items = [item for name in ("pixel_values_videos", "pixel_values") for item in pixels.get(name, ())]
-        size = self.config.vision_chunk_size
-        return [
-            torch.cat([self.multi_modal_projector(self._pooled_features(part)) for part in item.split(size)]).flatten(
-                0, 1
-            )
-            for item in items
-        ]
+        size, device = self.config.vision_chunk_size, self.lm_head.weight.device
+
+        def embedded(frames: torch.Tensor) -> torch.Tensor:
+            parts = [self.multi_modal_projector(self._pooled_features(part)) for part in frames.to(device).split(size)]
+            return torch.cat(parts).flatten(0, 1)
+
+        of_videos = [embedded(frame_folder().read(*placed(where))) for where in items.get("frames_at", ())]
+        return of_videos + [embedded(image) for image in items.get("pixel_values", ())]
 
     def forward(
         self, input_ids: torch.Tensor | None, positions: torch.Tensor, intermediate_tensors: Any = None,

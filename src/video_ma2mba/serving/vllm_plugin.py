@@ -8,6 +8,7 @@ from typing import Any
 
 from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
+from .vllm_frames import frame_folder, placed
 
 ARCHITECTURE = "VideoMa2mbaForConditionalGeneration"
 
@@ -27,6 +28,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
     from vllm.transformers_utils.processor import VIDEO_PROCESSOR_MAPPING_NAMES
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
 
     from . import vllm_videos  # noqa: F401 - registers how videos are read
 
@@ -48,6 +50,8 @@ def register() -> None:
     if not hasattr(Scheduler, "_without_video_ma2mba"):
         Scheduler._without_video_ma2mba = Scheduler._mamba_block_aligned_split
         Scheduler._mamba_block_aligned_split = _split_where_media_end
+        EngineCore._without_video_ma2mba = EngineCore.preprocess_add_request
+        EngineCore.preprocess_add_request = _hold_frames
     _without_states_inside_a_chunk()
 
 
@@ -65,6 +69,15 @@ def _split_where_media_end(self: Any, request: Any, num_new_tokens: int, *comput
         ahead = [end // block * block for end in ends if end // block * block > start]
         request.shared_prefix_boundary = min(ahead, default=request.shared_prefix_boundary)
     return self._without_video_ma2mba(request, num_new_tokens, *computed, **named)
+
+
+def _hold_frames(self: Any, request: Any) -> Any:
+    """The frames of a request stay where they are for as long as the engine has it."""
+    added, wave = self._without_video_ma2mba(request)
+    items = [one.data for one in added.mm_features or () if one.data is not None and "frames_at" in one.data]
+    names = {placed(item["frames_at"].data)[0] for item in items}
+    added.video_ma2mba_frames = [frame_folder().hold(name) for name in names]
+    return added, wave
 
 
 def _without_states_inside_a_chunk() -> None:

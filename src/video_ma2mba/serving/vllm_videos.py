@@ -3,9 +3,9 @@
 import hashlib
 import math
 import tempfile
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .media import check
 from .prompts import prefix_hash
+from .vllm_frames import frame_folder, place, placed
 from .vllm_plugin import ServedConfig
 
 FRAMES_PER_ITEM = 32  # encoded and held at once; a longer video is several items
-MAX_KEPT_BYTES = 2 * 2**30  # of decoded videos, for the next questions about them
 _NOT_ASKED = 32  # the number of frames that vLLM takes of a video where nobody says
 
 
@@ -78,28 +78,24 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):
 
 
 class Processor(BaseMultiModalProcessor[Info]):
-    """From files and images to frames and placeholders.
+    """From files and images to placeholders, and to where the frames lie.
 
     A video becomes items of `FRAMES_PER_ITEM` frames, side by side in the prompt, which is the same prompt: vLLM holds
-    the embeddings of an item or two at a time, however long the video.
+    the embeddings of an item or two at a time, however long the video, and its frames stay on disk until then.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._decoded: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         prompt = self._tags_apart(inputs.prompt)
         videos = inputs.mm_data_items.get("video")
         if not videos:
             return super().apply(replace(inputs, prompt=prompt), timing_ctx)
-        parts, names, counts = [], [], []
-        for video in videos.get_all():
-            digest, frames = self._frames(*(video if isinstance(video, tuple) else (video, None)))
-            split = frames.split(FRAMES_PER_ITEM)
-            parts += split
-            names += [prefix_hash(digest, [[number]]) for number in range(len(split))]
-            counts.append(len(split))
+        parts, names, counts, side = [], [], [], self.info.get_hf_processor().video_processor.side
+        for video, metadata in zip(videos.get_all(), videos.metadata, strict=True):
+            name, num_frames = self._kept(video, (metadata or {}).get("fps"))
+            starts = range(0, num_frames, FRAMES_PER_ITEM)
+            parts += [place(name, start, min(start + FRAMES_PER_ITEM, num_frames), side) for start in starts]
+            names += [prefix_hash(name, [[start]]) for start in starts]
+            counts.append(len(starts))
         token, left = self.info.get_hf_config().video_token_id, iter(counts)
         prompt = [one for ids in prompt for one in [ids] * (next(left) if ids == token else 1)]
         items = MultiModalDataItems({**inputs.mm_data_items, "video": VideoProcessorItems(parts)})
@@ -115,24 +111,18 @@ class Processor(BaseMultiModalProcessor[Info]):
         pieces = tokenizer([segment.text for segment in segments], add_special_tokens=False)["input_ids"]
         return [one for piece in pieces for one in piece]
 
-    def _frames(self, video: Any, metadata: dict[str, Any] | None) -> tuple[str, torch.Tensor]:
-        """A name, and (frames, 3, side, side) uint8, of an undecoded file or of frames in memory."""
+    def _kept(self, video: Any, fps: float | None) -> tuple[str, int]:
+        """The name under which the frames of an undecoded file, or those given, are kept; and how many they are."""
         array, processor = np.asarray(video), self.info.get_hf_processor().video_processor
-        if array.ndim != 1:
-            frames = processor.load(array).frames
-            return prefix_hash("frames", [{"hash": _hash_of(frames)}]), frames
-        fps = (metadata or {}).get("fps") or processor.fps
-        digest = prefix_hash("file", [{"hash": hashlib.sha256(array.data).hexdigest(), "fps": fps}])
-        if digest not in self._decoded:
-            with tempfile.NamedTemporaryFile() as file:
-                array.tofile(file)
-                file.flush()
-                check(Path(file.name), "video", math.inf)
-                self._decoded[digest] = processor.load(file.name, fps=fps).frames
-            while len(self._decoded) > 1 and sum(one.nbytes for one in self._decoded.values()) > MAX_KEPT_BYTES:
-                self._decoded.popitem(last=False)
-        self._decoded.move_to_end(digest)
-        return digest, self._decoded[digest]
+        fps = fps or processor.fps
+        taken = {
+            "version": version("video-ma2mba"), "side": processor.side, "resize_mode": processor.resize_mode,
+            "image_mean": processor.image_mean, "fps": fps, "shape": array.shape,
+            "sha256": hashlib.sha256(np.ascontiguousarray(array).data).hexdigest(),
+        }  # fmt: skip
+        name = prefix_hash("frames", [taken])
+        frames = _decoded(processor, array, fps) if array.ndim == 1 else _given(processor, array)
+        return name, frame_folder().keep(name, frames) // (3 * processor.side**2)
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         processor = self.info.get_hf_processor().video_processor
@@ -140,7 +130,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         videos: Any = hf_data.get("videos")
         images: Any = hf_data.get("images")
         if videos:
-            data["pixel_values_videos"] = [processor.load(video).frames for video in videos]  # sized already: as it is
+            data["frames_at"] = [torch.as_tensor(video) for video in videos]
         if images:
             data["pixel_values"] = [processor.load_image(image) for image in images]
         return BatchFeature(data)
@@ -149,7 +139,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         return {
-            "pixel_values_videos": MultiModalFieldConfig.batched("video"),
+            "frames_at": MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             "pixel_values": MultiModalFieldConfig.batched("image"),
         }
 
@@ -159,8 +149,8 @@ class Processor(BaseMultiModalProcessor[Info]):
         config = self.info.get_hf_config()
 
         def of_video(item: int) -> list[int]:
-            frames = out_mm_kwargs["video"][item]["pixel_values_videos"].data
-            return [config.video_token_id] * (len(frames) * config.tokens_per_frame)
+            _, start, stop, _ = placed(out_mm_kwargs["video"][item]["frames_at"].data)
+            return [config.video_token_id] * ((stop - start) * config.tokens_per_frame)
 
         return [
             PromptReplacement(modality="video", target=[config.video_token_id], replacement=of_video),
@@ -171,5 +161,17 @@ class Processor(BaseMultiModalProcessor[Info]):
         ]  # fmt: skip
 
 
-def _hash_of(values: torch.Tensor) -> str:
-    return hashlib.sha256(values.contiguous().numpy().data).hexdigest()
+def _decoded(processor: Any, data: np.ndarray, fps: float) -> Iterator[np.ndarray]:
+    """(3, side, side) uint8, of the bytes of a file."""
+    with tempfile.NamedTemporaryFile() as file:
+        data.tofile(file)
+        file.flush()
+        check(Path(file.name), "video", math.inf)
+        for frame in processor.open_video(file.name, fps=fps):
+            yield frame.pixels.transpose(2, 0, 1)
+
+
+def _given(processor: Any, frames: np.ndarray) -> Iterator[np.ndarray]:
+    """(3, side, side) uint8, of frames in memory."""
+    for start in range(0, len(frames), FRAMES_PER_ITEM):
+        yield processor.load(frames[start : start + FRAMES_PER_ITEM]).frames.numpy()

@@ -113,6 +113,8 @@ class MemoryWatching:
             except BaseException:
                 for medium in media.values():
                     medium.discard()
+                with suppress(OSError):
+                    folder.rmdir()
                 raise
             self._failures.pop(memory_id, None)
             self._start(Job(memory_id, record, media))
@@ -199,11 +201,9 @@ class MemoryWatching:
             self._fail(job, folder, error)
         else:
             self._hold(job.id, memory, self._saved_at(job.id))
+            remove_what_is_done_with(folder)
             self._forget(job)
             job.future.set_result(memory)
-            for path in folder.glob("media-*"):
-                path.unlink(missing_ok=True)
-            shutil.rmtree(folder / "unfinished", ignore_errors=True)
         for medium in job.media.values():
             if medium.file is not None:
                 medium.file.close()
@@ -313,6 +313,14 @@ class MemoryWatching:
                 yield False
                 return
             yield True
+
+
+def remove_what_is_done_with(folder: Path) -> None:
+    """Of a memory that is whole: the files it was watched from, and what it was before."""
+    for path in folder.glob("media-*"):
+        with suppress(OSError):
+            path.unlink()
+    shutil.rmtree(folder / "unfinished", ignore_errors=True)
 
 
 def _without_path(piece: Piece) -> Piece:

@@ -3,6 +3,7 @@
 import json
 import os
 import uuid
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .trainer import VideoMa2mbaTrainer
 
 DISTRIBUTED = Path(__file__).with_name("distributed")
+LAUNCHER = "wants the processes of a launcher: start with `torchrun --nproc-per-node N -m video_ma2mba.cli train ...`"
 FLOAT32_STAYS = (
     "casts all weights, also A_log, D and dt_bias, which decide how fast the states decay: leave it out; the recipe's "
     "`bf16: true` computes in bfloat16 by autocast, with weights in float32"
@@ -29,6 +31,11 @@ def find_distributed(name: str) -> str:
     return str(file)
 
 
+def zero_stage(name: str) -> int:
+    """The stage of ZeRO that a configuration of DeepSpeed asks for."""
+    return _read(name).get("zero_optimization", {}).get("stage", 0)
+
+
 def engine_arguments(recipe: "Recipe", num_devices: int, bf16: bool) -> dict[str, Any]:
     """What `TrainingArguments` take for the recipe's engine.
 
@@ -40,8 +47,19 @@ def engine_arguments(recipe: "Recipe", num_devices: int, bf16: bool) -> dict[str
         ValueError: A configuration that would not train what one process trains.
     """
     if recipe.deepspeed:
-        return {"deepspeed": _deepspeed_config(recipe.deepspeed, bf16), "bf16": False}
+        config = _deepspeed_config(recipe.deepspeed, bf16)
+        if "RANK" not in os.environ:
+            raise ValueError(f"deepspeed: {recipe.deepspeed} {LAUNCHER}, also on one device")
+        if find_spec("deepspeed") is None:
+            raise ValueError(
+                f"deepspeed: {recipe.deepspeed} needs DeepSpeed: pip install deepspeed; or take fsdp_config: fsdp2, "
+                "which comes with torch"
+            )
+        return {"deepspeed": config, "bf16": False}
     if recipe.fsdp_config:
+        find_distributed(recipe.fsdp_config)
+        if num_devices == 1:
+            raise ValueError(f"fsdp_config: {recipe.fsdp_config} {LAUNCHER}, on two devices or more; or leave it out")
         return {"fsdp": True, "bf16": False, **_fsdp_config(recipe.fsdp_config, num_devices)}
     return {"bf16": bf16}
 

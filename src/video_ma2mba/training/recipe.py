@@ -5,6 +5,7 @@ A name such as `3.1b-stage1.5` means the shipped `recipes/stage1.5.yaml` with `{
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -20,6 +21,7 @@ from .initial_states import InitialStatesOptions
 
 RECIPES = Path(__file__).with_name("recipes")
 SIZES = ("0.7b", "1.8b", "3.1b")
+MAX_WORKERS = 8  # a device waits for none of more, and each holds samples
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 
@@ -59,8 +61,8 @@ class Recipe:
         initial_states: Where the states of a sample begin; see `initial_states`. None: with zeros.
         joining: Makes samples longer than the data; see `data.joining`. None: samples are as they are.
         save_steps, logging_steps: In optimizer steps. save_total_limit: Checkpoints kept, at least 2.
-        num_workers: Processes that decode.
-        streaming: Read the manifest row by row; needs max_steps.
+        num_workers: Processes that decode for one device; None for as many as it has cores, at most `MAX_WORKERS`.
+        streaming: Read the manifests of `data` row by row, again and again; needs max_steps.
         strict: Stop at a sample that cannot be used, instead of leaving it out.
         deepspeed, fsdp_config: Files of these, or the name of a shipped one: zero1, zero2, zero3; fsdp2, hsdp. At most
             one of them.
@@ -97,7 +99,7 @@ class Recipe:
     save_total_limit: int = 2
     logging_steps: int = 10
     evaluation_steps: int = 0
-    num_workers: int = 0
+    num_workers: int | None = None
     seed: int = 0
     streaming: bool = False
     strict: bool = False
@@ -144,6 +146,12 @@ class Recipe:
                 f"initial_states.kind {self.initial_states.kind} takes the last states of whole samples, of which "
                 "sequence_parallel leaves each device a part: let one of them be, or kind be zeros"
             )
+
+    def workers(self, devices_here: int = 1) -> int:
+        """Processes that decode for each of so many devices of this machine."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return min(max((os.cpu_count() or 1) // devices_here, 1), MAX_WORKERS)
 
     def accumulation_steps(self, num_devices: int) -> int:
         """Batches of one device, or of one group that shares samples, that make up a global batch.

@@ -4,8 +4,9 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.integrations import TensorBoardCallback
 
 from ..data.collator import VideoChatCollator
 from ..data.joining import join
-from ..data.manifest import load_manifest
+from ..data.manifest import load_manifest, read_description
 from ..files import write_json
 from ..loading import load
 from ..modeling import VideoMa2mbaForConditionalGeneration
@@ -29,6 +30,7 @@ from .sequence_parallel import SequenceParallelTrainer
 from .trainer import VideoMa2mbaTrainer, last_checkpoint
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
+SHUFFLED_ROWS = 1000  # of a stream, from which the next one is drawn
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ def prepare_run(recipe: Recipe) -> Prepared:
     set_seed(recipe.seed)
     processor = load(VideoMa2mbaProcessor, recipe.model)
     train_data = read_data(recipe.data, recipe, processor)
-    evaluation_data = read_data(recipe.evaluation_data, recipe, processor) if recipe.evaluation_data else None
+    evaluation_data = None
+    if recipe.evaluation_data:  # a stream has no end, an evaluation must have one
+        evaluation_data = read_data(recipe.evaluation_data, replace(recipe, streaming=False), processor)
     model = load(VideoMa2mbaForConditionalGeneration, recipe.model, dtype=getattr(torch, recipe.dtype))
     return Prepared(recipe, make_trainable(model, recipe), processor, train_data, evaluation_data)
 
@@ -82,7 +86,13 @@ def read_data(folders: tuple[str, ...], recipe: Recipe, processor: VideoMa2mbaPr
         return {"num_tokens": [math.ceil(s * recipe.fps + n) * per_frame + c // 4 for s, n, c in rows]}
 
     if recipe.streaming:
-        return datasets.interleave_datasets(parts).shuffle(seed=recipe.seed, buffer_size=1000)
+        # Endless, so that no process is through with its files before the others; all rows are drawn equally often.
+        endless = [part.repeat(None) for part in parts]
+        sizes = [read_description(Path(folder))["num_samples"] for folder in folders]
+        rows = endless[0]
+        if len(parts) > 1:
+            rows = datasets.interleave_datasets(endless, [size / sum(sizes) for size in sizes], recipe.seed)
+        return rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLED_ROWS)
     rows = datasets.concatenate_datasets(parts)
     if recipe.joining is not None:
         rows = join(rows, recipe.joining, recipe.seed)
@@ -94,11 +104,27 @@ def computes_in_bfloat16(recipe: Recipe) -> bool:
     return recipe.bf16 and torch.cuda.is_available()
 
 
+def num_workers(recipe: Recipe, data: Any, num_devices: int) -> int:
+    """Processes that decode for one device. Of a stream no more than it has files, since one of them reads a file."""
+    workers = recipe.workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if not recipe.streaming:
+        return workers
+    files = data.num_shards // num_devices or data.num_shards  # too few: each device reads all, and takes its rows
+    if files < workers:
+        print(
+            f"warning: the stream has {data.num_shards} file(s), so {files} process(es) decode, not {workers}; more "
+            "come from `video-ma2mba data prepare --parquet --rows-per-file N`",
+            file=sys.stderr,
+        )  # fmt: skip
+    return min(workers, files)
+
+
 def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
     """The Trainer of a recipe."""
     recipe, model = prepared.recipe, prepared.model
     on_gpu = torch.cuda.is_available()
     num_devices = int(os.environ.get("WORLD_SIZE", "1"))
+    workers = num_workers(recipe, prepared.train_data, num_devices)
     checkpointing: dict[str, Any] = {}
     if recipe.gradient_checkpointing is not None:
         known = {field.name for field in fields(TrainingArguments)}
@@ -123,7 +149,8 @@ def make_trainer(prepared: Prepared) -> VideoMa2mbaTrainer:
         use_cpu=not on_gpu,
         accelerator_config={"dispatch_batches": False},  # each process makes its own batches
         remove_unused_columns=False,  # the collator reads them
-        dataloader_num_workers=recipe.num_workers,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=on_gpu,
         prediction_loss_only=True,
         logging_steps=recipe.logging_steps,

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import Trainer
+from torch.utils.data import get_worker_info
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ..data.collator import INFO
 from ..data.sampling import LengthGroupedSampler
@@ -39,6 +41,7 @@ class VideoMa2mbaTrainer(Trainer):
     """`transformers.Trainer` for `VideoMa2mbaForConditionalGeneration`.
 
     Beyond the stock Trainer, which works too:
+
     - the vision tower has a rate of its own, and only matrices decay (`parameters.parameter_groups`);
     - `label_smoothing_factor` smooths the loss of the next token, at the cost of logits for the supervised tokens alone
       (the stock Trainer shifts labels only for the text models it knows by name);
@@ -75,6 +78,7 @@ class VideoMa2mbaTrainer(Trainer):
         self._counted_since = time.perf_counter()
         self._batch_info: list[dict[str, Any]] = []
         self._loss_only = False
+        self._batches_done = 0
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
@@ -105,6 +109,23 @@ class VideoMa2mbaTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.get_total_train_batch_size(self.args)
         return LengthGroupedSampler(data["num_tokens"][:], batch_size, self.args.seed)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint and isinstance(self.train_dataset, IterableDataset):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            self._batches_done = state.global_step * self.args.gradient_accumulation_steps
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """Of a stream that is gone on with, the batches that were trained pass by without being decoded."""
+        whole = self.data_collator
+        self.data_collator = _AfterBatches(whole, self._batches_done) if self._batches_done else whole
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = whole
 
     # --- samples -----------------------------------------------------------------------------------------------------
 
@@ -226,6 +247,19 @@ class VideoMa2mbaTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.initial_states is not None:
             self.initial_states.load(Path(checkpoint))
+
+
+class _AfterBatches:
+    """A collator that makes nothing of the first batches: the stream is read again, row by row, and not decoded."""
+
+    def __init__(self, collator: Any, num_batches: int):
+        self.collator, self.num_batches, self.num_seen = collator, num_batches, 0
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        worker = get_worker_info()  # each of them makes every so manieth batch, by a copy of this
+        number = self.num_seen if worker is None else worker.id + worker.num_workers * self.num_seen
+        self.num_seen += 1
+        return {} if number < self.num_batches else self.collator(rows)
 
 
 def for_label_smoothing(inputs: dict[str, Any], all_logits: bool) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..loading import load, load_model, reading
+from ..loading import fetch_adapter, is_hub_id, load, load_model, reading
 from ..processing import VideoMa2mbaProcessor
 from .checkpoint_reader import read_json
 from .conversion import answer_to_a_frame
+from .model_card import requirements
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What PEFT leaves where it has nothing to say: its own card is no card.
@@ -31,20 +32,22 @@ every frame at 1 FPS.
 ## Use
 
 ```sh
-pip install torch==2.13.0    # first, and the build for your device
-pip install video-ma2mba peft
-video-ma2mba ask talk.mp4 "What is on the last slide?" --model {{ base }} --adapter {{ repo }}
+pip install {{ torch }}    # the build for your device
+pip install {{ requirements }} peft
 ```
 
 ```python
-import video_ma2mba
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{{ base }}"), "{{ repo }}")
+model = AutoModelForImageTextToText.from_pretrained("{{ base }}", trust_remote_code=True)
+model = PeftModel.from_pretrained(model, "{{ repo }}")
+processor = AutoProcessor.from_pretrained("{{ base }}", trust_remote_code=True)
 ```
 
-`video-ma2mba merge {{ repo }} -o merged` writes them into the weights.
+That runs the code of the base model's repository. With the package `video-ma2mba` installed,
+`video-ma2mba ask talk.mp4 "What is on the last slide?" --model {{ base }} --adapter {{ repo }}` asks from the command
+line, and `video-ma2mba merge {{ repo }} -o merged` writes them into the weights.
 
 ## Limits
 
@@ -62,6 +65,8 @@ def base_model(adapter: str) -> str:
     Raises:
         ValueError: there are no such adapters, or they name none.
     """
+    if is_hub_id(adapter):
+        fetch_adapter(adapter)
     from peft import PeftConfig
 
     with reading(adapter, "adapters"):
@@ -99,6 +104,8 @@ def render_adapter_card(
         title=repo.rpartition("/")[2],
         repo=repo,
         base=base,
+        torch=requirements("torch"),
+        requirements=requirements("transformers", "av", "pillow"),
         facts=facts,
     )
 

@@ -1,5 +1,8 @@
 """A model card from what is known: the config, the memory plan, reports of training and evaluation, licence, bases."""
 
+import re
+import shlex
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,11 @@ video-ma2mba convert init --language-model {{ base_models[0] }} --vision-model {
 {%- if has_weights %}
 ## Use
 
+```sh
+pip install {{ torch }}    # the build for your device
+pip install {{ requirements }}
+```
+
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -49,8 +57,8 @@ answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shap
 print(processor.decode(answer, skip_special_tokens=True))
 ```
 
-With the package `video-ma2mba` installed, `import video_ma2mba` takes the place of `trust_remote_code=True`, and
-`video-ma2mba ask talk.mp4 "What is on the last slide?" --model {{ repo }}` asks from the command line.
+That runs the code of this repository. With the package `video-ma2mba` installed, `import video_ma2mba` takes its place,
+and `video-ma2mba ask talk.mp4 "What is on the last slide?" --model {{ repo }}` asks from the command line.
 {% endif %}
 {%- if training %}
 ## Training
@@ -121,6 +129,8 @@ def render_card(
         template_str=_TEMPLATE,
         title=name,
         repo=repo,
+        torch=requirements("torch"),
+        requirements=requirements("transformers", "av", "pillow"),
         facts=_facts(config),
         has_weights=has_weights,
         base_models=base_models,
@@ -129,14 +139,21 @@ def render_card(
     )
 
 
-def check_card(path: Path) -> None:
-    """Read a card as the Hub does.
+def requirements(*names: str) -> str:
+    """Packages that this one depends on, with the versions that it asks for, as words for a shell."""
+    lines = metadata.requires("video-ma2mba") or ()
+    stated = {re.split(r"[^\w-]", line)[0]: line for line in lines if "extra ==" not in line}
+    return " ".join(shlex.quote(stated[name]) for name in names)
+
+
+def check_card(card: str, path: Path) -> None:
+    """Read the text of a card as the Hub does; `path` is what an error calls it.
 
     Raises:
         ValueError: metadata that is missing or that the Hub cannot read.
     """
     try:
-        data = ModelCard.load(path).data
+        data = ModelCard(card).data
     except ValueError as error:
         raise ValueError(f"{path}: the Hub cannot read this card: {error}") from error
     if missing := [field for field in ("license", "library_name", "pipeline_tag") if not data.get(field)]:
@@ -161,7 +178,11 @@ def _facts(config: VideoMa2mbaConfig) -> dict[str, str]:
         ),
         "vocabulary": f"{text.vocab_size:,} rows",
         "weights in bfloat16": format_bytes(2 * num_parameters),
-        "training on two hours at 1 FPS": f"planned over weights, gradients and optimizer: {plan}",
+        "training on two hours at 1 FPS": (
+            f"planned: {format_bytes(plan.predicted_peak_bytes)} of activations beside weights, gradients, optimizer, "
+            f"at {plan.recompute_factor:.2f} times the compute of no checkpointing. The backward pass computes "
+            f"activations again, one cell of {plan.layer_interval} layers x {plan.sequence_interval:,} tokens at a time"
+        ),
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, Mamba2Config, PreTrainedConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
-from ..loading import reading
+from ..loading import hub_answers, not_from_the_hub, reading
 from ..registration import VideoMa2mbaConfig, VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
 from .checkpoint_reader import read_json
 
@@ -45,14 +45,13 @@ def fetch(name: str, patterns: tuple[str, ...] = ("*.json", "*.safetensors")) ->
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    hub_answers()
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
         if "*.safetensors" in patterns and not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(
-            f"{name}: there is no such folder, and the Hub does not give it ({type(error).__name__}); check the name"
-        ) from error
+        raise ValueError(not_from_the_hub(name)) from error
     return folder
 
 
