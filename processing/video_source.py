@@ -60,7 +60,7 @@ class VideoSource:
     def __init__(self, location: MediaLocation, num_threads: int | None = None):
         if av is None or int(av.__version__.partition(".")[0]) < 17:
             found = "is not installed" if av is None else f"is {av.__version__} here, which gets colours wrong"
-            raise ImportError(f"Reading video files needs PyAV 17 or newer, and it {found}: pip install 'av>=17'")
+            raise ImportError(f"Reading video files needs PyAV 17 or newer, and it {found}: pip install av --upgrade")
         self.num_threads = num_threads
         self.location, self.path, self.name = location, location.path, location.name
         self.holes: list[tuple[int, int]] = []

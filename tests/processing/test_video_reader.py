@@ -396,6 +396,12 @@ def test_without_pyav(video, monkeypatch):
         read_frames(video)
 
 
+def test_an_older_pyav_is_refused(video, monkeypatch):
+    monkeypatch.setattr(video_source.av, "__version__", "16.1.0")
+    with pytest.raises(ImportError, match=r"PyAV 17 or newer, and it is 16\.1\.0"):
+        read_frames(video)
+
+
 WITHOUT_PYAV = """
 import sys
 sys.modules["av"] = None  # importing it raises ImportError
