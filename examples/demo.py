@@ -1,4 +1,4 @@
-"""Render a fresh three-minute H.264 video, ask the tiny model six questions about it, and check its answers.
+"""Render a fresh H.264 video of ten minutes, ask the tiny model six questions about it, and check its answers.
 
     python examples/demo.py              # a new seed each time; `make demo` does the same, set-up included
     python examples/demo.py --seed 7     # one video again
@@ -73,7 +73,7 @@ def print_report(console: Console, questions: list[Question], report: dict) -> i
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, help="which video to render (default: a new one)")
-    parser.add_argument("--duration", type=int, default=180, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument("--duration", type=int, default=600, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--model", metavar="DIR", help="model folder (default: the tiny model of this repository)")
     args = parser.parse_args()
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
@@ -85,6 +85,8 @@ def main() -> int:
         console.print(f"Rendered {args.duration} s of H.264 video, {video.stat().st_size / 1024:,.0f} KiB, seed {seed}")
         report = ask(video, questions, args.model)
     num_right = print_report(console, questions, report)
+    gone_s = story.scenes[0].end_s
+    console.print(f"What came first of all was gone after {gone_s} s, {args.duration - gone_s} s before the end.")
     return int(len(questions) - num_right > MAX_WRONG)
 
 
