@@ -10,7 +10,9 @@ project = "Video-Ma²mba"
 copyright = "the video-ma2mba maintainers"
 release = version = installed("video-ma2mba")
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "examples/*/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+include_patterns = [
+    "docs/**.md", "examples/*/README.md", "model_cards/video-ma2mba-tiny/README.md", "CONTRIBUTING.md", "CHANGELOG.md"
+]  # fmt: skip
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
 
 default_role = "code"  # docstrings quote names as Markdown does

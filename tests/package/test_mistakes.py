@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,8 +109,9 @@ def places(model_folder, video, model, processor, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     (tmp_path / "used" / "thesis.txt").write_text("five years")
     (tmp_path / "text.mp4").write_text("To whom it may concern. " * 50)
-    for name in ("config.json", "processor_config.json"):
-        shutil.copy(f"{model_folder}/{name}", tmp_path / "card")
+    for file in Path(model_folder).iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path / "card")
     (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
     row = json.dumps({"video": "gone.mp4", "question": "What?", "answer": "Nothing."}) + "\n"
     for file in (tmp_path / "questions.jsonl", tmp_path / "data" / "questions.jsonl"):
