@@ -7,7 +7,7 @@ from .launch import launch, lines
 
 FOUR = ("hsdp", "sequence 4", "sequence 2, fsdp2")
 # Two processes and one batch each: the sum of two numbers, whoever adds them, is one process's to the bit.
-SAME_ORDER = ("ddp", "zero1", "zero2", "fsdp2", "fsdp2, one group")
+SAME_ORDER = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2, one group")
 
 
 def num_processes(engine):
