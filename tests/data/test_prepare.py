@@ -213,7 +213,7 @@ def test_the_command_stores_frames_that_training_then_reads(tmp_path, media, mod
     [
         (["--format", "webvids"], "--format webvids: known are llava, messages"),
         (["--max-hours", "0"], "must be positive"),
-        (["--fps", "-1"], "must be positive"),
+        (["--cache-frames", "raw", "--fps", "-1"], "must be positive"),
         (["--workers", "0"], "--workers must be at least 1, got 0"),
         (["--rows-per-file", "5"], "--rows-per-file is for --parquet"),
     ],
