@@ -25,7 +25,10 @@ def cache_under_old_names(function):
 class VideoMa2mbaGeneration:
     """The overrides of `GenerationMixin`: the states are the cache, and a prompt is cut by the model itself."""
 
-    config: Any  # of `PreTrainedModel`
+    config: Any  # these four of `PreTrainedModel`
+    model: Any
+    device: Any
+    dtype: Any
 
     @cache_under_old_names
     def generate(self, *args, **kwargs):

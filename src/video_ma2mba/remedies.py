@@ -48,9 +48,8 @@ def _that_fit(
 ) -> Iterator[dict[str, Any]]:
     for name, case in kind:
         for offload in (False, True) if case.optimizer is not None and not (options or {}).get("offload") else (False,):
-            flags, wanted = f"{name} --offload".strip(), {**(options or {}), "offload": True}
-            if not offload:
-                flags, wanted = name, options
+            flags = f"{name} --offload".strip() if offload else name
+            wanted = {**(options or {}), "offload": True} if offload else options
             if flags and case.fits(wanted, num_frames, num_tokens):
                 yield case.row(flags, wanted, num_frames, num_tokens)
 

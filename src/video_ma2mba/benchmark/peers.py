@@ -81,7 +81,7 @@ def make_pair(
         config.chunk_size = chunk
         model = modeling_mamba2.Mamba2Model(config)
         model.load_state_dict(weights)
-        return model.to(device, dtype)
+        return torch.nn.Module.to(model, device, dtype)
 
     peers = {chunk: theirs(chunk) for chunk in (chunks if row != "decode" else chunks[:1])}
     hidden = torch.randn(1, 1 if row == "decode" else tokens, config.hidden_size, device=device).to(dtype)

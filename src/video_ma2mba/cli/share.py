@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 LICENCE = "apache-2.0"
 HELP = "write a model's card and upload the model to the Hub"
@@ -57,11 +58,11 @@ def run(args: argparse.Namespace) -> None:
         if given := [
             name for name in ("license", "base_model", "training", "evaluation") if getattr(args, name) is not None
         ]:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"{options}: {card} is written already and stays as it is; --card-only writes it anew")
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{named}: {card} is written already and stays as it is; --card-only writes it anew")
         text = card.read_text(encoding="utf-8")
     else:
-        options = {
+        options: dict[str, Any] = {
             "licence": args.license or LICENCE, "base_models": args.base_model, "training": read_report(args.training),
         }  # fmt: skip
         if is_adapter(folder):

@@ -234,6 +234,7 @@ class Engine:
         """The next token of all answers."""
         rows = self._writing
         ids = torch.tensor([[row.tokens[-1].id] for row in rows])
+        assert self._cache is not None
         self._cache.own()  # its rows were copied when they joined
         outputs = self._call(ids, None, self._cache)
         self._cache = outputs.cache

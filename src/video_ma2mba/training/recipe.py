@@ -307,7 +307,7 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         key, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"--set {change}: write key=value")
-        group = values
+        group: Any = values
         *path, last = key.split(".")
         for depth, part in enumerate(path):
             if group.get(part) is None and (depth or _may_hold_keys(part)):
