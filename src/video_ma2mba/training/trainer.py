@@ -116,7 +116,7 @@ class VideoMa2mbaTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint and isinstance(self.train_dataset, IterableDataset):
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            state = TrainerState.load_from_json(str(Path(str(resume_from_checkpoint)) / TRAINER_STATE_NAME))
             self._batches_done = state.global_step * self.args.gradient_accumulation_steps
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
