@@ -113,16 +113,9 @@ class VideoMa2mbaTrainer(Trainer):
         return LengthGroupedSampler(data["num_tokens"][:], batch_size, self.args.seed)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-<<<<<<< HEAD
         found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if found and isinstance(self.train_dataset, IterableDataset):
-            state = TrainerState.load_from_json(str(Path(found) / TRAINER_STATE_NAME))
-=======
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint and isinstance(self.train_dataset, IterableDataset):
-            state = TrainerState.load_from_json(str(Path(str(resume_from_checkpoint)) / TRAINER_STATE_NAME))
->>>>>>> engines
+            state = TrainerState.load_from_json(str(Path(str(found)) / TRAINER_STATE_NAME))
             self._batches_done = state.global_step * self.args.gradient_accumulation_steps
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
