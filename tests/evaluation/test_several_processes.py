@@ -87,7 +87,7 @@ def test_shards_of_different_runs_are_not_merged(command, tmp_path, capsys):
     [
         (["eval", "MODEL", "more", "--task", "videomme"], "one model at a time: what is more?"),
         (["eval", "merge", "out", "--media-root", "x"], "--media-root is for the runs of the shards"),
-        (["eval", "MODEL"], "--task must be given; there are videomme"),
+        (["eval", "MODEL"], "--task must be given; there are own, videomme"),
         (["eval", "MODEL", "--task", "niah", "--shard", "1/2"], "give each machine --minutes and -o of its own"),
     ],
 )

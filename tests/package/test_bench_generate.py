@@ -20,7 +20,7 @@ def test_backends_says_what_runs_here_and_why_not(capsys):
     }  # fmt: skip
     assert report["usable"]["convolution"]["torch"] == "yes"
     assert report["chosen"].startswith("scan on torch, convolution on torch (mamba_ssm not used: ")
-    assert report["tokens_per_call"] == 8192
+    assert report["tokens_per_call"] == 32768
 
 
 def test_generate_measures_every_context(capsys):

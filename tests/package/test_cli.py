@@ -22,7 +22,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--help"])
     assert stopped.value.code == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert all(module.HELP in printed for module in cli.COMMANDS.values())
 
 

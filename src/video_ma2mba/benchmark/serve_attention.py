@@ -46,6 +46,9 @@ class KeysAndValues:
     def copy(self) -> "KeysAndValues":
         return KeysAndValues(self.layers, self.mask)
 
+    def own(self) -> None:
+        """Nothing is written in place here."""
+
     @staticmethod
     def joined(caches: list["KeysAndValues"]) -> "KeysAndValues":
         longest, pad = max(cache.num_tokens for cache in caches), torch.nn.functional.pad
