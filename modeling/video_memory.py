@@ -124,7 +124,8 @@ class VideoMemory(VideoMemoryAnswers):
         """Watch a video to its end, on from where the memory stands.
 
         Decoding runs ahead in a thread of its own while the model reads. Interrupted or failing, it leaves the memory
-        as it was. A call that begins where the one before ended in the same video goes on in it seamlessly.
+        as it was. A call that begins where the one before ended in the same video goes on in it seamlessly, and has
+        nothing to watch where that was the end of it.
 
         Args:
             source: what `read_frames` takes (a path, URL, bytes, file object), or an iterator of frames, which may be
@@ -147,8 +148,14 @@ class VideoMemory(VideoMemoryAnswers):
             if not max_duration_s > 0:
                 raise ValueError(f"max_duration_s must be positive, got {max_duration_s}")
             end_s = min(math.inf if end_s is None else end_s, start_s + max_duration_s)
-        name, frames, expected = self._open(source, fps, start_s, end_s, max_frames)
         last = self.sources[-1] if self.sources else {}
+        try:
+            name, frames, expected = self._open(source, fps, start_s, end_s, max_frames)
+        except ValueError as error:
+            stood_here = (last.get("name"), last.get("fps"), last.get("end_s")) == (str(source), fps, start_s)
+            if stood_here and (start_s == end_s or getattr(error, "beyond_the_end", False)):
+                return {"num_frames": 0, "num_tokens": 0, "decode_s": 0.0, "encode_s": 0.0}
+            raise
         goes_on = (last.get("name"), last.get("fps"), last.get("end_s")) == (name, fps, start_s)
         earlier, before = (self.sources[:-1], last["num_frames"]) if goes_on else (self.sources, 0)
         offset_s = last["offset_s"] if goes_on else self._next_start_s(1 / fps) - start_s

@@ -27,7 +27,13 @@ _HEADER_BYTES = 64
 
 
 class VideoReadError(ValueError):
-    """A video or picture that cannot be read as asked. The message is one line, names the file and the remedy."""
+    """A video or picture that cannot be read as asked. The message is one line, names the file and the remedy.
+
+    Attributes:
+        beyond_the_end: The part that is asked for begins where the video has ended.
+    """
+
+    beyond_the_end = False
 
 
 @dataclass(frozen=True)

@@ -184,10 +184,12 @@ def read_frames(
         source.begin("SLICE" if seek or num_frames == 1 else "AUTO")
         info = _info(source)
         if start >= source.duration:
-            raise VideoReadError(
+            error = VideoReadError(
                 f"{source.name}: start_s={start_s} lies beyond the end of the video, which lasts {info.duration_s:.3f} "
                 "s. Choose an earlier start."
             )
+            error.beyond_the_end = True
+            raise error
         num_frames, step = _grid(source, start, end, step, max_frames)
     except BaseException:
         source.close()

@@ -108,6 +108,17 @@ def test_asking_changes_nothing_and_watching_goes_on(pair, video, tmp_path):
     assert_same_tokens(model, processor, frames, QUESTIONS, memory.generate(QUESTIONS, max_new_tokens=8))
 
 
+@pytest.mark.parametrize("end_s", [None, 10.0])
+def test_where_the_video_has_ended_there_is_nothing_to_go_on_with(model, processor, video, memory, end_s):
+    """So a call that was stopped after the last frame can be gone on with; another video from there is refused."""
+    question, before = QUESTIONS[:1], memory.num_frames
+    answer = memory.ask(question, max_new_tokens=4)
+    assert memory.watch(video, start_s=10.0, end_s=end_s)["num_frames"] == 0
+    assert (memory.num_frames, memory.ask(question, max_new_tokens=4)) == (before, answer)
+    with pytest.raises(ValueError, match="start_s"):
+        VideoMemory(model, processor).watch(video, start_s=10.0, end_s=end_s)
+
+
 def test_frames_pushed_are_frames_watched(model, processor, video, memory):
     loaded = processor.video_processor.load(video)
     pushed = VideoMemory(model, processor)

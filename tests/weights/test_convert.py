@@ -174,7 +174,7 @@ def test_result_is_ready_to_be_shared(parts, tmp_path, capsys):
     assert cli.main(["share", str(out), "--repo", "me/mine", "--dry-run"]) == 0
     printed = capsys.readouterr()
     shared = {line.split()[1] for line in printed.out.splitlines()}
-    assert shared == {path.name for path in out.iterdir()} - {"notes.txt"}
+    assert shared == {path.name for path in out.iterdir()} - {"notes.txt"} | {"README.md"}  # which is written then
     assert "not uploaded: notes.txt" in printed.err
 
 
