@@ -124,19 +124,9 @@ class CheckpointOptions:
 
 
 def plan_checkpoints(
-    config,
-    batch_size,
-    sequence_length,
-    *,
-    dtype_bytes=2,
-    num_supervised_tokens=None,
-    num_frames=0,
-    trains_vision=True,
-    scan_backend="torch",
-    num_gradient_tokens=None,
-    compute_bytes=None,
-    **options,
-):
+    config, batch_size, sequence_length, *, dtype_bytes=2, num_supervised_tokens=None, num_frames=0, trains_vision=True,
+    scan_backend="torch", num_gradient_tokens=None, compute_bytes=None, **options,
+):  # fmt: skip
     """The best plan for a batch of this shape.
 
     Without a memory budget: the least device memory at one recompute. With one: the least recompute that fits; among

@@ -205,8 +205,8 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
         if attention_mask is not None:
             mask = attention_mask[:, -num_tokens:].bool()
         if not compiling:
-            if ids_on_host is None and num_tokens > 1:
-                ids_on_host = input_ids
+            if ids_on_host is None and (num_tokens > 1 or pixel_values is not None or pixel_values_videos is not None):
+                ids_on_host = input_ids  # a single one is a token that was written, but where it stands for pixels
             ids_on_host, mask, keep = on_host(ids_on_host, mask, keep)
             if mask is not None and mask.all():
                 mask = None

@@ -16,15 +16,9 @@ import numpy as np
 from .frame_pixels import Orientation, displayed_size, orientation_of, rgb_of_frame
 from .media_location import MediaLocation, VideoReadError, silent
 from .video_container import (
-    TRUNCATION_TOLERANCE_S,
-    PacketPlaces,
-    as_whole,
-    declared_end,
-    may_have_joints,
-    open_container,
-    stands_alone,
+    TRUNCATION_TOLERANCE_S, PacketPlaces, as_whole, declared_end, may_have_joints, open_container, stands_alone,
     video_stream,
-)
+)  # fmt: skip
 
 try:
     import av
