@@ -16,9 +16,15 @@ import numpy as np
 from .frame_pixels import Orientation, displayed_size, orientation_of, rgb_of_frame
 from .media_location import MediaLocation, VideoReadError, silent
 from .video_container import (
-    TRUNCATION_TOLERANCE_S, PacketPlaces, as_whole, declared_end, may_have_joints, open_container, stands_alone,
+    TRUNCATION_TOLERANCE_S,
+    PacketPlaces,
+    as_whole,
+    declared_end,
+    may_have_joints,
+    open_container,
+    stands_alone,
     video_stream,
-)  # fmt: skip
+)
 
 try:
     import av
@@ -29,8 +35,7 @@ except ImportError:  # the folder must stay loadable without PyAV: frames may al
 _KEYFRAME_WINDOW_S = 30  # how far from the beginning keyframes are counted
 # Rule 2. FFmpeg's own bounds: of a clock that may be set anew (MPEG transport and program streams, Ogg) every step back
 # and every leap of more than ten seconds is a joint, of others a step back that no reordering of frames explains.
-_LEAP_S, _STEP_BACK_S = 10, 1
-_MOST_REORDERED = 16  # frames, by H.264 and H.265
+_LEAP_S, _STEP_BACK_S, _MOST_REORDERED = 10, 1, 16  # seconds; and frames, by H.264 and H.265
 _MAX_PIXELS = 1 << 27  # of a frame, 16384 x 8192: what is larger is a damaged header
 _DOUBTFUL = 3  # packets from one that is marked as corrupt to a joint that explains it, at most
 _MAX_READ_ERRORS = 100  # in a row
