@@ -88,7 +88,8 @@ def test_a_method_that_runs_out_of_memory_is_left_out_and_the_others_go_on(capsy
     monkeypatch.setattr(train, "training_step", small)
     report = run(capsys, "train", "--lengths", "64", "--methods", "off", "per layer", "--repeats", "1")
     off, ours = report["rows"]
-    assert off == {"tokens": 64, "method": "off", "out_of_memory": True}
+    assert (off["tokens"], off["method"], off["out_of_memory"]) == (64, "off", True)
+    assert "tokens_per_s" not in off
     assert ours["tokens_per_s"] > 0
     assert "ratio_to_off" not in ours
 
