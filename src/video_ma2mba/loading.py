@@ -78,6 +78,8 @@ def hub_answers() -> bool:
 
 def not_from_the_hub(name: str) -> str:
     """What to tell someone whose `name` is no folder and was not had from the Hub."""
+    if not is_hub_id(name):
+        return f"{name}: there is no such folder; check the name. A repository on the Hub is written owner/name"
     if hub_answers():
         return (
             f"{name}: there is no such folder, and the Hub does not give it; check the name, or `hf auth login` first"

@@ -90,6 +90,7 @@ def is_view(page, name):
 
 
 def watch(page, film, expected="ready"):
+    page.locator("#main").wait_for()  # before that a person sees no place for a file
     page.locator("#file").set_input_files(film)
     page.locator("#watch").click()
     is_view(page, expected)
@@ -163,6 +164,7 @@ def test_watching_can_be_asked_about_and_cancelled(served, visit, film, width, f
     page, go_on, memories = visit(served.url, width), threading.Event(), served.memories
     real, memories.wait_for_turn = memories.wait_for_turn, lambda timeout_s: go_on.wait(60)
     try:
+        page.locator("#main").wait_for()
         page.locator("#file").set_input_files(film)
         page.locator("#more summary").click()
         page.locator("#fps").fill(str(fps))

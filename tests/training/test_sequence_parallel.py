@@ -62,17 +62,17 @@ def test_what_cannot_be_shared_is_refused():
 
 
 def test_a_recipe_says_what_it_shares():
-    recipe = read_recipe("finetune", [*REQUIRED, "sequence_parallel=2", "global_batch_size=4"])
+    recipe = read_recipe("finetune", [*REQUIRED, "held_out=0", "sequence_parallel=2", "global_batch_size=4"])
     assert recipe.accumulation_steps(2) == 4
     assert recipe.accumulation_steps(8) == 1
     with pytest.raises(ValueError, match=r"sequence_parallel 2 does not divide the 3 device\(s\)"):
         recipe.accumulation_steps(3)
     for other in ("device_batch_size=2", "streaming=true"):
         with pytest.raises(ValueError, match="let device_batch_size be 1 and streaming false"):
-            read_recipe("finetune", [*REQUIRED, "sequence_parallel=2", "max_steps=3", other])
+            read_recipe("finetune", [*REQUIRED, "held_out=0", "sequence_parallel=2", "max_steps=3", other])
     for other in ("gradient_checkpointing.gradient_horizon=64", "initial_states.kind=passed"):
         with pytest.raises(ValueError, match=other.partition(".")[2].partition("=")[0] + ".*sequence_parallel"):
-            read_recipe("finetune", [*REQUIRED, "sequence_parallel=2", other])
+            read_recipe("finetune", [*REQUIRED, "held_out=0", "sequence_parallel=2", other])
 
 
 def test_the_planner_counts_the_turns_of_the_pipeline():

@@ -245,7 +245,8 @@ def test_heads_of_the_frame_selector_are_left_out(command, tmp_path, capsys):
 
 @pytest.mark.parametrize("source", ["nobody/nothing", "no/such/folder", "nowhere"])
 def test_source_that_is_not_there(command, source, tmp_path, capsys):
-    assert_refused(["convert", "llava-mamba", source, *command[3:]], capsys, tmp_path, f"{source}: ", "check the name")
+    why = "the Hub" if source == "nobody/nothing" else "check the name"
+    assert_refused(["convert", "llava-mamba", source, *command[3:]], capsys, tmp_path, f"{source}: ", why)
 
 
 def test_config_that_is_no_json(command, tmp_path, capsys):

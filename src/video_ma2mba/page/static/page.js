@@ -105,7 +105,7 @@ function start() {
 }
 
 function choose(file) {
-  if (!file) return;
+  if (!file || !model) return;  // a file dropped before the page is there
   start();
   if (file.size > model.max_bytes) {
     return complain("file", `${file.name} has ${size(file.size)}; at most ${size(model.max_bytes)} are taken here.`);
