@@ -39,7 +39,7 @@ NOTES = {
     "video-ma2mba watch story.mp4": [r"(story-memory|talk): 60 frames up to 0:59, 6\d tokens, .* of states"],
     "video-ma2mba train": [
         r"global batch .*",
-        r"(chosen, .*|warning: .*|note: .*|held out: .*|step .*|.*it/s.*|.*\d+%.*|\s.*)",
+        r"(chosen, .*|warning: .*|note: .*|held out.*|step .*|.*it/s.*|.*\d+%.*|\s.*)",
     ],
 }
 TRAINING = ("python examples/", "video-ma2mba data", "video-ma2mba train", "video-ma2mba ask my_videos")
