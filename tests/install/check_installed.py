@@ -35,12 +35,14 @@ EXCUSED = {
     "video-ma2mba serve": "an extra of its own; `tests/serving` starts it",
 }
 # All that a command may say on stderr beside its bars, line by line. A command that is not here says nothing.
+OF_TRAINING = [
+    r"global batch .*",
+    r"(chosen, .*|warning: .*|note: .*|held out.*|step .*|stopped at step .*|.*it/s.*|.*\d+%.*|\s.*)",
+]
 NOTES = {
     "video-ma2mba watch story.mp4": [r"(story-memory|talk): 60 frames up to 0:59, 6\d tokens, .* of states"],
-    "video-ma2mba train": [
-        r"global batch .*",
-        r"(chosen, .*|warning: .*|note: .*|held out.*|step .*|.*it/s.*|.*\d+%.*|\s.*)",
-    ],
+    "video-ma2mba train": OF_TRAINING,
+    "python examples/finetune_own_videos.py my_videos": OF_TRAINING,
 }
 TRAINING = ("python examples/", "video-ma2mba data", "video-ma2mba train", "video-ma2mba ask my_videos")
 
