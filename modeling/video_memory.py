@@ -27,6 +27,13 @@ from .video_memory_files import read_memory, write_memory
 MAX_FRAMES_PER_CALL = 32  # of the model; more would only hold more memory
 
 
+def format_clock(seconds):
+    """Seconds as m:ss, from an hour on as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
 class VideoMemory(VideoMemoryAnswers):
     """What a model remembers of the video it has watched: one state per layer, of a size that never changes.
 
@@ -50,11 +57,8 @@ class VideoMemory(VideoMemoryAnswers):
     # --- what there is -----------------------------------------------------------------------------------------------
 
     def __str__(self):
-        minutes, seconds = divmod(round(self.duration_s), 60)
-        hours, minutes = divmod(minutes, 60)
-        clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
         return (
-            f"{self.num_frames} frames up to {clock}, {self.num_tokens} tokens, "
+            f"{self.num_frames} frames up to {format_clock(self.duration_s)}, {self.num_tokens} tokens, "
             f"{format_bytes(self.num_bytes)} of states"
         )
 

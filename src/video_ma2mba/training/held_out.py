@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from ..data.collator import VideoChatCollator
 from ..data.holding_out import videos_of
 from ..files import write_json
+from ..modeling.video_memory import format_clock
 from .trainer import VideoMa2mbaTrainer
 
 HISTORY = "held_out_history.json"
@@ -57,9 +58,8 @@ class Lines(TrainerCallback):
         )
         parts = [f"loss {logs['loss']:.4f}", f"rate {logs.get('learning_rate', 0):.2e}"]
         parts += [f"{logs['samples_per_s']:.1f} samples a second"] if "samples_per_s" in logs else []
-        minutes, seconds = divmod(round(left_s), 60)
         self.write_line(
-            f"step {state.global_step} of {state.max_steps}: {', '.join(parts)}, {minutes}:{seconds:02d} left"
+            f"step {state.global_step} of {state.max_steps}: {', '.join(parts)}, {format_clock(left_s)} left"
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
