@@ -21,6 +21,7 @@ from tests.serving.conftest import asked, head_of, serving
 from video_ma2mba.cli import main
 from video_ma2mba.serving import guard
 from video_ma2mba.serving.answers import Transcript
+from video_ma2mba.serving.app import listening_socket
 from video_ma2mba.serving.media import MediaRules
 
 
@@ -346,3 +347,20 @@ def test_close_frees_everything(model, processor, tmp_path):
         time.sleep(0.05)
     names = {thread.name for thread in threading.enumerate()}
     assert sum(name == "answers" for name in names) <= 1
+
+
+def test_events_are_sent_at_once():
+    """Nagle's algorithm holds back all events after the first until that is acknowledged, 40 ms later."""
+
+    async def accepted():
+        came = asyncio.get_running_loop().create_future()
+        with listening_socket("127.0.0.1", 0) as listening:
+            async with await asyncio.start_server(lambda reader, writer: came.set_result(writer), sock=listening):
+                _, ours = await asyncio.open_connection(*listening.getsockname())
+                theirs = await came
+                option = theirs.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                for writer in (ours, theirs):
+                    writer.close()
+                return option
+
+    assert asyncio.run(accepted())

@@ -393,7 +393,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
     Raises:
         OSError: it cannot be had.
     """
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    # TCP by name: else asyncio leaves Nagle's algorithm on, and the second event of a stream waits 40 ms for an ACK
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
