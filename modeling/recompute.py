@@ -126,10 +126,12 @@ class _RecomputeSegments(torch.autograd.Function):
 def _kept(fn, segment, sequence, states, params):
     """One pass under autograd, segment by segment as the other way: the same numbers, also in the backward pass."""
     pieces = []
+    # cut by split, whose backward pass joins the gradients once: that of a slice makes and adds a tensor of full length
+    count = max(1, -(-sequence[0].shape[1] // segment))
+    spans = [[None] * count if s is None else s.split(segment, dim=1) for s in sequence]
     with autocast_to(sequence[0].device.type, None):
-        for start in range(0, max(sequence[0].shape[1], 1), segment):
-            span = slice(start, start + segment)
-            piece, states = fn(tuple(None if s is None else s[:, span] for s in sequence), states, params)
+        for span in zip(*spans, strict=True):
+            piece, states = fn(span, states, params)
             pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), states
 

@@ -1,6 +1,6 @@
 """What `bench scan` compares: this library's scan, block, model and decode step, and the same of transformers' Mamba2.
 
-Both sides of a pair have the same weights and inputs, and keep what they keep for a backward pass.
+Both sides of a pair have the same weights and inputs, and keep all activations for the backward pass.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
 from ..modeling.mamba2 import Mamba2Backbone, init_mamba2_weights
-from ..modeling.recompute import recompute_segments
+from ..modeling.recompute import keeping_activations, recompute_segments
 from ..modeling.segment_sizes import SEGMENT
 from ..modeling.ssd import ssd_scan
 
@@ -90,8 +90,13 @@ def make_pair(
     hidden.requires_grad_()
     if row == "block":
         state = ours.layers[0].mixer.new_state(1)
+
+        @keeping_activations()
+        def block(x):
+            return (ours.layers[0](x, state)[0],)
+
         return Pair(
-            lambda x: (ours.layers[0](x, state)[0],),
+            block,
             {chunk: (lambda x, block=peer.layers[0]: (block(x),)) for chunk, peer in peers.items()},
             [hidden], ["out", "grad_hidden_states"], weights=list(ours.layers.parameters()),
         )  # fmt: skip
@@ -120,6 +125,7 @@ def _scan_pair(config: Any, dtype: torch.dtype, tokens: int, chunks: list[int], 
         normal(1, tokens, 1, n).to(dtype), normal(1, tokens, 1, n).to(dtype), normal(h), normal(1, h, p, n),
     ]  # fmt: skip
 
+    @keeping_activations()
     def ours(x, dt, A, B, C, D, state):
         def segment(sequence, states, params):
             (x, dt, B, C), (A, D) = sequence, params
