@@ -156,8 +156,8 @@ def ssd_step_(x, dt, A, B, C, D, ssm_state):
     ssm_state.mul_((dt * A).exp_().view(b, h, 1, 1))
     by_group = ssm_state.view(b * g, -1, n)
     by_group.addcmul_((x * dt[..., None]).view(b * g, -1, 1), B.reshape(b * g, 1, n))
-    # a row times a matrix: the same product as a matrix times a column takes seven times as long where b is 32
-    y = torch.bmm(C.reshape(b * g, 1, n), by_group.mT).view(b, 1, h, p)
+    # C as a transposed row: as a column of its own the same product takes five times as long from b = 8 on
+    y = torch.bmm(by_group, C.reshape(b * g, 1, n).mT).view(b, 1, h, p)
     return y.addcmul_(x, D[:, None])
 
 

@@ -154,6 +154,7 @@ def _decode_pair(ours: Any, peers: dict[int, Any], token: torch.Tensor) -> Pair:
     with torch.no_grad():
         cache = ours.new_cache(1)
         ours(past, cache)
+    cache.own()  # as a decode loop does, and as theirs is: written in place
 
     def step(x):
         return (ours(x, cache),)
