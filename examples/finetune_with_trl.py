@@ -1,9 +1,9 @@
 """Fine-tune on videos of your own with TRL's SFTTrainer, and ask the result.
 
     python examples/finetune_own_videos.py --example my_videos      # makes a folder to try it with
-    python examples/finetune_with_trl.py my_videos -o my_trl --ask 0.mp4 "What is this?"
+    python examples/finetune_with_trl.py my_videos -o my_trl --ask 0.mp4 "Is the circle bright?"
 
-The folder holds the videos and `questions.jsonl`: {"video": "0.mp4", "question": "What is this?", "answer": "a cross"}.
+The folder holds the videos and `questions.jsonl`: {"video": "0.mp4", "question": "Is the circle bright?", "answer": "yes"}.
 Needs `pip install trl`. What TRL does its own way:
 
 - Its collators hand on pictures, and no videos but those in `messages`, as below. For `DPOTrainer`, `GRPOTrainer` and
