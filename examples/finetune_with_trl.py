@@ -3,8 +3,8 @@
     python examples/finetune_own_videos.py --example my_videos      # makes a folder to try it with
     python examples/finetune_with_trl.py my_videos -o my_trl --ask 0.mp4 "Is the circle bright?"
 
-The folder holds the videos and `questions.jsonl`: {"video": "0.mp4", "question": "Is the circle bright?", "answer": "yes"}.
-Needs `pip install trl`. What TRL does its own way:
+The folder holds the videos and `questions.jsonl`, with lines as {"video": "0.mp4", "question": "Is the circle bright?",
+"answer": "yes"}. Needs `pip install trl`. What TRL does its own way:
 
 - Its collators hand on pictures, and no videos but those in `messages`, as below. For `DPOTrainer`, `GRPOTrainer` and
   prompts with completions, give the frames of a video as `images`, with an entry {"type": "image"} for each: to the

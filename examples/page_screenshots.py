@@ -7,6 +7,7 @@ Needs Chromium, and the extras `ui` and `dev`. The videos are synthetic, so that
 
 import argparse
 import io
+import itertools
 import re
 import shutil
 import subprocess
@@ -66,16 +67,20 @@ def ask(page, question: str) -> None:
 
 
 def take_all(open_page, output: Path, films: dict[str, Path]) -> None:
-    """All pictures, each of a page of its own."""
+    """All pictures: of each thing that can be seen, and of the talk at every width, light and dark."""
     page = open_page(1280, 800, "light")
     photograph(page, output / "page-begin-1280-light.png")
     page.locator("#example").click()
     page.locator("#watch").click()
     is_view(page, "ready")
-    for question in ("What colour was the circle?", "What was shown at 0:20?", "Did a red square ever appear?"):
-        ask(page, question)
-    page.locator(".question .time").click()
-    photograph(page, output / "page-talk-1280-light.png")
+    for (width, height), scheme in itertools.product([(390, 844), (1280, 800), (1600, 900)], ["light", "dark"]):
+        page = open_page(width, height, scheme)
+        page.locator(".open", has_text="example.mp4").click()
+        is_view(page, "ready")
+        for question in ("What colour was the circle?", "What was shown at 0:20?", "Did a red square ever appear?"):
+            ask(page, question)
+        page.locator(".question .time").click()
+        photograph(page, output / f"page-talk-{width}-{scheme}.png")
 
     page = open_page(1600, 900, "dark")
     page.locator("#file").set_input_files(films["Long.mp4"])
@@ -88,13 +93,6 @@ def take_all(open_page, output: Path, films: dict[str, Path]) -> None:
     is_view(page, "ready")
     ask(page, "Did a white cross appear at 1:10:00?")
     photograph(page, output / "page-hours-1600-dark.png")
-
-    page = open_page(390, 844, "light")
-    page.locator(".open", has_text="example.mp4").click()
-    is_view(page, "ready")
-    ask(page, "Which shape came last of all?")
-    ask(page, "What was shown at 0:20?")
-    photograph(page, output / "page-talk-390-light.png")
 
     page = open_page(390, 844, "dark")
     page.locator("#file").set_input_files(films["Notes.mp4"])
