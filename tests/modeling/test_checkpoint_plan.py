@@ -13,7 +13,6 @@ from video_ma2mba import modeling
 from video_ma2mba.benchmark.counting import LiveBytes, counting
 from video_ma2mba.benchmark.machine import allocated_peak_bytes
 from video_ma2mba.benchmark.memory import PAPER_GB, choose_plan, count
-from video_ma2mba.fitting import Sizes, Training
 from video_ma2mba.modeling import checkpoint_plan
 from video_ma2mba.modeling.checkpoint_plan import (
     FLOPS_PER_S,
@@ -31,6 +30,7 @@ from video_ma2mba.modeling.checkpoint_plan import (
 from video_ma2mba.modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
 from video_ma2mba.modeling.mamba2 import Mamba2Backbone
 from video_ma2mba.modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from video_ma2mba.planning.fitting import Sizes, Training
 
 from ..tiny import tiny_config
 

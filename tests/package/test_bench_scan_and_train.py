@@ -7,9 +7,8 @@ import torch
 
 from video_ma2mba import VideoMa2mbaConfig
 from video_ma2mba.benchmark import scan, train
-from video_ma2mba.benchmark.machine import allocated_peak_bytes, resident_peak_bytes
+from video_ma2mba.benchmark.machine import allocated_peak_bytes, in_measured_process, resident_peak_bytes
 from video_ma2mba.cli import main
-from video_ma2mba.memory import in_measured_process
 
 SCAN = ["scan", "--sizes", "tiny", "--tokens", "70", "--their-chunks", "16", "--repeats", "1"]
 

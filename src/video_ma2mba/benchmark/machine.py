@@ -1,11 +1,18 @@
 """The machine and the versions behind a figure."""
 
 import ctypes
+import json
+import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# One thread, for the same sums in the same order. And glibc is to give freed tensors back at once, as it would those of
+# a large model: its own thresholds, which it would else raise as it goes. Then resident is what is in use.
+_MEASURED = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -44,7 +51,7 @@ def resident_peak_bytes(function: Callable[[], Any]) -> int:
     """
     import torch
 
-    from ..memory import peak_bytes, restart_peak
+    from ..planning.measured import peak_bytes, restart_peak
 
     libc = ctypes.CDLL(None)
     for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
@@ -54,3 +61,12 @@ def resident_peak_bytes(function: Callable[[], Any]) -> int:
     before = restart_peak(device)
     function()
     return max(peak_bytes(device) - before, 0)
+
+
+def in_measured_process(module: str, *arguments: object) -> Any:
+    """The last line, JSON, that `python -m module arguments` prints, where resident memory is what is in use."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, **_MEASURED}, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"{' '.join(command[2:])} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])

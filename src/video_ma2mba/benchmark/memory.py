@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from .. import methods
 from ..files import write_json, write_png
 from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
@@ -25,9 +24,10 @@ from ..modeling.checkpointing import run_checkpointed
 from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
 from ..modeling.head_loss import head_loss
 from ..modeling.mamba2 import Mamba2Backbone
+from ..planning import fitting
 from .counting import CountedHostStore, LiveBytes, counting
 
-METHODS = (*methods.METHODS, "sequence_major, two recomputes")
+METHODS = (*fitting.METHODS, "sequence_major, two recomputes")
 NUM_SUPERVISED = 512
 HOST_BUDGET_BYTES = 128 * 2**30
 BACKBONES = {"0.7b": "0.37B", "1.8b": "1.3B", "3.1b": "2.7B"}
@@ -118,7 +118,7 @@ def choose_plan(config: VideoMa2mbaConfig, method: str, num_tokens: int, budget_
     The methods without offload take the least memory. With offload, memory is what one allows: the fastest plan within
     `budget_bytes`, and `HOST_BUDGET_BYTES` of host memory.
     """
-    options, num_layers = methods.METHODS.get(method, {}), config.text_config.num_hidden_layers
+    options, num_layers = fitting.METHODS.get(method, {}), config.text_config.num_hidden_layers
     if options is None:
         return None
     plan = partial(plan_checkpoints, config, 1, num_tokens, num_supervised_tokens=min(num_tokens, NUM_SUPERVISED))

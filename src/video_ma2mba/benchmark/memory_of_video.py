@@ -29,8 +29,8 @@ from .. import (
 from ..data.synthetic import make_story
 from ..files import write_png
 from ..loading import TINY_MODEL
-from ..memory import in_measured_process, peak_bytes, restart_peak
-from .machine import describe
+from ..planning.measured import peak_bytes, restart_peak
+from .machine import describe, in_measured_process
 
 QUESTION = "What colour was the circle?"
 NEW_TOKENS = 8

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from ..loading import choose_device
-from ..memory import peak_bytes, restart_peak
 from ..modeling.segment_sizes import SCAN_CHUNK, SEGMENT
+from ..planning.measured import peak_bytes, restart_peak
 from .machine import allocated_peak_bytes, describe, resident_peak_bytes
 from .peers import ROWS, SIZES, Pair, make_pair
 

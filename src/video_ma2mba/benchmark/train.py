@@ -15,13 +15,12 @@ import torch
 from transformers import CLIPVisionConfig, Mamba2Config
 
 from ..files import write_json
-from ..fitting import Sizes, Training
 from ..loading import choose_device, choose_dtype
-from ..memory import peak_bytes, restart_peak
-from ..methods import METHODS
 from ..modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from ..modeling.checkpoint_plan import peak_bytes_without
 from ..modeling.configuration_video_ma2mba import PRESETS
+from ..planning.fitting import METHODS, Sizes, Training
+from ..planning.measured import peak_bytes, restart_peak
 from .machine import describe
 
 NUM_SUPERVISED = 512

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from ..processes import Share
-from ..progress import progress_bars
+from .progress import progress_bars
 
 HELP = "prepare published data sets for training"
 

@@ -10,10 +10,11 @@ import math
 import re
 from typing import Any
 
-from ..fitting import (
+from ..planning.fitting import (
     ENGINES,
     FRAGMENTATION,
     MAX_TOKENS,
+    METHODS,
     OPTIMIZER_BYTES,
     RESERVED_BYTES,
     Case,
@@ -21,6 +22,7 @@ from ..fitting import (
     gpu_at_hand_bytes,
     load_config,
 )
+from ..planning.remedies import remedies
 
 HELP = "what training on a long video, or watching it, takes, and whether it fits"
 NOTHING_FITS = 1
@@ -86,8 +88,6 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch, scan_backend=args.scan_backend,
         training=Training(engine, devices, args.accumulation, args.sequence_parallel),
     )  # fmt: skip
-    from ..methods import METHODS
-
     horizon = {} if args.gradient_horizon is None else {"gradient_horizon": args.gradient_horizon}
     asked: dict[str, Any] = {"offload": args.offload} | horizon
     methods: dict[str, Any] = {"watching" if args.inference else "training": asked}
@@ -95,8 +95,6 @@ def run(args: argparse.Namespace) -> int:
         methods = {name: None if options is None else options | horizon for name, options in METHODS.items()}
     rows = [case.row(name, options, num_frames, num_tokens) for name, options in methods.items()]
     fits = any(row["fits"] for row in rows)
-    from ..remedies import remedies
-
     report = {
         "model": args.model, "frames": num_frames, "tokens": num_tokens, "hours": num_frames / args.fps / 3600,
         "fps": args.fps, "batch": args.batch, "optimizer": optimizer, "dtype": args.dtype, "gpu_bytes": gpu_bytes,

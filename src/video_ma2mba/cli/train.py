@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..fitting import Sizes, Training, gpu_at_hand_bytes, needed_bytes, on_meta, planned
 from ..loading import find_model, named_model
+from ..planning.fitting import Sizes, Training, gpu_at_hand_bytes, needed_bytes, on_meta, planned
 from .plan import parse_bytes
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json, write_png
-from ..memory import peak_bytes
+from ..planning.measured import peak_bytes
 from .choices import Choice
 from .recipe import Recipe
 from .trainer import COUNTS, VideoMa2mbaTrainer

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ...fitting import Case, load_config, longest_frames
-from ...methods import METHODS
+from ...planning.fitting import METHODS, Case, load_config, longest_frames
 
 GIB = 2**30
 GPU_GIB = (16, 24, 48, 80, 141)
