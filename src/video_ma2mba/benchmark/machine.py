@@ -6,8 +6,9 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # One thread, for the same sums in the same order. And glibc is to give freed tensors back at once, as it would those of
@@ -26,6 +27,27 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+class Clocked(NamedTuple):
+    """What some work took, by the clock and of the CPU, and what came of it."""
+
+    seconds: float
+    cpu_seconds: float
+    result: Any
+
+
+def clock(work: Callable[[], Any], device: str) -> Clocked:
+    """Do some work, and wait until all that it began on the device is done."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return Clocked(time.perf_counter() - start, time.process_time() - cpu_start, result)
 
 
 def allocated_peak_bytes(function: Callable[[], Any]) -> int:
