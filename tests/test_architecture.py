@@ -11,6 +11,7 @@ import pytest
 from transformers import PreTrainedConfig
 
 import video_ma2mba
+from video_ma2mba import modeling
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "video_ma2mba"
@@ -61,6 +62,13 @@ def test_the_hub_rooms_are_flat_and_no_file_name_is_in_both():
         assert files
     one, other = ({path.name for path in files} - {"__init__.py"} for files in HUB_ROOMS.values())
     assert one & other == set()
+
+
+def test_the_map_of_modeling_is_whole_and_the_primitive_has_the_loops_it_names():
+    modules = {path.stem: path for path in HUB_ROOMS["modeling"] if path.stem != "__init__"}
+    assert set(modules) <= set(re.findall(r"\w+", modeling.__doc__))
+    users = {name for name, path in modules.items() if ("run_layers", 1, "run_layers") in imported_names(path)}
+    assert users == {"mamba2", "checkpointing"}
 
 
 def test_nothing_but_the_command_line_imports_the_command_line():
