@@ -7,7 +7,7 @@ Everything long is a loop over one primitive, and below each loop stands what it
             modeling_video_ma2mba    frames and text in, logits or a loss out; generation_video_ma2mba: `generate`
             video_memory             frames as they come; video_memory_answers asks, video_memory_files saves and loads
         checkpointing            `_Run.cell`: over the cells of a plan, which the backward pass computes again
-            checkpoint_plan          which cells, and their bytes; multi_axis_checkpointing: where it is switched on
+            checkpoint_plan          which cells; checkpoint_costs: their bytes; multi_axis_checkpointing: the switch
             gradient_horizon         before it the chunks of mamba2, from it on cells
             sequence_parallel        cells of one video on several devices, which hand on the states
             head_loss                the loss: chunks of tokens through a block without a state

@@ -13,13 +13,10 @@ from video_ma2mba import modeling
 from video_ma2mba.benchmark.counting import LiveBytes, counting
 from video_ma2mba.benchmark.machine import allocated_peak_bytes
 from video_ma2mba.benchmark.memory import PAPER_GB, choose_plan, count
-from video_ma2mba.modeling import checkpoint_plan
+from video_ma2mba.modeling import checkpoint_costs
+from video_ma2mba.modeling.checkpoint_costs import FLOPS_PER_S, LAUNCH_S, LAUNCHES, Costs
 from video_ma2mba.modeling.checkpoint_plan import (
-    FLOPS_PER_S,
-    LAUNCH_S,
-    LAUNCHES,
     CheckpointPlan,
-    Costs,
     InfeasibleMemoryBudget,
     format_bytes,
     peak_bytes_without,
@@ -288,7 +285,7 @@ def test_on_kernels_no_cell_is_so_small_that_launches_take_longer(model, monkeyp
         assert average_cell(num_tokens) >= min(floor, num_tokens)
     # a batch has more work for the same launches
     assert Costs(config, 4, 1000, scan_backend="mamba_ssm").busy_tokens == pytest.approx(floor / 4)
-    monkeypatch.setattr(checkpoint_plan, "LAUNCHES", 8 * LAUNCHES)
+    monkeypatch.setattr(checkpoint_costs, "LAUNCHES", 8 * LAUNCHES)
     assert average_cell(2**14) >= min(8 * floor, 2**14)
 
 

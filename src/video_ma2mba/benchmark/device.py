@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..loading import TINY_MODEL, choose_device, choose_dtype
 from ..modeling import VideoMa2mbaForConditionalGeneration
-from ..modeling.checkpoint_plan import LAUNCHES
+from ..modeling.checkpoint_costs import LAUNCHES
 from ..modeling.configuration_video_ma2mba import PRESETS
 from .machine import clock, describe
 from .train import backbone_config, training_step
