@@ -27,7 +27,7 @@ from ..files import write_json, write_text
 from ..loading import find_model
 from ..processes import Ranks, Share, files_of, launched
 from . import watching
-from .data import parse_share
+from .parser import parse_share
 from .progress import progress_bars
 
 if TYPE_CHECKING:

@@ -1,8 +1,11 @@
-"""The parser of every command: help keeps the paragraphs, lists and columns that its text has."""
+"""The parser of every command, whose help keeps the paragraphs, lists and columns of its text; types of arguments."""
 
 import argparse
+import re
 import textwrap
 from typing import Any
+
+from ..processes import Share
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,3 +30,23 @@ class _Formatter(argparse.HelpFormatter):
     def _wrapped(self, part: str, width: int, indent: str) -> str:
         further = indent + ("  " if part.startswith("- ") else "")
         return textwrap.fill(part, width, initial_indent=indent, subsequent_indent=further, break_on_hyphens=False)
+
+
+def parse_bytes(text: str) -> int:
+    """ "80GiB", "80 GB", "512MiB", or bytes where there are a million of them -> bytes."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]i?)?(B)?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 80GiB, 80GB or 512MiB")
+    unit = (match[2] or "").lower()
+    if not unit and float(match[1]) < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} has no unit: for gigabytes write {match[1]}GiB")
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " kmgt".index(unit[:1] or " "))
+
+
+def parse_share(text: str) -> Share:
+    """ "1/4", for argparse."""
+    try:
+        return Share.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

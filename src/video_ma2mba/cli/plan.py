@@ -7,7 +7,6 @@ and what is kept back is told in docs/planning.md.
 import argparse
 import json
 import math
-import re
 from typing import Any
 
 from ..planning.fitting import (
@@ -23,6 +22,7 @@ from ..planning.fitting import (
     load_config,
 )
 from ..planning.remedies import remedies
+from .parser import parse_bytes
 
 HELP = "what training on a long video, or watching it, takes, and whether it fits"
 NOTHING_FITS = 1
@@ -50,18 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scan-backend", choices=("torch", "mamba_ssm"), default="torch", help="default: torch")
     parser.add_argument("--compare", action="store_true", help="all checkpointing methods, and what each can reach")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def parse_bytes(text: str) -> int:
-    """ "80GiB", "80 GB", "512MiB", or bytes where there are a million of them -> bytes."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]i?)?(B)?\s*", text, re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 80GiB, 80GB or 512MiB")
-    unit = (match[2] or "").lower()
-    if not unit and float(match[1]) < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} has no unit: for gigabytes write {match[1]}GiB")
-    base = 1024 if unit.endswith("i") else 1000
-    return int(float(match[1]) * base ** " kmgt".index(unit[:1] or " "))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..loading import find_model, named_model
 from ..planning.fitting import Sizes, Training, gpu_at_hand_bytes, needed_bytes, on_meta, planned
-from .plan import parse_bytes
+from .parser import parse_bytes
 
 if TYPE_CHECKING:
     import torch
