@@ -7,7 +7,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -85,10 +86,28 @@ def resident_peak_bytes(function: Callable[[], Any]) -> int:
     return max(peak_bytes(device) - before, 0)
 
 
-def in_measured_process(module: str, *arguments: object) -> Any:
-    """The last line, JSON, that `python -m module arguments` prints, where resident memory is what is in use."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, **_MEASURED}, capture_output=True, text=True)
+def said_by(*command: object, **environment: str) -> Any:
+    """The last line, JSON, that `python *command` prints."""
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode != 0:
-        raise OSError(f"{' '.join(command[2:])} failed:\n{done.stderr}")
+        raise OSError(f"{' '.join(words[2:])} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_measured_process(module: str, *arguments: object) -> Any:
+    """`said_by` of a module, where resident memory is what is in use."""
+    return said_by("-m", module, *arguments, **_MEASURED)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
