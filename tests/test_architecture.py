@@ -71,6 +71,17 @@ def test_the_map_of_modeling_is_whole_and_the_primitive_has_the_loops_it_names()
     assert users == {"mamba2", "checkpointing"}
 
 
+def test_the_paths_that_contributing_names_lead_there():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^`|]+ \| `(\S+\.py)` \| (.+) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for file, places in rows:
+        for name, elsewhere in re.findall(r"`([\w.]+)`(?: in `(\S+)`)?", places):
+            text = (ROOT / (elsewhere or file)).read_text(encoding="utf-8")
+            for part in name.split("."):
+                assert re.search(rf"^ *(class|def) {part}\b", text, re.MULTILINE), (file, name)
+
+
 def test_nothing_but_the_command_line_imports_the_command_line():
     importers = {
         str(path.relative_to(PACKAGE))
