@@ -4,7 +4,7 @@ The bytes that do not depend on the plan are those that the Trainer, MA-GC and t
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,10 +216,11 @@ def needed_bytes(fixed: Fixed, activations_bytes: int) -> int:
     return fixed.total + activations_bytes + round(FRAGMENTATION * activations_bytes) + RESERVED_BYTES
 
 
+@dataclass(eq=False)
 class Case:
     """One model under one optimizer on one GPU.
 
-    Args:
+    Attributes:
         gpu_bytes: What the GPU has. host_bytes: What offload may hold; None for as much as it likes.
         optimizer: One of OPTIMIZER_BYTES; None where the model watches and answers, and nothing trains.
         dtype: Of the weights: "float32", with autocast to bfloat16, "bfloat16", or "nf4", which `qlora` takes.
@@ -228,21 +229,15 @@ class Case:
         training: Engine, devices, accumulation.
     """
 
-    def __init__(
-        self,
-        config: "VideoMa2mbaConfig",
-        *,
-        gpu_bytes: int,
-        host_bytes: int | None = None,
-        optimizer: str | None = "adamw",
-        dtype: str = "bfloat16",
-        batch_size: int = 1,
-        scan_backend: str = "torch",
-        training: Training | None = None,
-    ):
-        self.config, self.optimizer, self.dtype, self.batch_size = config, optimizer, dtype, batch_size
-        self.gpu_bytes, self.host_bytes, self.scan_backend = gpu_bytes, host_bytes, scan_backend
-        self.training = training or Training()
+    config: "VideoMa2mbaConfig"
+    _: KW_ONLY
+    gpu_bytes: int
+    host_bytes: int | None = None
+    optimizer: str | None = "adamw"
+    dtype: str = "bfloat16"
+    batch_size: int = 1
+    scan_backend: str = "torch"
+    training: Training = field(default_factory=Training)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -264,11 +259,9 @@ class Case:
         )  # fmt: skip
 
     def like(self, **changes: Any) -> "Case":
-        """This case with some of its arguments changed; fields of `Training` may be among them."""
-        names = ("gpu_bytes", "host_bytes", "optimizer", "dtype", "batch_size", "scan_backend", "training")
-        kept = {name: getattr(self, name) for name in names}
-        own = {name: changes.pop(name) for name in list(changes) if name in kept}
-        other = Case(self.config, **{**kept, "training": replace(self.training, **changes), **own})
+        """This case with some of its attributes changed; those of `Training` may be among them."""
+        own = {one.name: changes.pop(one.name) for one in fields(self) if one.name in changes}
+        other = replace(self, **{"training": replace(self.training, **changes), **own})
         if (other.optimizer, other.dtype) == (self.optimizer, self.dtype):
             other.sizes = self.sizes
         return other
