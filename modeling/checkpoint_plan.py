@@ -168,7 +168,7 @@ def plan_checkpoints(
             best = rank, candidate
     if best is None:
         raise InfeasibleMemoryBudget(partial(_why_not, config, costs, asked))
-    return _plan(costs, *best[1])
+    return plan_of(costs, *best[1])
 
 
 def _candidates(config, costs, asked):
@@ -210,7 +210,8 @@ def smallest_intervals(length, step):
     return [*intervals, length]
 
 
-def _plan(costs, *cut):
+def plan_of(costs, *cut):
+    """The plan that cuts a batch so: order, layer interval, sequence interval, offload."""
     units = (costs.num_watched + costs.num_tokens * costs.units(*cut[:2])) / costs.sequence_length
     return CheckpointPlan(*cut, costs.peak_bytes(*cut), costs.host_bytes(*cut), units / 3, costs.num_watched)
 
@@ -227,7 +228,7 @@ def _why_not(config, costs, asked):
     for offload in (asked.offload, True):
         wanted = replace(asked, offload=offload)
         found = [
-            _plan(costs, *candidate)
+            plan_of(costs, *candidate)
             for candidate in _candidates(config, costs, wanted)
             if host_budget is None or costs.host_bytes(*candidate) <= host_budget
         ]

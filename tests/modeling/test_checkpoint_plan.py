@@ -21,6 +21,7 @@ from video_ma2mba.modeling.checkpoint_plan import (
     format_bytes,
     peak_bytes_without,
     plan_checkpoints,
+    plan_of,
     smallest_intervals,
     watching_bytes,
 )
@@ -46,7 +47,7 @@ SMALL, LARGE = config_of(), VideoMa2mbaConfig.from_preset("3.1b")
 def predict_plan(config, batch_size, num_tokens, order, layer_interval, sequence_interval, offload=False, **batch):
     """The plan that is asked for, with its costs."""
     costs = Costs(config, batch_size, num_tokens, **batch)
-    return costs.plan(order, layer_interval, min(sequence_interval, num_tokens), offload)
+    return plan_of(costs, order, layer_interval, min(sequence_interval, num_tokens), offload)
 
 
 # --- against brute force ---
@@ -58,7 +59,7 @@ def brute_force(config, batch_size, num_tokens, offload=False, orders=("layer_ma
     chunks = {min(s, num_tokens) for s in range(config.text_config.chunk_size, num_tokens + 64, 64)} | {num_tokens}
     ranks = []
     for order, layers, tokens in itertools.product(orders, range(1, costs.num_layers + 1), chunks):
-        plan, num_chunks = costs.plan(order, layers, tokens, offload), -(-num_tokens // tokens)
+        plan, num_chunks = plan_of(costs, order, layers, tokens, offload), -(-num_tokens // tokens)
         if plan.predicted_host_bytes > budgets.get("host_memory_budget_bytes", float("inf")):
             continue
         if (budget := budgets.get("memory_budget_bytes")) is None:
@@ -163,7 +164,7 @@ def test_prediction_for_other_shapes_and_dtypes(text, batch_size, dtype):
 def test_prediction_with_a_horizon_is_within_ten_percent_of_the_count(cut):
     """Whatever the length: what is watched takes the memory of a chunk."""
     costs = Costs(SMALL, 1, 40_000, num_supervised_tokens=KEPT, num_gradient_tokens=3000)
-    plan = costs.plan(cut[0], cut[1], min(cut[2], 3000), cut[3])
+    plan = plan_of(costs, cut[0], cut[1], min(cut[2], 3000), cut[3])
     counter = count(SMALL, plan, 40_000)
     assert plan.predicted_peak_bytes == pytest.approx(counter.peak["device"], rel=0.1)
     assert plan.predicted_host_bytes == pytest.approx(counter.peak["host"], rel=0.1)
