@@ -210,8 +210,9 @@ def smallest_intervals(length, step):
     return [*intervals, length]
 
 
-def plan_of(costs, *cut):
-    """The plan that cuts a batch so: order, layer interval, sequence interval, offload."""
+def plan_of(costs, order, layer_interval, sequence_interval, offload):
+    """The plan that cuts a batch so."""
+    cut = order, layer_interval, sequence_interval, offload
     units = (costs.num_watched + costs.num_tokens * costs.units(*cut[:2])) / costs.sequence_length
     return CheckpointPlan(*cut, costs.peak_bytes(*cut), costs.host_bytes(*cut), units / 3, costs.num_watched)
 
