@@ -18,7 +18,7 @@ from .generation_video_ma2mba import VideoMa2mbaGeneration, cache_under_old_name
 from .gradient_horizon import gradient_windows
 from .head_loss import head_loss
 from .host_copies import on_host, to_device
-from .interleaved_inputs import InterleavedInputs, WholeEmbeddings
+from .interleaved_inputs import InterleavedInputs
 from .mamba2 import Mamba2Backbone, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .outputs import VideoMa2mbaOutput
@@ -129,8 +129,6 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
         if cache is None:
             cache = self.language_model.new_cache(len(windows.live), inputs.device, dtype)
 
-        mask = None if mask is None else to_device(mask, inputs.device)
-
         def at(span):
             return (None if tensor is None else tensor[:, span] for tensor in (mask, rows))
 
@@ -195,7 +193,6 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
         check_arguments(kwargs, "forward", attention_mask, num_tokens)
         if prefill_chunk_size is not None and prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
-        device = (input_ids if inputs_embeds is None else inputs_embeds).device
         checkpoints = self.is_checkpointing() and torch.is_grad_enabled()
         layers_wanted = hidden_states_wanted(output_hidden_states, self.config, checkpoints)
         every_layer: list | None = [] if layers_wanted else None
@@ -227,27 +224,15 @@ class VideoMa2mbaModel(VisualFeatures, VideoMa2mbaPreTrainedModel):  # type: ign
                 # other processes may have something to watch, for which they gather what is sharded
                 run_gathered((*self._vision, self.language_model), lambda: ())
         pixels = {"pixel_values_videos": pixel_values_videos, "pixel_values": pixel_values}
-        if windows is not None and inputs_embeds is None:
-            frames_and_text = InterleavedInputs(self, input_ids, ids_on_host, pixels, order)
-            hidden_states, cache = self._watch_and_train(
-                frames_and_text, cache, mask, rows, prefill_chunk_size, plan, windows
-            )
-        else:
-            if inputs_embeds is None or pixel_values_videos is not None or pixel_values is not None:
-                to_host = plan is not None and plan.offload
-                inputs_embeds = self._embed(input_ids, ids_on_host, inputs_embeds, pixels, to_host)
-            if order is not None:
-                places = to_device(order, inputs_embeds.device)[..., None].expand_as(inputs_embeds)
-                inputs_embeds = inputs_embeds.gather(1, places)
+        inputs = InterleavedInputs(self, input_ids, ids_on_host, inputs_embeds, pixels, order)
+        mask = None if mask is None else to_device(mask, inputs.device)
+        if windows is None:
+            embeds = inputs.embed(to_host=plan is not None and plan.offload)
             if cache is None:
-                cache = self.language_model.new_cache(batch, device, inputs_embeds.dtype)
-            how = (prefill_chunk_size, plan)
-            if windows is None:
-                mask = None if mask is None else to_device(mask, device)
-                hidden_states = self.language_model(inputs_embeds, cache, mask, rows, *how, every_layer)
-            else:
-                whole = WholeEmbeddings(inputs_embeds)
-                hidden_states, cache = self._watch_and_train(whole, cache, mask, rows, *how, windows)
+                cache = self.language_model.new_cache(batch, inputs.device, embeds.dtype)
+            hidden_states = self.language_model(embeds, cache, mask, rows, prefill_chunk_size, plan, every_layer)
+        else:
+            hidden_states, cache = self._watch_and_train(inputs, cache, mask, rows, prefill_chunk_size, plan, windows)
         if order is not None:
             back = to_device(order.argsort(dim=1), hidden_states.device)[..., None]
             if keep is None:

@@ -1,4 +1,4 @@
-"""The visual half of the model: frames through tower, pooling and projector, and into the text (paper, section 3.1)."""
+"""The visual half of the model: frames through tower, pooling and projector (paper, section 3.1)."""
 
 import copy
 from typing import Any
@@ -13,8 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .arguments import refuse_unknown
-from .host_copies import on_host, to_device, wait_for
-from .host_memory import Borrowed
+from .host_copies import wait_for
 from .sharded_parameters import engine_hooks_aside, others_wait_for, run_gathered
 
 
@@ -55,7 +54,6 @@ class VisualFeatures:
     vision_tower: Any
     multi_modal_projector: Any
     is_checkpointing: Any
-    get_input_embeddings: Any
 
     @can_return_tuple
     def get_video_features(self, pixel_values_videos, output_hidden_states=None, output_attentions=None, **kwargs):
@@ -203,139 +201,3 @@ class VisualFeatures:
         pooled_side = -(-side // config.spatial_pool_stride)
         pooled = F.interpolate(grid, size=(pooled_side, pooled_side), mode=config.spatial_pool_mode)
         return pooled.flatten(2).transpose(1, 2)
-
-    # --- into the text ----------------------------------------------------------------------------------------------
-
-    def _embed(self, input_ids, ids_on_host, inputs_embeds, pixels_by_name, to_host):
-        """Text through the table, frames through the tower: ids or embeddings -> (batch, tokens, hidden).
-
-        Rows may hold padding frames at the end; placeholders say how many are real. In embeddings a placeholder is
-        found by its embedding.
-        """
-        table = self.get_input_embeddings()
-        parts = []
-        for name, token_id in self._token_ids.items():
-            pixels = pixels_by_name[name]
-            if pixels is None:
-                refuse_placeholders(input_ids, ids_on_host, token_id, name)
-                continue
-            if input_ids is None:
-                one = table(torch.full((1, 1), token_id, device=inputs_embeds.device))
-                (is_placeholder,) = on_host((inputs_embeds == one.to(inputs_embeds)).all(-1))
-            else:
-                is_placeholder = ids_on_host == token_id
-            counts = self._frames_per_row(is_placeholder, pixels, name, input_ids is None)
-            places = is_placeholder.flatten().nonzero()[:, 0]
-            parts.append((places, True, real_frames(pixels, counts), lambda features: features))
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if input_ids is not None or parts:
-            parts = self._encode_parts(parts, given.device, to_host)
-        return self._interleave(input_ids, inputs_embeds, parts, to_host)
-
-    @property
-    def _token_ids(self):
-        return {"pixel_values_videos": self.config.video_token_id, "pixel_values": self.config.image_token_id}
-
-    def _interleave(self, input_ids, inputs_embeds, parts, to_host):
-        """Text, as ids or embeddings, with other embeddings in the places of their masks: (batch, tokens, hidden).
-
-        Args:
-            parts: pairs of places (rows,) int64 on the CPU in the flattened input, and what stands there.
-            to_host: gather the result in host memory.
-        """
-        table = self.get_input_embeddings()
-        if not to_host:
-            text = table(input_ids) if inputs_embeds is None else inputs_embeds
-            if not parts:
-                return text
-            places, values = zip(*parts, strict=True)
-            places = tuple(to_device(one, text.device) for one in places)
-            ours = inputs_embeds is None and not text.requires_grad
-            return _Interleave.apply(text, ours, places, *values)
-        return self._embed_on_host(table, input_ids, inputs_embeds, parts)
-
-    def _embed_on_host(self, table, input_ids, inputs_embeds, parts):
-        """In host memory, so that nothing as long as the input is ever on the device."""
-        if getattr(table, "neftune_noise_alpha", None) is not None:
-            raise ValueError(
-                "neftune_noise_alpha needs the embeddings of whole rows on the device; use it without offload=True"
-            )
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        is_text = torch.ones(given.shape[:2], dtype=torch.bool).flatten()
-        for places, _ in parts:
-            is_text[places] = False
-        text_places = is_text.nonzero()[:, 0]
-        text = given.flatten(0, 1)[to_device(text_places, given.device)]
-        text = table(text[None])[0] if inputs_embeds is None else text
-        places, values = zip(*parts, (text_places, text.cpu()), strict=True)
-        shape = *given.shape[:2], text.shape[-1]
-        whole = Borrowed(0).empty(shape, text.dtype)
-        return _Interleave.apply(whole, True, places, *values)
-
-    def _frames_per_row(self, is_placeholder, pixels, name, by_embedding=False):
-        """How many real frames each row has, as its placeholders say. Raises ValueError where they do not fit."""
-        if pixels.ndim != 5:
-            raise ValueError(f"{name} must be (batch, frames, 3, height, width), got shape {tuple(pixels.shape)}")
-        tokens_per_frame = self.config.tokens_per_frame
-        counts = is_placeholder.sum(dim=1).tolist()
-        num_frames = [count // tokens_per_frame for count in counts]
-        whole = all(count % tokens_per_frame == 0 for count in counts)
-        if not whole or len(counts) != pixels.shape[0] or max(num_frames) != pixels.shape[1]:
-            given, remedy = "input_ids", "prepare both with the same processor call"
-            if by_embedding:
-                given = "inputs_embeds"
-                remedy = "frames need input_ids, or embeddings that still hold those of the placeholders"
-            raise ValueError(
-                f"the rows of {given} have {counts} placeholders for {name} at {tokens_per_frame} per frame, but "
-                f"{name} holds {pixels.shape[0]} row(s) of {pixels.shape[1]} frame(s); {remedy}"
-            )
-        return num_frames
-
-
-def real_frames(pixels, counts):
-    """(batch, frames, 3, height, width) without the padding frames of rows with fewer: (all real frames, ...)."""
-    if min(counts) == pixels.shape[1]:
-        return pixels.flatten(0, 1)
-    return torch.cat([row[:count] for row, count in zip(pixels, counts, strict=True)])
-
-
-def refuse_placeholders(input_ids, ids_on_host, token_id, name):
-    # a single id is a token being generated, which a model may get wrong
-    if input_ids is None or input_ids.shape[1] == 1:
-        return
-    if ids_on_host is None:  # a graph cannot branch on what the ids are, but it can refuse them
-        message = f"input_ids has placeholders for {name}, but no {name} was given"
-        torch._assert_async(~(input_ids == token_id).any(), message)
-    elif count := int((ids_on_host == token_id).sum()):
-        raise ValueError(
-            f"input_ids has {count} placeholders for {name}, but no {name} was given; "
-            "prepare both with the same processor call"
-        )
-
-
-class _Interleave(torch.autograd.Function):
-    """Rows into their places of a sequence, in place where `whole` needs no gradient.
-
-    `whole.flatten(0, 1)[places[i]] = values[i]`
-    """
-
-    @staticmethod
-    def forward(ctx, whole, in_place, places, *values):
-        ctx.places, ctx.dtypes = places, [value.dtype for value in values]
-        out = whole if in_place else whole.clone()
-        if in_place:
-            ctx.mark_dirty(whole)
-        for where, value in zip(places, values, strict=True):
-            out.view(-1, out.shape[-1]).index_copy_(0, where, value.to(out.dtype))
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        grad_whole, rows = None, grad.flatten(0, 1)
-        if ctx.needs_input_grad[0]:
-            grad_whole = grad.clone(memory_format=torch.contiguous_format)
-            for where in ctx.places:
-                grad_whole.view(rows.shape).index_fill_(0, where, 0)
-        wanted = zip(ctx.places, ctx.dtypes, ctx.needs_input_grad[3:], strict=True)
-        return grad_whole, None, None, *(rows[where].to(dtype) if need else None for where, dtype, need in wanted)

@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import interpolate
 from transformers.video_utils import VideoMetadata
 
-from .video_reader import probe_video
+from .video_reader import check_span, probe_video
 
 _FASTER_THAN_ANY_VIDEO = 1e6  # frames per second: with it, `max_frames` alone decides
 
@@ -51,19 +51,12 @@ def check_sampling(options: dict[str, Any]) -> None:
         if value is not None and not isinstance(value, numbers.Integral if counts else numbers.Real):
             raise ValueError(f"{name} must be a {'whole ' if counts else ''}number, got {value!r}.")
     fps, num_frames, max_frames = (options.get(name) for name in ("fps", "num_frames", "max_frames"))
-    start_s, end_s = options.get("start_s") or 0.0, options.get("end_s")
-    if fps is not None and not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps must be a positive finite number, got {fps}. Use fps=1.0 for one frame per second.")
-    for name, number in (("num_frames", num_frames), ("max_frames", max_frames)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}. Use None for no limit.")
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, got {num_frames}. Use None for no limit.")
     if num_frames is not None and (fps is not None or max_frames is not None):
         other = "max_frames" if fps is None else "fps"
         raise ValueError(f"num_frames and {other} both say how many frames to take. Give one of them.")
-    if not (math.isfinite(start_s) and start_s >= 0):
-        raise ValueError(f"start_s must be zero or a positive number of seconds, got {start_s}.")
-    if end_s is not None and not end_s > start_s:
-        raise ValueError(f"end_s must lie after start_s, got start_s={start_s} and end_s={end_s}.")
+    check_span(fps, max_frames, options.get("start_s") or 0.0, options.get("end_s"))
 
 
 def own_first(own: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,6 @@ NAMES: dict[str, frozenset[str]] = {
     "images_kwargs": frozenset(ImagesKwargs.__annotations__),
     "videos_kwargs": frozenset(VideoMa2mbaVideosKwargs.__annotations__),
 }
-_MODALITIES = ("text", "images", "videos", "audio")
 
 
 def merge_options(options: dict[str, Any], tokenizer: Any) -> dict[str, dict[str, Any]]:

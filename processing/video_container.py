@@ -1,5 +1,6 @@
-"""Opening a video with PyAV: only as what it is, and leading nowhere else."""
+"""A video as PyAV opens it: only as what it is, and leading nowhere else; where and when its packets are."""
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -19,18 +20,11 @@ _HEADERS_BYTES = {"matroska,webm": 100, "flv": 100, "mpegts": 188 * 8, "mpeg": 0
 # Formats that name other files or addresses; those of the web may, for what they name is then in the web too.
 PLAYLISTS = {"hls", "dash"}
 _NOT_VIDEO = {
-    "concat",
-    "imf",
-    "sdp",
-    "rtsp",
-    "sap",
-    "rtp",
-    "image2",
-    "webm_dash_manifest",
-    "lavfi",
-    "tty",
-    "ffmetadata",
-}
+    "concat", "imf", "sdp", "rtsp", "sap", "rtp", "image2", "webm_dash_manifest", "lavfi", "tty", "ffmetadata",
+}  # fmt: skip
+# Rule 2. FFmpeg's own bounds: of a clock that may be set anew (MPEG transport and program streams, Ogg) every step back
+# and every leap of more than ten seconds is a joint, of others a step back that no reordering of frames explains.
+_LEAP_S, _STEP_BACK_S = 10, 1
 _WEB_PROTOCOLS = "http,https,httpproxy,tcp,tls,crypto,data"
 
 
@@ -149,6 +143,46 @@ class PacketPlaces:
             return size - begin if begin is not None and begin >= self._read_to else 0
         behind = size - self._read_to if form in ("matroska,webm", "flv") else 0
         return behind if behind * _UNREAD_PART > size else 0
+
+
+class TimeLine:
+    """The times of a stream's packets on one line that goes on (rule 2 of `video_reader.py`), in ticks.
+
+    Args:
+        time_base: Seconds of a tick. frame_ticks: Of a packet that does not say how long it lasts.
+
+    Attributes:
+        joints: How often the clock was set anew so far.
+    """
+
+    def __init__(self, container: "av.container.InputContainer", time_base: Fraction, frame_ticks: int):
+        anew = bool(av.format.Flags.ts_discont.value & container.format.flags)
+        self._leap_s: float = _LEAP_S if anew else math.inf
+        self._step_back_s = 0 if anew else _STEP_BACK_S
+        self.time_base, self.frame_ticks, self.joints = time_base, frame_ticks, 0
+        self._clock: int | None = None
+        self._shift, self._end = 0, -(1 << 62)
+
+    def place(self, packet: "av.Packet") -> Fraction | None:
+        """Moves a packet's times onto the line. Where the clock was set anew, it follows what came before.
+
+        Returns:
+            Seconds by which the clock went on; None where it was set anew, or has not told two times yet.
+        """
+        clock, step = packet.dts, None
+        if clock is not None and self._clock is not None:
+            step = (clock - self._clock) * self.time_base
+            if step < -self._step_back_s or step > self._leap_s:
+                self.joints, step = self.joints + 1, None
+                self._shift = self._end - (clock if packet.pts is None else packet.pts)
+        self._clock = clock if clock is not None else self._clock
+        if self._shift:
+            packet.pts = None if packet.pts is None else packet.pts + self._shift
+            packet.dts = None if packet.dts is None else packet.dts + self._shift
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is not None:
+            self._end = max(self._end, time + (packet.duration or self.frame_ticks))
+        return step
 
 
 def _second_file(location: MediaLocation) -> int | None:

@@ -163,15 +163,7 @@ def read_frames(
         ValueError: `fps` not positive and finite, `max_frames` below 1, `start_s` negative, `end_s` not after
             `start_s`.
     """
-    if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps must be a positive finite number, got {fps}. Use fps=1.0 for one frame per second.")
-    if max_frames is not None and max_frames < 1:
-        raise ValueError(f"max_frames must be at least 1, got {max_frames}. Use None for no limit.")
-    if not (math.isfinite(start_s) and start_s >= 0):
-        raise ValueError(f"start_s must be zero or a positive number of seconds, got {start_s}.")
-    if end_s is not None and not end_s > start_s:
-        raise ValueError(f"end_s must lie after start_s, got start_s={start_s} and end_s={end_s}.")
-
+    check_span(fps, max_frames, start_s, end_s)
     step, start = 1 / _as_fraction(fps), _as_fraction(start_s)
     end = None if end_s is None or math.isinf(end_s) else _as_fraction(end_s)
     source = _open(path, num_threads)
@@ -197,6 +189,18 @@ def read_frames(
     times = (start + k * step for k in range(num_frames))
     frames = _decode(source, times, num_frames, resize=resize, seek=seek, strict=strict)
     return VideoFrames(info, num_frames, frames, source.close)
+
+
+def check_span(fps: float | None, max_frames: int | None, start_s: float, end_s: float | None) -> None:
+    """Raises a ValueError where these make no sense, for whatever video; see `read_frames`."""
+    if fps is not None and not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps must be a positive finite number, got {fps}. Use fps=1.0 for one frame per second.")
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames must be at least 1, got {max_frames}. Use None for no limit.")
+    if not (math.isfinite(start_s) and start_s >= 0):
+        raise ValueError(f"start_s must be zero or a positive number of seconds, got {start_s}.")
+    if end_s is not None and not end_s > start_s:
+        raise ValueError(f"end_s must lie after start_s, got start_s={start_s} and end_s={end_s}.")
 
 
 def _open(path: Any, num_threads: int | None = None) -> VideoSource | PictureSource:

@@ -18,6 +18,7 @@ from .media_location import MediaLocation, VideoReadError, silent
 from .video_container import (
     TRUNCATION_TOLERANCE_S,
     PacketPlaces,
+    TimeLine,
     as_whole,
     declared_end,
     may_have_joints,
@@ -33,9 +34,7 @@ except ImportError:  # the folder must stay loadable without PyAV: frames may al
     av = None  # type: ignore[assignment]  # whoever needs it says what to install
 
 _KEYFRAME_WINDOW_S = 30  # how far from the beginning keyframes are counted
-# Rule 2. FFmpeg's own bounds: of a clock that may be set anew (MPEG transport and program streams, Ogg) every step back
-# and every leap of more than ten seconds is a joint, of others a step back that no reordering of frames explains.
-_LEAP_S, _STEP_BACK_S, _MOST_REORDERED = 10, 1, 16  # seconds; and frames, by H.264 and H.265
+_MOST_REORDERED = 16  # frames, by H.264 and H.265
 _MAX_PIXELS = 1 << 27  # of a frame, 16384 x 8192: what is larger is a damaged header
 _DOUBTFUL = 3  # packets from one that is marked as corrupt to a joint that explains it, at most
 _MAX_READ_ERRORS = 100  # in a row
@@ -82,6 +81,7 @@ class VideoSource:
             self._pixel_aspect = aspect if 1 / 8 <= aspect <= 8 else 1.0
             self._must_decode_from_key = True
             self._reformatter = VideoReformatter()
+            self._reset()
         except BaseException:
             self.container.close()
             raise
@@ -93,11 +93,9 @@ class VideoSource:
 
     def _reset(self) -> None:
         """The demuxer stands somewhere else."""
-        self._clock: int | None = None
-        self._shift = self._joints = 0
-        self._line_end = -(1 << 62)
+        self._line = TimeLine(self.container, self.time_base, self.frame_ticks)
         self._places = PacketPlaces(self.container, self.stream.index, self.location)
-        self._lost, self._waits_for_key = False, getattr(self, "_must_decode_from_key", True)
+        self._lost, self._waits_for_key = False, self._must_decode_from_key
         self._dropped = self._lost_before = False
         self._last: int | None = None
         self._shown_until: int | None = None
@@ -115,9 +113,6 @@ class VideoSource:
                 f"{self.name}: the frames carry no times. Put them into a container: "
                 "ffmpeg -framerate RATE -i INPUT -c copy OUTPUT.mp4"
             )
-        anew = bool(av.format.Flags.ts_discont.value & container.format.flags)
-        self._leap_s: float = _LEAP_S if anew else math.inf
-        self._step_back_s = 0 if anew else _STEP_BACK_S
         self._listed: dict[int | None, int] = {}
         # AVI has no times but counts its packets, in the order of decoding: frames get these numbers as they come out.
         self._counted = container.format.name == "avi"
@@ -127,7 +122,6 @@ class VideoSource:
         self._landing: int | None = None
         self._same_landings = 0
         self._reached_s = 0.0
-        self._reset()
 
     # --- times ---
 
@@ -188,17 +182,17 @@ class VideoSource:
             )
         if not whole:
             end = max(self._tail_end() or 0, end)
-            if self._joints or self._places.unread():  # a surprise
+            if self._line.joints or self._places.unread():  # a surprise
                 self._reopen(self.stream.thread_type)
                 self.examine(stop_at_gap, all_of_it=True)
                 return
         self.unread_bytes = self._places.unread()
         # After a seek into an MPEG program stream FFmpeg gives frames the times of others, and AVI's count needs all.
         lost = self.container.format.name == "mpeg" or (self._counted and self.stream.codec_context.codec.reorder)
-        self._has_joints = self._joints > 0
+        self._has_joints = self._line.joints > 0
         self.must_run = self._has_joints or lost
         self.keyframe_interval = None if gap is None or self.must_run else gap * self.time_base
-        declared = None if self._joints else declared_end(self.container, self.stream)
+        declared = None if self._line.joints else declared_end(self.container, self.stream)
         reached = max(float(end * self.time_base), self._reached_s)
         # Rule 1: the pictures say where the end is, unless the file breaks off before what it declares.
         self.end_is_declared = declared is not None and declared - reached > TRUNCATION_TOLERANCE_S
@@ -393,11 +387,11 @@ class VideoSource:
                 self._reached_s = max(self._reached_s, float((time + duration) * packet.time_base))
             if packet.stream_index != self.stream.index:
                 continue
-            joints = self._joints
+            joints = self._line.joints
             self._place(packet, skipped)
-            if self._joints and packet.is_discard:  # as if it came before the beginning: mp4, where a clock goes back
+            if self._line.joints and packet.is_discard:  # as if it came before the beginning: a clock of mp4 went back
                 packet = as_whole(packet)
-            if self._joints > joints:  # what was cut off there to begin anew counts as corrupt, and is whole
+            if self._line.joints > joints:  # what was cut off there to begin anew counts as corrupt, and is whole
                 yield from map(as_whole, doubtful)
                 doubtful = []
             elif len(doubtful) == _DOUBTFUL:
@@ -420,21 +414,9 @@ class VideoSource:
             if listed is not None and packet.dts is not None and listed != packet.dts:
                 packet.dts, skipped = listed, True  # those after a loss come too early
             packet.pts = packet.dts
-        clock = packet.dts
-        if clock is not None and self._clock is not None:
-            step = (clock - self._clock) * self.time_base
-            if step < -self._step_back_s or step > self._leap_s:
-                self._joints += 1
-                self._shift = self._line_end - (clock if packet.pts is None else packet.pts)
-            elif skipped and step * 2 > 3 * self.frame_ticks * self.time_base:
-                self._lose()
-        self._clock = clock if clock is not None else self._clock
-        if self._shift:
-            packet.pts = None if packet.pts is None else packet.pts + self._shift
-            packet.dts = None if packet.dts is None else packet.dts + self._shift
-        time = packet.dts if packet.pts is None else packet.pts
-        if time is not None:
-            self._line_end = max(self._line_end, time + (packet.duration or self.frame_ticks))
+        step = self._line.place(packet)
+        if skipped and step is not None and step * 2 > 3 * self.frame_ticks * self.time_base:
+            self._lose()
 
     def _from_first_packet(self) -> Iterator["av.Packet | None"]:
         """The packets from the beginning, without opening the file again where it can go back."""
@@ -469,6 +451,7 @@ class VideoSource:
         self.container.close()
         self.container = open_container(self.location)
         self._take_stream()
+        self._reset()
         self.stream.thread_type = thread_type
 
     # --- the end ---

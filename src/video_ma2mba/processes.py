@@ -150,6 +150,33 @@ class Ranks:
         else:
             self._wait(what, [0])
 
+    @contextmanager
+    def writing(
+        self, file: Path, num_done: int, num_all: int, progress: Callable[[int, int], None] | None
+    ) -> Iterator[Callable[[Iterable[str], int], None]]:
+        """Gives `write(lines, num)`: lines of this process, in its own part of `file` at once, and `num` more done.
+
+        Args:
+            progress: Called with (done, all) of all processes: first, after every write, and while the first process
+                waits in the end for the others.
+        """
+
+        def show(num: int = 0) -> None:
+            total = self.add(num)
+            if progress is not None:
+                progress(num_done + total, num_all)
+
+        show()
+        with self.share.file(file).open("a", encoding="utf-8") as stream:
+
+            def write(lines: Iterable[str], num: int) -> None:
+                stream.writelines(lines)
+                stream.flush()
+                show(num)
+
+            yield write
+        self.finish(show)
+
     def finish(self, while_waiting: Callable[[], None] = lambda: None) -> None:
         """Says that this process is through with its work; the first one waits for the others.
 

@@ -13,24 +13,22 @@ from video_ma2mba import modeling
 from video_ma2mba.benchmark.counting import LiveBytes, counting
 from video_ma2mba.benchmark.machine import allocated_peak_bytes
 from video_ma2mba.benchmark.memory import PAPER_GB, choose_plan, count
-from video_ma2mba.fitting import Sizes, Training
-from video_ma2mba.modeling import checkpoint_plan
+from video_ma2mba.modeling import checkpoint_costs
+from video_ma2mba.modeling.checkpoint_costs import FLOPS_PER_S, LAUNCH_S, LAUNCHES, Costs
 from video_ma2mba.modeling.checkpoint_plan import (
-    FLOPS_PER_S,
-    LAUNCH_S,
-    LAUNCHES,
     CheckpointPlan,
-    Costs,
     InfeasibleMemoryBudget,
     format_bytes,
     peak_bytes_without,
     plan_checkpoints,
+    plan_of,
     smallest_intervals,
     watching_bytes,
 )
 from video_ma2mba.modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
 from video_ma2mba.modeling.mamba2 import Mamba2Backbone
 from video_ma2mba.modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
+from video_ma2mba.planning.fitting import Sizes, Training
 
 from ..tiny import tiny_config
 
@@ -49,7 +47,7 @@ SMALL, LARGE = config_of(), VideoMa2mbaConfig.from_preset("3.1b")
 def predict_plan(config, batch_size, num_tokens, order, layer_interval, sequence_interval, offload=False, **batch):
     """The plan that is asked for, with its costs."""
     costs = Costs(config, batch_size, num_tokens, **batch)
-    return costs.plan(order, layer_interval, min(sequence_interval, num_tokens), offload)
+    return plan_of(costs, order, layer_interval, min(sequence_interval, num_tokens), offload)
 
 
 # --- against brute force ---
@@ -61,7 +59,7 @@ def brute_force(config, batch_size, num_tokens, offload=False, orders=("layer_ma
     chunks = {min(s, num_tokens) for s in range(config.text_config.chunk_size, num_tokens + 64, 64)} | {num_tokens}
     ranks = []
     for order, layers, tokens in itertools.product(orders, range(1, costs.num_layers + 1), chunks):
-        plan, num_chunks = costs.plan(order, layers, tokens, offload), -(-num_tokens // tokens)
+        plan, num_chunks = plan_of(costs, order, layers, tokens, offload), -(-num_tokens // tokens)
         if plan.predicted_host_bytes > budgets.get("host_memory_budget_bytes", float("inf")):
             continue
         if (budget := budgets.get("memory_budget_bytes")) is None:
@@ -166,7 +164,7 @@ def test_prediction_for_other_shapes_and_dtypes(text, batch_size, dtype):
 def test_prediction_with_a_horizon_is_within_ten_percent_of_the_count(cut):
     """Whatever the length: what is watched takes the memory of a chunk."""
     costs = Costs(SMALL, 1, 40_000, num_supervised_tokens=KEPT, num_gradient_tokens=3000)
-    plan = costs.plan(cut[0], cut[1], min(cut[2], 3000), cut[3])
+    plan = plan_of(costs, cut[0], cut[1], min(cut[2], 3000), cut[3])
     counter = count(SMALL, plan, 40_000)
     assert plan.predicted_peak_bytes == pytest.approx(counter.peak["device"], rel=0.1)
     assert plan.predicted_host_bytes == pytest.approx(counter.peak["host"], rel=0.1)
@@ -288,7 +286,7 @@ def test_on_kernels_no_cell_is_so_small_that_launches_take_longer(model, monkeyp
         assert average_cell(num_tokens) >= min(floor, num_tokens)
     # a batch has more work for the same launches
     assert Costs(config, 4, 1000, scan_backend="mamba_ssm").busy_tokens == pytest.approx(floor / 4)
-    monkeypatch.setattr(checkpoint_plan, "LAUNCHES", 8 * LAUNCHES)
+    monkeypatch.setattr(checkpoint_costs, "LAUNCHES", 8 * LAUNCHES)
     assert average_cell(2**14) >= min(8 * floor, 2**14)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from video_ma2mba.cli import main
-from video_ma2mba.modeling.checkpoint_plan import LAUNCHES
+from video_ma2mba.modeling.checkpoint_costs import LAUNCHES
 
 
 def run(capsys, *arguments):

@@ -7,9 +7,8 @@ import torch
 
 from video_ma2mba import VideoMa2mbaConfig
 from video_ma2mba.benchmark import scan, train
-from video_ma2mba.benchmark.machine import allocated_peak_bytes, resident_peak_bytes
+from video_ma2mba.benchmark.machine import Clocked, allocated_peak_bytes, in_measured_process, resident_peak_bytes
 from video_ma2mba.cli import main
-from video_ma2mba.memory import in_measured_process
 
 SCAN = ["scan", "--sizes", "tiny", "--tokens", "70", "--their-chunks", "16", "--repeats", "1"]
 
@@ -44,7 +43,7 @@ def test_theirs_is_taken_at_its_best_chunk(monkeypatch):
     pair.theirs = {chunk: (lambda chunk=chunk: chunk) for chunk in (16, 32, 64)}
     seconds = {16: 3.0, 32: 1.0, 64: 2.0}
     monkeypatch.setattr(scan, "_forward", lambda pair, function: function())
-    monkeypatch.setattr(scan, "_clock", lambda step, device: (0.1, seconds.get(step(), 1.0)))
+    monkeypatch.setattr(scan, "clock", lambda step, device: Clocked(0.1, seconds.get(step(), 1.0), None))
     monkeypatch.setattr(scan, "_peaks", lambda step, device: {"peak_bytes": 1})
     monkeypatch.setattr(scan, "_differences", lambda *results: {})
     assert scan.measure(pair, "forward", 1, "cpu")["their_chunk"] == 32

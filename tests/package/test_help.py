@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from video_ma2mba.cli import COMMANDS, build_parser
+from video_ma2mba.cli import COMMANDS, bench, build_parser
 
 HERE = Path(__file__).with_name("help")
 TESTS = Path(__file__).resolve().parents[1]
@@ -26,13 +26,15 @@ def parsers(parser, name=""):
 
 
 ALL = dict(parsers(build_parser()))
+BENCHMARKS = [f"bench {name}" for name in bench.BENCHMARKS]  # whose parsers are made only when they are asked for
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *BENCHMARKS])
 def test_help_is_the_snapshot(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
-    file, text = HERE / f"{name.replace(' ', '_') or 'video-ma2mba'}.txt", ALL[name].format_help()
+    parser = ALL[name] if name in ALL else bench.parser_of(name.removeprefix("bench "))
+    file, text = HERE / f"{name.replace(' ', '_') or 'video-ma2mba'}.txt", parser.format_help()
     if os.environ.get("UPDATE_HELP"):
         HERE.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")
@@ -40,7 +42,8 @@ def test_help_is_the_snapshot(name, monkeypatch):
 
 
 def test_there_is_no_snapshot_of_what_is_gone():
-    assert {file.stem for file in HERE.iterdir()} == {name.replace(" ", "_") or "video-ma2mba" for name in ALL}
+    names = {name.replace(" ", "_") or "video-ma2mba" for name in [*ALL, *BENCHMARKS]}
+    assert {file.stem for file in HERE.iterdir()} == names
     assert set(COMMANDS) <= set(ALL)
 
 

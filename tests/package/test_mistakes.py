@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from video_ma2mba import VideoMemory, cli
-from video_ma2mba.training import recipe
 
 QUESTION = "What colour was the circle?"
 PREPARE = ("data", "prepare", "--media-root", "{empty}")
@@ -167,13 +166,11 @@ def test_a_mistake_is_one_line(mistake, places, capsys, request):
     check(mistake, places, capsys, request)
 
 
-@pytest.mark.skipif(not hasattr(recipe, "recipe_keys"), reason="recipes do not say these yet")
 @pytest.mark.parametrize("mistake", TRAINING, ids=lambda mistake: mistake.name)
 def test_a_mistake_in_a_training_is_one_line(mistake, places, capsys, request):
     check(mistake, places, capsys, request)
 
 
-@pytest.mark.skipif(not hasattr(cli.ui, "size_in_bytes"), reason="servers do not say these yet")
 @pytest.mark.parametrize("mistake", SERVING, ids=lambda mistake: mistake.name)
 def test_a_mistake_of_a_server_is_one_line(mistake, places, capsys, request):
     check(mistake, places, capsys, request)

@@ -10,9 +10,9 @@ import pytest
 from video_ma2mba import VideoMa2mbaConfig
 from video_ma2mba.cli import main
 from video_ma2mba.cli import plan as plan_command
-from video_ma2mba.cli.plan import parse_bytes
-from video_ma2mba.fitting import FRAGMENTATION, RESERVED_BYTES, largest
+from video_ma2mba.cli.parser import parse_bytes
 from video_ma2mba.modeling.checkpoint_plan import format_bytes, plan_checkpoints
+from video_ma2mba.planning.fitting import FRAGMENTATION, RESERVED_BYTES, largest
 
 ASK = ["plan", "--model", "0.7b", "--hours", "0.1", "--gpu-memory", "80GiB"]
 

@@ -90,7 +90,7 @@ import sys
 from tests.vllm import conftest
 from vllm import LLM
 from video_ma2mba import VideoMa2mbaProcessor
-from video_ma2mba.memory import restart_peak, peak_bytes
+from video_ma2mba.planning.measured import restart_peak, peak_bytes
 import torch
 
 if __name__ == "__main__":

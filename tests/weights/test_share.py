@@ -19,6 +19,7 @@ TINY = Path(__file__).resolve().parents[2] / "model_cards" / "video-ma2mba-tiny"
 FILES = {
     "configuration_video_ma2mba.py", "modeling_video_ma2mba.py", "mamba2.py", "ssd.py", "ssd_kernels.py",
     "scan_backends.py", "segment_sizes.py", "recompute.py", "run_layers.py", "checkpointing.py", "checkpoint_plan.py",
+    "checkpoint_costs.py",
     "multi_axis_checkpointing.py", "autocast.py", "arguments.py", "generation_video_ma2mba.py", "gradient_horizon.py",
     "head_loss.py", "interleaved_inputs.py", "outputs.py", "sharded_parameters.py", "visual_features.py",
     "processing_video_ma2mba.py", "video_processing_video_ma2mba.py",

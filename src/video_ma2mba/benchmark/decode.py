@@ -9,14 +9,11 @@ all threads. Peak memory is that of a fresh process each, which keeps all frames
 import argparse
 import contextlib
 import importlib
-import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from ..processing import video_reader
-from .machine import describe
+from .machine import clock, describe, said_by
 
 _WIDTH, _HEIGHT, _FPS = 320, 240, 25
 _LONGER = 6  # 10 minutes become 60
@@ -164,12 +161,6 @@ def _decord(path: Path, side: int) -> int:
 _OTHERS = {"torchcodec": _torchcodec, "decord": _decord}
 
 
-def _seconds(read: Callable[[Path, int], int], path: Path, side: int, times: int) -> tuple[float, int]:
-    start = time.process_time()
-    num_frames = sum(read(path, side) for _ in range(times))
-    return time.process_time() - start, num_frames
-
-
 def _compare(path: Path, args: argparse.Namespace, times: int = 1) -> dict[str, Any]:
     """CPU seconds of each reader, and the number of frames, on which ours and the bare loop must agree."""
     readers = {"ours_s": _ours, "bare_loop_s": _bare_loop}
@@ -177,13 +168,18 @@ def _compare(path: Path, args: argparse.Namespace, times: int = 1) -> dict[str, 
         with contextlib.suppress(ImportError, OSError, RuntimeError):  # not here, or without FFmpeg's libraries
             importlib.import_module(name)
             readers[f"{name}_s"] = read
+
+    def read_all(read: Callable[[Path, int], int]) -> int:
+        return sum(read(path, args.side) for _ in range(times))
+
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     counts = {}
     for turn in range(args.repeats + 1):
         for name, read in readers.items():
-            elapsed, counts[name] = _seconds(read, path, args.side, times)
+            took = clock(partial(read_all, read), "cpu")
+            counts[name] = took.result
             if turn > 0:  # the first is a warm-up
-                seconds[name].append(elapsed)
+                seconds[name].append(took.cpu_seconds)
     if counts["ours_s"] != counts["bare_loop_s"]:
         raise RuntimeError(f"the two readers found different numbers of frames: {counts}")
     return {"frames": counts["ours_s"], **{name: statistics.median(one) for name, one in seconds.items()}}
@@ -191,14 +187,7 @@ def _compare(path: Path, args: argparse.Namespace, times: int = 1) -> dict[str, 
 
 def _memory(short: Path, side: int) -> dict[str, Any]:
     short_clip, long_clip = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", _READ_ALL, video_reader.__file__, path, str(side)],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
+        said_by("-c", _READ_ALL, video_reader.__file__, path, side)
         for path in (short, _repeat(short, short.with_name("long.mp4"), _LONGER))
     )
     kept = long_clip["kept_bytes"] - short_clip["kept_bytes"]

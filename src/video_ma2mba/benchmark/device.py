@@ -13,7 +13,6 @@ On a CPU a small model goes through the same, where operators count as launches 
 import argparse
 import importlib
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..loading import TINY_MODEL, choose_device, choose_dtype
 from ..modeling import VideoMa2mbaForConditionalGeneration
-from ..modeling.checkpoint_plan import LAUNCHES
+from ..modeling.checkpoint_costs import LAUNCHES
 from ..modeling.configuration_video_ma2mba import PRESETS
-from .machine import describe
+from .machine import clock, describe
 from .train import backbone_config, training_step
 
 WHAT = ("launches", "decode", "watch", "offload")
@@ -57,16 +56,6 @@ def _model(args: argparse.Namespace, device: torch.device, **changes: Any) -> An
     torch.manual_seed(0)
     with torch.device(device):
         return VideoMa2mbaForConditionalGeneration._from_config(config, dtype=choose_dtype(None, device))
-
-
-def _clock(work: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -142,7 +131,7 @@ def _decode(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     for name, step in ways.items():
         for _ in range(3):
             step()
-        times = [_clock(step, device) for _ in range(args.new_tokens)]
+        times = [clock(step, device.type).seconds for _ in range(args.new_tokens)]
         rows.append({"way": name, "tokens_per_s": 1 / statistics.median(times)})
     return {"rows": rows, "failures": failures}
 
@@ -218,7 +207,7 @@ def _watch(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     for chunk in (8, 32, 64):
         model.config.vision_chunk_size = model.model.config.vision_chunk_size = chunk
         memory = VideoMemory(model, processor)
-        seconds = _clock(partial(memory.push_frames, frames), device)
+        seconds = clock(partial(memory.push_frames, frames), device.type).seconds
         rows.append({"vision_chunk_size": chunk, "frames_per_s": args.frames / seconds})
     return {"rows": rows}
 

@@ -2,13 +2,11 @@
 
 The past of the model is a state of one size, so a new token must cost the same after a thousand tokens as after a
 million. Contexts are random text, prefilled in chunks. New tokens of all contexts are timed in turns, one by one, and
-their median is given. A prefill that runs out of memory is reported as such.
+their median is given.
 """
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from ..loading import choose_device, choose_dtype
 from ..modeling import VideoMa2mbaForConditionalGeneration
 from ..modeling.configuration_video_ma2mba import PRESETS
-from .machine import describe
+from .machine import clock, describe
 from .train import backbone_config
 
 
@@ -39,35 +37,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = backbone_config(args.model)
     model = VideoMa2mbaForConditionalGeneration._from_config(config, dtype=dtype).to(args.device).eval()
 
-    def clock(work: Callable[[], Any]) -> tuple[float, Any]:
-        _wait(args.device)
-        start = time.perf_counter()
-        result = work()
-        _wait(args.device)
-        return time.perf_counter() - start, result
-
     rows, caches = [], {}
     for context in args.contexts:
         ids = torch.randint(2, 500, (1, context), device=args.device)
         model(ids[:, :64], use_cache=True)  # warms up
-        seconds, output = clock(partial(model, ids, use_cache=True, logits_to_keep=1))
+        seconds, _, output = clock(partial(model, ids, use_cache=True, logits_to_keep=1), args.device)
         caches[context] = output.cache
         rows.append({"context_tokens": context, "prefill_s": seconds, "prefill_tokens_per_s": context / seconds})
     token = torch.full((1, 1), 3, device=args.device)
     times: dict[int, list[float]] = {context: [] for context in caches}
     for turn in range(args.new_tokens + 3):
         for context, cache in caches.items():
-            seconds, _ = clock(partial(model, token, cache=cache, use_cache=True))
+            took = clock(partial(model, token, cache=cache, use_cache=True), args.device)
             if turn >= 3:
-                times[context].append(seconds)
+                times[context].append(took.seconds)
     for row in rows:
         row["s_per_new_token"] = statistics.median(times[row["context_tokens"]])
         row["cache_bytes"] = caches[row["context_tokens"]].num_bytes
     pixels = torch.randint(
         0, 256, (1, args.frames, 3, *2 * [config.vision_config.image_size]), dtype=torch.uint8, device=args.device
     )
-    clock(partial(model.get_video_features, pixels[:, :1]))
-    seconds, _ = clock(partial(model.get_video_features, pixels))
+    model.get_video_features(pixels[:, :1])
+    seconds = clock(partial(model.get_video_features, pixels), args.device).seconds
     return {
         "benchmark": "generate",
         "model": args.model,
@@ -77,8 +68,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "frames_per_s": args.frames / seconds,
         "machine": describe(args.device),
     }
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

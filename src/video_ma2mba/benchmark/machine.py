@@ -1,11 +1,20 @@
 """The machine and the versions behind a figure."""
 
 import ctypes
+import json
+import os
 import platform
-from collections.abc import Callable
-from typing import Any
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+# One thread, for the same sums in the same order. And glibc is to give freed tensors back at once, as it would those of
+# a large model: its own thresholds, which it would else raise as it goes. Then resident is what is in use.
+_MEASURED = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -19,6 +28,27 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+class Clocked(NamedTuple):
+    """What some work took, by the clock and of the CPU, and what came of it."""
+
+    seconds: float
+    cpu_seconds: float
+    result: Any
+
+
+def clock(work: Callable[[], Any], device: str) -> Clocked:
+    """Do some work, and wait until all that it began on the device is done."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return Clocked(time.perf_counter() - start, time.process_time() - cpu_start, result)
 
 
 def allocated_peak_bytes(function: Callable[[], Any]) -> int:
@@ -44,7 +74,7 @@ def resident_peak_bytes(function: Callable[[], Any]) -> int:
     """
     import torch
 
-    from ..memory import peak_bytes, restart_peak
+    from ..planning.measured import peak_bytes, restart_peak
 
     libc = ctypes.CDLL(None)
     for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
@@ -54,3 +84,30 @@ def resident_peak_bytes(function: Callable[[], Any]) -> int:
     before = restart_peak(device)
     function()
     return max(peak_bytes(device) - before, 0)
+
+
+def said_by(*command: object, **environment: str) -> Any:
+    """The last line, JSON, that `python *command` prints."""
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"{' '.join(words[2:])} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_measured_process(module: str, *arguments: object) -> Any:
+    """`said_by` of a module, where resident memory is what is in use."""
+    return said_by("-m", module, *arguments, **_MEASURED)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from .. import methods
-from ..files import write_json
+from ..files import write_json, write_png
 from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
 from ..modeling.checkpointing import run_checkpointed
 from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
 from ..modeling.head_loss import head_loss
 from ..modeling.mamba2 import Mamba2Backbone
+from ..planning import fitting
 from .counting import CountedHostStore, LiveBytes, counting
 
-METHODS = (*methods.METHODS, "sequence_major, two recomputes")
+METHODS = (*fitting.METHODS, "sequence_major, two recomputes")
 NUM_SUPERVISED = 512
 HOST_BUDGET_BYTES = 128 * 2**30
 BACKBONES = {"0.7b": "0.37B", "1.8b": "1.3B", "3.1b": "2.7B"}
@@ -54,6 +54,8 @@ PAPER_GB = {
         "MA-GC": [0.7, 1.1, 1.8, 2.7, 4.2, 6.9, 10.5, 17.2, 25.9, 42.2],
     },
 }
+COLORS = dict(zip(METHODS, ["#555555", "#c0392b", "#e67e22", "#2471a3", "#7d3c98", "#1e8449", "#16a085"], strict=True))
+PAPER_COLORS = {name: COLORS[name] for name in ("off", "per layer", "sqrt")} | {"MA-GC": "black"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,9 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     write_json(output, _result(rows))
     result = _result(rows)
     if args.plot is not None:
-        from .plots import plot_memory
-
-        plot_memory(result, args.plot)
+        write_png(args.plot, draw(result))
     return result
 
 
@@ -118,7 +118,7 @@ def choose_plan(config: VideoMa2mbaConfig, method: str, num_tokens: int, budget_
     The methods without offload take the least memory. With offload, memory is what one allows: the fastest plan within
     `budget_bytes`, and `HOST_BUDGET_BYTES` of host memory.
     """
-    options, num_layers = methods.METHODS.get(method, {}), config.text_config.num_hidden_layers
+    options, num_layers = fitting.METHODS.get(method, {}), config.text_config.num_hidden_layers
     if options is None:
         return None
     plan = partial(plan_checkpoints, config, 1, num_tokens, num_supervised_tokens=min(num_tokens, NUM_SUPERVISED))
@@ -231,3 +231,34 @@ def _pass(
     loss = head_loss(head, hidden_states, targets, config.loss_chunk_size)
     del hidden_states
     loss.backward()
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """Device memory over weights and gradients against length, a panel for each model; the paper's table 3 dashed."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    figure = Figure(figsize=(5.2 * len(models), 5.4), layout="constrained")
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for panel, model in zip(panels, models, strict=True):
+        for method in METHODS:
+            rows = [row for row in result["rows"] if (row["model"], row["method"]) == (model, method)]
+            sizes = [row["device_bytes"] / 1e9 for row in rows]
+            panel.plot([row["tokens"] for row in rows], sizes, "o-", color=COLORS[method], markersize=3, label=method)
+        for method, sizes in PAPER_GB[model].items():
+            lengths = [2**n for n in range(10, 10 + len(sizes))]
+            panel.plot(lengths, sizes, "--", color=PAPER_COLORS[method], linewidth=1, label=f"{method}, published")
+        panel.axhline(80, color="#aaaaaa", linewidth=0.8)
+        panel.annotate("80 GB", (2**10, 80), (0, 2), textcoords="offset points", color="#888888", fontsize=8)
+        panel.set(xscale="log", yscale="log", title=f"Mamba-2 {BACKBONES[model]}", xlabel="tokens", ylim=(0.2, 6000))
+        panel.set_xscale("log", base=2)
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("GB over weights and gradients")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(
+        "Counted on the meta device, bfloat16, one sequence; with offload at most "
+        f"{HOST_BUDGET_BYTES // 2**30} GiB of host memory; dashed: table 3 of arXiv 2411.19460",
+        fontsize=9,
+    )
+    return figure

@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from .. import (
 from ..data.synthetic import make_story
 from ..files import write_png
 from ..loading import TINY_MODEL
-from ..memory import in_measured_process, peak_bytes, restart_peak
-from .machine import describe
+from ..planning.measured import peak_bytes, restart_peak
+from .machine import clock, describe, in_measured_process, one_thread
 
 QUESTION = "What colour was the circle?"
 NEW_TOKENS = 8
@@ -88,14 +88,14 @@ def _ask(model: Any, processor: Any, videos: dict[int, Path], repeats: int) -> l
     times: dict[tuple[str, int], list[float]] = {}
     for turn in range(repeats + 1):
         for minutes in videos:
-            start = time.perf_counter()
-            memories[minutes].ask(QUESTION, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-            middle = time.perf_counter()
-            _ask_attention(attention, processor, *caches[minutes])
-            end = time.perf_counter()
-            if turn:
-                times.setdefault(("ours", minutes), []).append(middle - start)
-                times.setdefault(("attention", minutes), []).append(end - middle)
+            works = {
+                "ours": partial(memories[minutes].ask, QUESTION, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS),
+                "attention": partial(_ask_attention, attention, processor, *caches[minutes]),
+            }
+            for name, work in works.items():
+                seconds = clock(work, "cpu").seconds
+                if turn:
+                    times.setdefault((name, minutes), []).append(seconds)
     return [
         {
             "minutes": minutes,
@@ -179,20 +179,11 @@ def _larger(tiny: Any) -> tuple[Any, Any]:
 def _overlap(tiny: Any, video: Path) -> dict[str, Any]:
     """Seconds of `watch`, and of decoding all and encoding all after each other, by a model that is not so tiny."""
     model, processor = _larger(tiny)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one thread reads and one decodes
-    try:
+    with one_thread():  # one thread reads and one decodes
         VideoMemory(model, processor).watch(video, 1.0, max_duration_s=30.0)  # not timed
-        start = time.perf_counter()
-        frames = processor.video_processor.load(video, fps=1.0).frames
-        decoded = time.perf_counter()
-        VideoMemory(model, processor).push_frames(frames)
-        encoded = time.perf_counter()
-        VideoMemory(model, processor).watch(video, 1.0)
-        watched = time.perf_counter()
-    finally:
-        torch.set_num_threads(threads)
-    decode_s, encode_s, watch_s = decoded - start, encoded - decoded, watched - encoded
+        decode_s, _, loaded = clock(lambda: processor.video_processor.load(video, fps=1.0), "cpu")
+        encode_s = clock(lambda: VideoMemory(model, processor).push_frames(loaded.frames), "cpu").seconds
+        watch_s = clock(lambda: VideoMemory(model, processor).watch(video, 1.0), "cpu").seconds
     return {
         "minutes": OVERLAP_MINUTES, "decode_s": decode_s, "encode_s": encode_s, "watch_s": watch_s,
         "ratio": watch_s / (decode_s + encode_s),

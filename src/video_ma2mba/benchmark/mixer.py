@@ -13,9 +13,9 @@ import torch
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TheirMixer
 
-from ..memory import peak_bytes, restart_peak
 from ..modeling.mamba2 import Mamba2Mixer, init_mamba2_weights
 from ..modeling.ssd_kernels import scan_kernels
+from ..planning.measured import peak_bytes, restart_peak
 from .machine import describe
 
 

@@ -10,8 +10,8 @@ import sys
 import tempfile
 from typing import Any
 
-from ..memory import in_measured_process, peak_bytes, restart_peak
-from .machine import describe
+from ..planning.measured import peak_bytes, restart_peak
+from .machine import describe, in_measured_process
 
 NUM_SUPERVISED = 512
 NUM_STEPS = 3

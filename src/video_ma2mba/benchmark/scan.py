@@ -17,7 +17,6 @@ peak. On a GPU they are the allocator's, and the core of a mixer is compared wit
 import argparse
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,9 +24,9 @@ from typing import Any
 import torch
 
 from ..loading import choose_device
-from ..memory import peak_bytes, restart_peak
 from ..modeling.segment_sizes import SCAN_CHUNK, SEGMENT
-from .machine import allocated_peak_bytes, describe, resident_peak_bytes
+from ..planning.measured import peak_bytes, restart_peak
+from .machine import allocated_peak_bytes, clock, describe, resident_peak_bytes
 from .peers import ROWS, SIZES, Pair, make_pair
 
 PASSES = ("forward", "forward_backward")
@@ -82,7 +81,7 @@ def measure(pair: Pair, name: str, repeats: int, device: str) -> dict[str, Any]:
     step = partial(_forward if name == "forward" else _forward_backward, pair)
     # first of all, as a decode step moves the states on; it warms up as well
     of_ours, of_theirs = step(pair.ours), {chunk: step(theirs) for chunk, theirs in pair.theirs.items()}
-    tried = {chunk: _clock(partial(step, theirs), device)[1] for chunk, theirs in pair.theirs.items()}
+    tried = {chunk: clock(partial(step, theirs), device).cpu_seconds for chunk, theirs in pair.theirs.items()}
     chunk = min(tried, key=lambda one: tried[one])
     differences = _differences(pair.names, of_ours, of_theirs[chunk])
     del of_ours, of_theirs
@@ -93,7 +92,7 @@ def measure(pair: Pair, name: str, repeats: int, device: str) -> dict[str, Any]:
     cpu_times: dict[str, list[float]] = {key: [] for key in subjects}
     for _ in range(repeats):
         for key, function in subjects.items():
-            seconds, cpu_seconds = _clock(partial(step, function), device)
+            seconds, cpu_seconds = clock(partial(step, function), device)[:2]  # results are let go of
             times[key].append(seconds)
             cpu_times[key].append(cpu_seconds)
     measured: dict[str, dict[str, Any]] = {
@@ -116,17 +115,6 @@ def measure(pair: Pair, name: str, repeats: int, device: str) -> dict[str, Any]:
     if pair.floor is not None:
         compared["over_floor"] = ours["median_cpu_s"] / measured["floor"]["median_cpu_s"]
     return measured | compared
-
-
-def _clock(function: Callable[[], Any], device: str) -> tuple[float, float]:
-    """Seconds of the clock, and of the CPU."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start, cpu_start = time.perf_counter(), time.process_time()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def _peaks(function: Callable[[], Any], device: str) -> dict[str, int]:

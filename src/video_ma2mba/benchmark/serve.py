@@ -14,15 +14,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..data.synthetic import make_story
 from ..loading import TINY_MODEL
-from .machine import describe
+from .machine import clock, describe, one_thread, said_by
 
 QUESTIONS = ("What colour was the circle?", "Which shape came first of all?", "Did a red square ever appear?")
 CLIENTS = Path(__file__).with_name("serve_clients.py")
@@ -115,16 +115,11 @@ def _clients(url: str, ids: list[str], tokens: int, clients: int, requests: int)
     task = json.dumps({
         "url": url, "ids": ids, "questions": QUESTIONS, "tokens": tokens, "clients": clients, "requests": requests,
     })  # fmt: skip
-    done = subprocess.run([sys.executable, "-P", str(CLIENTS), task], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise OSError(f"the clients failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return said_by("-P", CLIENTS, task)
 
 
 def _one_at_a_time(args: argparse.Namespace, video: Path) -> float:
     """Requests a second of `ask`, without HTTP."""
-    import torch
-
     from .. import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMemory
 
     memory = VideoMemory(
@@ -132,14 +127,7 @@ def _one_at_a_time(args: argparse.Namespace, video: Path) -> float:
         VideoMa2mbaProcessor.from_pretrained(args.model),
     )
     memory.watch(video)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        options = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
-        memory.ask(QUESTIONS[0], **options)
-        begin = time.perf_counter()
-        for _ in range(10):
-            memory.ask(QUESTIONS[0], **options)
-        return 10 / (time.perf_counter() - begin)
-    finally:
-        torch.set_num_threads(threads)
+    ask = partial(memory.ask, QUESTIONS[0], max_new_tokens=args.tokens, min_new_tokens=args.tokens)
+    with one_thread():
+        ask()
+        return 10 / clock(lambda: [ask() for _ in range(10)], "cpu").seconds

@@ -21,7 +21,6 @@ STUDIES = ("backbone", "fps", "intervals", "length", "max-length", "stability")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what was found")
     parser.add_argument("--scale", type=float, default=1.0, help="of steps and repeats: 0.01 tries a study out")

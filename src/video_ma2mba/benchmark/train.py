@@ -8,21 +8,19 @@ memory is reported as such and the others go on. The paper's Table 8 is the same
 import argparse
 import gc
 import statistics
-import time
 from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, Mamba2Config
 
 from ..files import write_json
-from ..fitting import Sizes, Training
 from ..loading import choose_device, choose_dtype
-from ..memory import peak_bytes, restart_peak
-from ..methods import METHODS
 from ..modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from ..modeling.checkpoint_plan import peak_bytes_without
 from ..modeling.configuration_video_ma2mba import PRESETS
-from .machine import describe
+from ..planning.fitting import METHODS, Sizes, Training
+from ..planning.measured import peak_bytes, restart_peak
+from .machine import clock, describe
 
 NUM_SUPERVISED = 512
 
@@ -151,11 +149,6 @@ def training_step(
     model.zero_grad(set_to_none=True)
     gc.collect()
     on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-        before = restart_peak(model.device)
-    start = time.perf_counter()
-    model(input_ids=input_ids, labels=labels).loss.backward()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, peak_bytes(model.device) - before if on_gpu else 0
+    before = restart_peak(model.device) if on_gpu else 0
+    seconds = clock(lambda: model(input_ids=input_ids, labels=labels).loss.backward(), model.device.type).seconds
+    return seconds, peak_bytes(model.device) - before if on_gpu else 0

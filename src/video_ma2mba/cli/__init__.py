@@ -14,6 +14,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from . import ask, bench, chat, convert, data, evaluate, merge, plan, serve, share, train, ui, watch
+from .parser import Parser
 from .quiet import silence_other_libraries
 
 COMMANDS = {
@@ -28,7 +29,7 @@ EXIT_INTERRUPTED = 130
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="video-ma2mba",
         description="Ask questions about long videos with Video-Ma2mba, a Mamba-2 video language model.",
         epilog="VIDEO_MA2MBA_TRACEBACK=1 in the environment shows the whole traceback of an error.",

@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> None:
             )
     name = find_model(args.model)
 
-    from ..memory import peak_bytes
     from ..modeling.stopping import RepetitionStop
+    from ..planning.measured import peak_bytes
 
     memory, watched = watching.open_memory(args)
     processor, device = memory.processor, memory.model.device

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..files import write_json
+from .parser import Parser
 
 HELP = "run a benchmark and print its figures as JSON"
 # Modules of `video_ma2mba.benchmark` with `add_arguments(parser)` and `run(args) -> dict`.
@@ -26,7 +27,6 @@ BENCHMARKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "benchmarks (`video-ma2mba bench NAME --help` lists the options of one):\n" + "\n".join(
         f"  {name:<16} {text}" for name, text in BENCHMARKS.items()
     )
@@ -42,15 +42,20 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"video_ma2mba.benchmark.{name.replace('-', '_')}")
 
 
-def run(args: argparse.Namespace) -> None:
-    module = load(args.name)
-    parser = argparse.ArgumentParser(prog=f"video-ma2mba bench {args.name}", description=module.__doc__)
+def parser_of(name: str) -> Parser:
+    """Of the options of a benchmark."""
+    module = load(name)
+    parser = Parser(prog=f"video-ma2mba bench {name}", description=module.__doc__)
     module.add_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the JSON here as well")
-    options = parser.parse_args(args.options)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    options = parser_of(args.name).parse_args(args.options)
     if options.output is not None and not options.output.parent.is_dir():
         raise ValueError(f"cannot write {options.output}: create the folder {options.output.parent} first")
-    result = module.run(options)
+    result = load(args.name).run(options)
     print(json.dumps(result, indent=2))
     if options.output is not None:
         write_json(options.output, result)

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .progress import progress_bars
+
 HELP = "make a model of weights in other formats"
 
 
@@ -72,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
         with reading(args.source, "the model"):
             conversion = read_llava_mamba(args.source, args.tokenizer, args.vision_model)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    conversion.write(args.output, dtype, args.verify)
+    with progress_bars(in_bytes=True) as show:
+        conversion.write(args.output, dtype, args.verify, progress=show)
     for reason, names in conversion.dropped().items():
         print(f"left out {len(names)}: {reason}", file=sys.stderr)
     print(args.output)

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from ..processes import Share
-from ..progress import progress_bars
+from .parser import parse_share
+from .progress import progress_bars
 
 HELP = "prepare published data sets for training"
 
@@ -58,14 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_HUB_ID",
         help="the model that will be trained: its processor resizes the stored frames (default: 336 x 336, cropped)",
     )
-
-
-def parse_share(text: str) -> Share:
-    """ "1/4", for argparse."""
-    try:
-        return Share.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run(args: argparse.Namespace) -> None:

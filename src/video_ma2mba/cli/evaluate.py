@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from ..files import write_json, write_text
 from ..loading import find_model
 from ..processes import Ranks, Share, files_of, launched
-from ..progress import progress_bars
 from . import watching
-from .data import parse_share
+from .parser import parse_share
+from .progress import progress_bars
 
 if TYPE_CHECKING:
     from ..evaluation.run import Answer, Found

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ..loading import find_model, load, load_model
-from ..progress import progress_bars
+from .progress import progress_bars
 
 HELP = "merge LoRA adapters into the weights of their model"
 

@@ -7,13 +7,13 @@ and what is kept back is told in docs/planning.md.
 import argparse
 import json
 import math
-import re
 from typing import Any
 
-from ..fitting import (
+from ..planning.fitting import (
     ENGINES,
     FRAGMENTATION,
     MAX_TOKENS,
+    METHODS,
     OPTIMIZER_BYTES,
     RESERVED_BYTES,
     Case,
@@ -21,6 +21,8 @@ from ..fitting import (
     gpu_at_hand_bytes,
     load_config,
 )
+from ..planning.remedies import remedies
+from .parser import parse_bytes
 
 HELP = "what training on a long video, or watching it, takes, and whether it fits"
 NOTHING_FITS = 1
@@ -50,18 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def parse_bytes(text: str) -> int:
-    """ "80GiB", "80 GB", "512MiB", or bytes where there are a million of them -> bytes."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]i?)?(B)?\s*", text, re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 80GiB, 80GB or 512MiB")
-    unit = (match[2] or "").lower()
-    if not unit and float(match[1]) < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} has no unit: for gigabytes write {match[1]}GiB")
-    base = 1024 if unit.endswith("i") else 1000
-    return int(float(match[1]) * base ** " kmgt".index(unit[:1] or " "))
-
-
 def run(args: argparse.Namespace) -> int:
     check(args)
     gpu_bytes = args.gpu_memory or gpu_at_hand_bytes()
@@ -86,8 +76,6 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch, scan_backend=args.scan_backend,
         training=Training(engine, devices, args.accumulation, args.sequence_parallel),
     )  # fmt: skip
-    from ..methods import METHODS
-
     horizon = {} if args.gradient_horizon is None else {"gradient_horizon": args.gradient_horizon}
     asked: dict[str, Any] = {"offload": args.offload} | horizon
     methods: dict[str, Any] = {"watching" if args.inference else "training": asked}
@@ -95,8 +83,6 @@ def run(args: argparse.Namespace) -> int:
         methods = {name: None if options is None else options | horizon for name, options in METHODS.items()}
     rows = [case.row(name, options, num_frames, num_tokens) for name, options in methods.items()]
     fits = any(row["fits"] for row in rows)
-    from ..remedies import remedies
-
     report = {
         "model": args.model, "frames": num_frames, "tokens": num_tokens, "hours": num_frames / args.fps / 3600,
         "fps": args.fps, "batch": args.batch, "optimizer": optimizer, "dtype": args.dtype, "gpu_bytes": gpu_bytes,

@@ -9,7 +9,6 @@ memory; POST and GET /v1/memories; /v1/models, /health and /metrics.
 import argparse
 import importlib.util
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 from ..loading import find_model
 from . import watching
+from .parser import parse_bytes
 
 HELP = "serve a model over HTTP"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -27,7 +27,6 @@ OWN: dict[str, Any] = {
     "allow_private_urls": False, "max_upload": 2 * 10**9, "max_duration": 86400.0, "slots": 32, "max_waiting": 256,
     "timeout": 300.0,
 }  # fmt: skip
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-urls", action="store_true", help="fetch http and https URLs of the public internet")
     parser.add_argument("--allow-private-urls", action="store_true", help="fetch those of private addresses too")
     parser.add_argument(
-        "--max-upload", type=size_in_bytes, default="2gb", metavar="SIZE", help="of a file (default: 2gb)"
+        "--max-upload", type=parse_bytes, default="2gb", metavar="SIZE", help="of a file (default: 2gb)"
     )
     parser.add_argument(
         "--max-duration", type=float, default=86400.0, metavar="SECONDS", help="of a video (default: 86400, a day)"
@@ -61,14 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-waiting", type=int, default=256, metavar="N", help="answers that may wait (default: 256)"
     )
     parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="of a request (default: 300)")
-
-
-def size_in_bytes(text: str) -> int:
-    """2gb, 500 MiB or 1000 as bytes."""
-    match = re.fullmatch(r"(\d+)\s*([kmg]i?b)?", text.strip().lower())
-    if match is None or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: say a size such as 2gb, 500MiB or a number of bytes")
-    return int(match[1]) * _UNITS[match[2] or ""]
 
 
 def read_keys(path: Path | None, host: str) -> tuple[str, ...]:

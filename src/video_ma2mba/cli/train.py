@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..fitting import Sizes, Training, gpu_at_hand_bytes, needed_bytes, on_meta, planned
 from ..loading import find_model, named_model
-from .plan import parse_bytes
+from ..planning.fitting import Sizes, Training, gpu_at_hand_bytes, needed_bytes, on_meta, planned
+from .parser import parse_bytes
 
 if TYPE_CHECKING:
     import torch

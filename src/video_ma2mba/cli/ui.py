@@ -7,7 +7,8 @@ import argparse
 from pathlib import Path
 
 from . import watching
-from .serve import LOOPBACK, read_keys, size_in_bytes
+from .parser import parse_bytes
+from .serve import LOOPBACK, read_keys
 
 HELP = "open a page to watch videos and talk about them"
 TINY_NAME = "video-ma2mba-tiny"  # wherever it is installed
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a key a line, of which visitors must give one; with --server its first is the server's",
     )  # fmt: skip
     parser.add_argument(
-        "--max-upload", type=size_in_bytes, default="2gb", metavar="SIZE", help="of a video (default: 2gb)"
+        "--max-upload", type=parse_bytes, default="2gb", metavar="SIZE", help="of a video (default: 2gb)"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..loading import TINY, check_weights, choose_device, choose_dtype, find_model, load, load_model
-from ..progress import progress_bars
+from .progress import progress_bars
 
 if TYPE_CHECKING:
     from ..modeling.video_memory import VideoMemory

@@ -10,8 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .llava import PLACEHOLDER, from_conversations, question_and_answer
-from .records import Item, Malformed, Problem, Record, assistant, each, medium, read_items, text_of, user
+from .llava import PLACEHOLDER, from_conversations
+from .records import (
+    Item,
+    Malformed,
+    Problem,
+    Record,
+    assistant,
+    each,
+    medium,
+    question_and_answer,
+    read_items,
+    text_of,
+    user,
+)
 
 DESCRIBE = "Describe the video."
 

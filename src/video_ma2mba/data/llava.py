@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .question_sets import multiple_choice, number_of_answer
 from .records import Item, Malformed, Problem, Record, assistant, each, medium, named_media, text_of, user
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -189,16 +190,7 @@ def _from_plain(item: Item) -> Record:
     if options := record.get("options"):
         if not isinstance(options, list) or not 2 <= len(options) <= 26:
             raise Malformed(f"'options' must be a list of two to 26, got {str(options)[:60]!r}")
-        from .question_sets import multiple_choice, number_of_answer  # which is built on this module
-
         options, kind = [str(option) for option in options], "multiple_choice"
         question, answer = multiple_choice(question, options, number_of_answer(answer, options))
     messages = [user(*_media(record), question), assistant(answer)]
     return Record(str(record.get("id", item.where)), item.where, messages, kind)
-
-
-def question_and_answer(
-    identity: str, where: str, video: tuple[str, ...], question: str, answer: str, kind: str
-) -> Record:
-    """One question about a whole video."""
-    return Record(identity, where, [user(medium("video", *video), question), assistant(answer)], kind)

@@ -6,8 +6,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from .llava import question_and_answer
-from .records import Item, Malformed, Problem, Record, each, text_of
+from .records import Item, Malformed, Problem, Record, each, question_and_answer, text_of
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 ONLY_THE_LETTER = "Please respond with only the letter of the correct answer."

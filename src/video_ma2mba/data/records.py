@@ -79,6 +79,13 @@ def assistant(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
+def question_and_answer(
+    identity: str, where: str, video: tuple[str, ...], question: str, answer: str, kind: str
+) -> Record:
+    """One question about a whole video."""
+    return Record(identity, where, [user(medium("video", *video), question), assistant(answer)], kind)
+
+
 def text_of(item: dict[str, Any], key: str) -> str:
     """A text that must be there and must say something."""
     value = item.get(key)

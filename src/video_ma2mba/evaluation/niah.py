@@ -129,15 +129,8 @@ def find_needles(
     ranks.after_first("cells of before")
     cells = _read([file])  # not what another process has written since: all must deal alike
     num_before = len(wanted.keys() & cells.keys())
-
-    def show(num: int = 0) -> None:
-        total = ranks.add(num)
-        if progress is not None:
-            progress(num_before + total, len(wanted))
-
-    show()
     mine = ranks.share.of({key: cost for key, cost in wanted.items() if key not in cells})
-    with ranks.share.file(file).open("a", encoding="utf-8") as stream:
+    with ranks.writing(file, num_before, len(wanted), progress) as write:
         for num_frames, keys_of_length in itertools.groupby(mine, key=lambda key: key[0]):
             before, at = VideoMemory(model, processor), 0
             for _, depth, number in keys_of_length:
@@ -149,10 +142,7 @@ def find_needles(
                 _push(memory, haystack[place:num_frames])
                 said, found = _ask(memory, needle)
                 cell = {"num_frames": num_frames, "depth": depth, "needle": number, "answer": said, "found": found}
-                stream.write(json.dumps(cell) + "\n")
-                stream.flush()
-                show(1)
-    ranks.finish(show)
+                write([json.dumps(cell) + "\n"], 1)
     if not ranks.is_first:
         return []
     cells = _read(files_of(file))

@@ -172,14 +172,7 @@ def answer_all(
     ranks.after_first("answers of before")
     done = _answered([file], asked)  # not what another process has written since: all must deal alike
     num_before, num_asked = sum(map(len, done.values())), sum(map(len, asked.values()))
-
-    def show(num: int = 0) -> None:
-        total = ranks.add(num)
-        if progress is not None:
-            progress(num_before + total, num_asked)
-
-    show()
-    with ranks.share.file(file).open("a", encoding="utf-8") as stream:
+    with ranks.writing(file, num_before, num_asked, progress) as write:
         for video in ranks.share.of({video: found.durations_s.get(video, 0.0) for video in asked if video not in done}):
             memory = VideoMemory(model, processor)
             start = time.perf_counter()
@@ -191,10 +184,7 @@ def answer_all(
                 watch_s = time.perf_counter() - start
                 answers = _answer(memory, video, asked[video], task, watch_s, by_likelihood, batch_size)
                 lines = [_line(answer) for answer in answers]
-            stream.writelines(lines)
-            stream.flush()
-            show(len(asked[video]))
-    ranks.finish(show)
+            write(lines, len(asked[video]))
     if not ranks.is_first:
         return []
     # of a shard the files stay as they are: they also say what could not be read, to whoever merges them

@@ -23,11 +23,11 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
+from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 from ..processing.processing_video_ma2mba import VideoMa2mbaProcessor
 from .media import check
 from .prompts import prefix_hash
 from .vllm_frames import frame_folder, place, placed
-from .vllm_plugin import ServedConfig
 
 FRAMES_PER_ITEM = 32  # encoded and held at once; a longer video is several items
 _NOT_ASKED = 32  # the number of frames that vLLM takes of a video where nobody says
@@ -48,8 +48,8 @@ class Undecoded(VideoLoader):
 class Info(BaseProcessingInfo):
     """What vLLM asks of the model's inputs."""
 
-    def get_hf_config(self) -> ServedConfig:
-        return self.ctx.get_hf_config(ServedConfig)
+    def get_hf_config(self) -> VideoMa2mbaConfig:
+        return self.ctx.get_hf_config(VideoMa2mbaConfig)
 
     def get_hf_processor(self, **kwargs: object) -> VideoMa2mbaProcessor:
         return self.ctx.get_hf_processor(VideoMa2mbaProcessor, **kwargs)

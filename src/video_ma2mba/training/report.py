@@ -3,24 +3,23 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..files import write_json, write_png
-from ..memory import peak_bytes
-from .trainer import COUNTS
-
-if TYPE_CHECKING:
-    from .run import Prepared
-    from .trainer import VideoMa2mbaTrainer
+from ..planning.measured import peak_bytes
+from .choices import Choice
+from .recipe import Recipe
+from .trainer import COUNTS, VideoMa2mbaTrainer
 
 
 def write_report(
-    output: Path, prepared: "Prepared", trainer: "VideoMa2mbaTrainer", evaluations: list[dict[str, Any]],
-    after: dict[str, Any] | None, warnings: list[str], wall_s: float,
+    output: Path, recipe: Recipe, choices: tuple[Choice, ...], trainer: VideoMa2mbaTrainer,
+    evaluations: list[dict[str, Any]], after: dict[str, Any] | None, warnings: list[str], wall_s: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Write both files to `output`; returns the report.
 
     Args:
+        choices: What the recipe left open, and what it became.
         evaluations: Of the held-out data, by step.
         after: That of the model that is kept; None without such data.
         warnings: Of `held_out.advice`.
@@ -28,8 +27,8 @@ def write_report(
     history = trainer.state.log_history
     losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry]
     report = {
-        "recipe": asdict(prepared.recipe),
-        "choices": {choice.key: choice.reason for choice in prepared.choices},
+        "recipe": asdict(recipe),
+        "choices": {choice.key: choice.reason for choice in choices},
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "devices": trainer.args.world_size,

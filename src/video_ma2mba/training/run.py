@@ -342,8 +342,9 @@ def train(prepared: Prepared, *, resume: bool = False) -> dict[str, Any]:
             keeps_best=prepared.keeps_best,
         )  # fmt: skip
         report = write_report(
-            output, prepared, trainer, held_out.evaluations, after, warnings, time.perf_counter() - start
-        )
+            output, prepared.recipe, prepared.choices, trainer, held_out.evaluations, after, warnings,
+            time.perf_counter() - start,
+        )  # fmt: skip
     _save_model(trainer, output / MODEL)
     return report
 

@@ -1,7 +1,7 @@
 """Carry out a conversion: check every tensor against the model, then stream them into a folder of safetensors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from ..files import whole_folder
 from ..loading import load
-from ..progress import progress_bars
 
 # from there, because transformers must know the classes before a folder that holds code is written or read
 from ..registration import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
@@ -19,6 +18,7 @@ from .checkpoint_reader import CheckpointReader, list_names
 from .mapping import Source
 
 SHARD_BYTES = 2**30
+Progress = Callable[[str, float, float | None], None]
 _HEAD, _TABLE = "lm_head.weight", "model.language_model.embeddings.weight"
 
 
@@ -45,8 +45,9 @@ class Conversion:
         return by_reason
 
     def write(
-        self, folder: Path, dtype: torch.dtype | None = None, verify: bool = False, shard_bytes: int = SHARD_BYTES
-    ) -> None:
+        self, folder: Path, dtype: torch.dtype | None = None, verify: bool = False, shard_bytes: int = SHARD_BYTES,
+        progress: Progress = lambda what, done, total: None,
+    ) -> None:  # fmt: skip
         """Write the model, its code and its processor to `folder`, whole or not at all.
 
         One shard of the result is in memory at a time. The parameters that decide how fast a state decays stay float32.
@@ -57,6 +58,7 @@ class Conversion:
             verify: afterwards compare every tensor with its source, load the folder and run a forward pass; this takes
                 the memory of the whole model.
             shard_bytes: size of a file of weights at most, where no single tensor is larger.
+            progress: called with what is being done, and bytes done and in all.
 
         Raises:
             ValueError: a missing tensor or a wrong shape, by name; a folder that is there already; a failed
@@ -81,9 +83,9 @@ class Conversion:
             self.processor.save_pretrained(partial)
             sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in self._wanted(model)}
             shards = _shards(sizes, shard_bytes)
-            self._write_weights(partial, shards, dtypes)
+            self._write_weights(partial, shards, dtypes, progress)
             if verify:
-                self._verify(partial, dtypes)
+                self._verify(partial, dtypes, progress)
 
     def _wanted(self, model: VideoMa2mbaForConditionalGeneration) -> Iterator[tuple[str, torch.Tensor]]:
         tied = self.config.tie_word_embeddings
@@ -133,33 +135,33 @@ class Conversion:
             if name in self.fresh:
                 yield name, self.fresh[name].to(dtypes[name])
 
-    def _write_weights(self, folder: Path, shards: list[dict[str, int]], dtypes: dict[str, torch.dtype]) -> None:
+    def _write_weights(
+        self, folder: Path, shards: list[dict[str, int]], dtypes: dict[str, torch.dtype], progress: Progress
+    ) -> None:
         total = sum(sum(shard.values()) for shard in shards)
         index, done = {}, 0
-        with progress_bars(in_bytes=True) as show:
-            for number, shard in enumerate(shards, 1):
-                file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-                tensors = {}
-                for name, tensor in self._tensors(list(shard), dtypes):
-                    tensors[name] = tensor
-                    done += tensor.nbytes
-                    show("Converting", done, total)
-                save_file(tensors, folder / file, metadata={"format": "pt"})
-                index.update(dict.fromkeys(shard, file))
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            tensors = {}
+            for name, tensor in self._tensors(list(shard), dtypes):
+                tensors[name] = tensor
+                done += tensor.nbytes
+                progress("Converting", done, total)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            index.update(dict.fromkeys(shard, file))
         if len(shards) > 1:
             value = {"metadata": {"total_size": total}, "weight_map": index}
             (folder / "model.safetensors.index.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
-    def _verify(self, folder: Path, dtypes: dict[str, torch.dtype]) -> None:
+    def _verify(self, folder: Path, dtypes: dict[str, torch.dtype], progress: Progress) -> None:
         written = CheckpointReader(folder)
         done, total = 0, sum(written.num_bytes(name) for name in written.shapes)
-        with progress_bars(in_bytes=True) as show:
-            for name in dtypes:
-                (_, found), (_, expected) = next(written.read([name])), next(self._tensors([name], dtypes))
-                if not torch.equal(found, expected):
-                    raise ValueError(f"verification failed: {name} in {folder} is not what its source holds")
-                done += found.nbytes
-                show("Verifying", done, total)
+        for name in dtypes:
+            (_, found), (_, expected) = next(written.read([name])), next(self._tensors([name], dtypes))
+            if not torch.equal(found, expected):
+                raise ValueError(f"verification failed: {name} in {folder} is not what its source holds")
+            done += found.nbytes
+            progress("Verifying", done, total)
         check_answers(folder)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..machine import allocated_peak_bytes
+from ..machine import allocated_peak_bytes, clock
 from .side_by_side import train_side_by_side
 from .stories import Stories
 
@@ -81,12 +81,7 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
         "training": [_training(models, tokens) for tokens in timed],
         "answering": [_answering(models, tokens) for tokens in timed],
     }
-    for table, key in (
-        ("training", "bytes"),
-        ("training", "seconds"),
-        ("answering", "bytes"),
-        ("answering", "seconds"),
-    ):
+    for table, key in itertools.product(("training", "answering"), ("bytes", "seconds")):
         crossed = [row["tokens"] for row in result[table] if row["mamba2"][key] < row["attention"][key]]
         result[f"{table}_{key}_cross_at_tokens"] = crossed[0] if crossed else None
     return result
@@ -115,9 +110,7 @@ def _training(models: dict[str, Any], num_tokens: int) -> dict[str, Any]:
                 model(input_ids=ids, labels=labels).loss.backward()
 
         step()
-        start = time.perf_counter()
-        step()
-        row[name] = {"seconds": time.perf_counter() - start, "bytes": allocated_peak_bytes(step)}
+        row[name] = {"seconds": clock(step, "cpu").seconds, "bytes": allocated_peak_bytes(step)}
         if name.startswith("mamba2"):
             model.gradient_checkpointing_disable()
         model.zero_grad(set_to_none=True)

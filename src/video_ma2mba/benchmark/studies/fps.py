@@ -33,16 +33,10 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
             for name in NAMES:
                 accuracy = stories.accuracy(models[name], video_s, num_stories, sample)
                 num_bytes = _memory_bytes(models[name], name, count)
-                rows.append(
-                    {
-                        "video_s": video_s,
-                        "sample": label,
-                        "num_frames": count,
-                        "backbone": name,
-                        "memory_bytes": num_bytes,
-                        "accuracy": accuracy,
-                    }
-                )
+                rows.append({
+                    "video_s": video_s, "sample": label, "num_frames": count, "backbone": name,
+                    "memory_bytes": num_bytes, "accuracy": accuracy,
+                })  # fmt: skip
     hour_s = HOUR_S if scale == 1 else 60
     return {
         "num_stories": num_stories,

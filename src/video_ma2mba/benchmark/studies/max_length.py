@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ...fitting import Case, load_config, longest_frames
-from ...methods import METHODS
+from ...planning.fitting import METHODS, Case, load_config, longest_frames
 
 GIB = 2**30
 GPU_GIB = (16, 24, 48, 80, 141)
@@ -22,16 +21,10 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
                 case.gpu_bytes = gpu * GIB
                 for method, options in METHODS.items():
                     frames, bounded = longest_frames(case, options)
-                    rows.append(
-                        {
-                            "model": model,
-                            "optimizer": optimizer,
-                            "gpu_gib": gpu,
-                            "method": method,
-                            "hours": frames / 3600,
-                            "is_bound": bounded,
-                        }
-                    )
+                    rows.append({
+                        "model": model, "optimizer": optimizer, "gpu_gib": gpu, "method": method,
+                        "hours": frames / 3600, "is_bound": bounded,
+                    })  # fmt: skip
     return {"host_gib": HOST_BYTES // GIB, "fps": 1, "rows": rows}
 
 

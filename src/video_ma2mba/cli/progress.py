@@ -8,19 +8,32 @@ from contextlib import contextmanager
 def progress_bars(in_bytes: bool = False) -> Iterator[Callable[[str, float, float | None], None]]:
     """Gives `show(what, done, total)`: a bar for each `what`; a total of None is one that nobody knows (yet)."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
     columns = TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks = {}
+    bars = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
 
-        def show(what: str, done: float, total: float | None) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=None)
-            bars.update(tasks[what], completed=done, total=total)
+    def show(what: str, done: float, total: float | None) -> None:
+        if what not in tasks:
+            bars.start()  # which does nothing the second time
+            tasks[what] = bars.add_task(what, total=None)
+        bars.update(tasks[what], completed=done, total=total)
 
+    try:
         yield show
         for task in bars.tasks:
             if task.total is None:  # nobody knew it before; now it is what there was
                 bars.update(task.id, total=task.completed)
+    finally:
+        if tasks:  # or it would print an empty line
+            bars.stop()

@@ -2,21 +2,14 @@
 
 import ctypes
 import gc
-import json
-import os
 import re
 import resource
-import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-# One thread, for the same sums in the same order. And glibc is to give freed tensors back at once, as it would those of
-# a large model: its own thresholds, which it would else raise as it goes. Then resident is what is in use.
-_MEASURED = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def peak_bytes(device: "torch.device") -> int:
@@ -42,15 +35,6 @@ def restart_peak(device: "torch.device") -> int:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
-
-
-def in_measured_process(module: str, *arguments: object) -> Any:
-    """The last line, JSON, that `python -m module arguments` prints, where resident memory is what is in use."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, **_MEASURED}, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise OSError(f"{' '.join(command[2:])} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _resident(name: str) -> int:

@@ -4,16 +4,16 @@ The bytes that do not depend on the plan are those that the Trainer, MA-GC and t
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .loading import load
+from ..loading import load
 
 if TYPE_CHECKING:
-    from .modeling.checkpoint_plan import CheckpointPlan
-    from .modeling.configuration_video_ma2mba import VideoMa2mbaConfig
+    from ..modeling.checkpoint_plan import CheckpointPlan
+    from ..modeling.configuration_video_ma2mba import VideoMa2mbaConfig
 
 # Of a trained parameter in bfloat16: two states, in its dtype or of a byte each.
 OPTIMIZER_BYTES = {"adamw": 4, "adamw-8bit": 2, "lora": 8, "qlora": 8, "none": 0}
@@ -23,6 +23,15 @@ LORA_RANK = 16
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: four bits, and a scale in float32 for each 64 of them
 RESERVED_BYTES = 2 * 2**30  # the CUDA context, and the workspaces of its libraries
 FRAGMENTATION = 0.1  # of activations: what the allocator holds in pieces of the wrong sizes
+# The checkpointing methods that plans and benchmarks compare, as options of `gradient_checkpointing_enable`.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "off": None,
+    "per layer": {"axes": ("layer",)},
+    "sqrt": {"axes": ("layer",), "layer_interval": 8},
+    "layer_major": {"order": "layer_major"},
+    "sequence_major": {"order": "sequence_major"},
+    "sequence_major + offload": {"order": "sequence_major", "offload": True},
+}
 MAX_TOKENS = 2**26  # some 130 hours: nobody asks for more, and the search must end
 
 
@@ -164,7 +173,7 @@ def gpu_at_hand_bytes() -> int | None:
 
 
 def load_config(model: str) -> "VideoMa2mbaConfig":
-    from .modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
+    from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
 
     if model in PRESETS:
         return VideoMa2mbaConfig.from_preset(model)
@@ -177,7 +186,7 @@ def on_meta(config: "VideoMa2mbaConfig", dtype: str) -> Any:
     """The model without its weights."""
     import torch
 
-    from .modeling import VideoMa2mbaForConditionalGeneration
+    from ..modeling import VideoMa2mbaForConditionalGeneration
 
     with torch.device("meta"):
         return VideoMa2mbaForConditionalGeneration._from_config(config, dtype=getattr(torch, dtype))
@@ -194,7 +203,7 @@ def planned(
     Raises:
         InfeasibleMemoryBudget: no plan fits the budget among the options.
     """
-    from .modeling.checkpoint_plan import peak_bytes_without, plan_checkpoints
+    from ..modeling.checkpoint_plan import peak_bytes_without, plan_checkpoints
 
     if options is None:
         return None, peak_bytes_without(config, batch_size, num_tokens, **batch)
@@ -207,10 +216,11 @@ def needed_bytes(fixed: Fixed, activations_bytes: int) -> int:
     return fixed.total + activations_bytes + round(FRAGMENTATION * activations_bytes) + RESERVED_BYTES
 
 
+@dataclass(eq=False)
 class Case:
     """One model under one optimizer on one GPU.
 
-    Args:
+    Attributes:
         gpu_bytes: What the GPU has. host_bytes: What offload may hold; None for as much as it likes.
         optimizer: One of OPTIMIZER_BYTES; None where the model watches and answers, and nothing trains.
         dtype: Of the weights: "float32", with autocast to bfloat16, "bfloat16", or "nf4", which `qlora` takes.
@@ -219,21 +229,15 @@ class Case:
         training: Engine, devices, accumulation.
     """
 
-    def __init__(
-        self,
-        config: "VideoMa2mbaConfig",
-        *,
-        gpu_bytes: int,
-        host_bytes: int | None = None,
-        optimizer: str | None = "adamw",
-        dtype: str = "bfloat16",
-        batch_size: int = 1,
-        scan_backend: str = "torch",
-        training: Training | None = None,
-    ):
-        self.config, self.optimizer, self.dtype, self.batch_size = config, optimizer, dtype, batch_size
-        self.gpu_bytes, self.host_bytes, self.scan_backend = gpu_bytes, host_bytes, scan_backend
-        self.training = training or Training()
+    config: "VideoMa2mbaConfig"
+    _: KW_ONLY
+    gpu_bytes: int
+    host_bytes: int | None = None
+    optimizer: str | None = "adamw"
+    dtype: str = "bfloat16"
+    batch_size: int = 1
+    scan_backend: str = "torch"
+    training: Training = field(default_factory=Training)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -255,11 +259,9 @@ class Case:
         )  # fmt: skip
 
     def like(self, **changes: Any) -> "Case":
-        """This case with some of its arguments changed; fields of `Training` may be among them."""
-        names = ("gpu_bytes", "host_bytes", "optimizer", "dtype", "batch_size", "scan_backend", "training")
-        kept = {name: getattr(self, name) for name in names}
-        own = {name: changes.pop(name) for name in list(changes) if name in kept}
-        other = Case(self.config, **{**kept, "training": replace(self.training, **changes), **own})
+        """This case with some of its attributes changed; those of `Training` may be among them."""
+        own = {one.name: changes.pop(one.name) for one in fields(self) if one.name in changes}
+        other = replace(self, **{"training": replace(self.training, **changes), **own})
         if (other.optimizer, other.dtype) == (self.optimizer, self.dtype):
             other.sizes = self.sizes
         return other
@@ -288,7 +290,7 @@ class Case:
         Raises:
             InfeasibleMemoryBudget: `must_fit`, and no plan does.
         """
-        from .modeling.checkpoint_plan import InfeasibleMemoryBudget, watching_bytes
+        from ..modeling.checkpoint_plan import InfeasibleMemoryBudget, watching_bytes
 
         batch: dict[str, Any] = {
             "num_frames": self.batch_size * num_frames, "trains_vision": self.optimizer not in ADAPTERS,
@@ -314,7 +316,7 @@ class Case:
 
     def fits(self, options: dict | None, num_frames: int, num_tokens: int) -> bool:
         """Whether videos of so many frames fit."""
-        from .modeling.checkpoint_plan import InfeasibleMemoryBudget
+        from ..modeling.checkpoint_plan import InfeasibleMemoryBudget
 
         span = self.span(num_frames, num_tokens)
         try:
@@ -330,7 +332,7 @@ class Case:
 
     def row(self, name: str, options: dict | None, num_frames: int, num_tokens: int) -> dict[str, Any]:
         """What a method takes for videos of so many frames, and the longest that would fit."""
-        from .modeling.checkpoint_plan import pipeline_idle
+        from ..modeling.checkpoint_plan import pipeline_idle
 
         span = self.span(num_frames, num_tokens)
         fixed = self.fixed(options, span[0])

@@ -1,0 +1,1 @@
+"""What training on a video, or watching it, takes of memory: foretold, made to fit, and measured."""
