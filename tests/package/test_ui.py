@@ -62,13 +62,16 @@ def chromium():
 @pytest.fixture
 def visit(chromium, caplog):
     """Opens pages; in the end, none of them had an error, or asked another host, and no server had one."""
+    from playwright.sync_api import expect
+
     contexts, wrong = [], []
 
     def open_page(url, width=1280, scheme="light"):
         options = {"viewport": {"width": width, "height": WIDTHS[width]}, "color_scheme": scheme}
         contexts.append(chromium.new_context(**options, permissions=["clipboard-read", "clipboard-write"]))
         page = contexts[-1].new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(30_000)  # a busy machine is no error
+        expect.set_options(timeout=30_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda asked: wrong.extend(
             [asked.url] * (not asked.url.startswith((url, "blob:", "data:")))

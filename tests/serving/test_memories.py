@@ -223,6 +223,23 @@ def test_a_video_that_cannot_be_watched_fails_for_good(store, story, tmp_path):
     assert str(tmp_path) not in described["error"]
 
 
+def test_whoever_finds_no_job_finds_how_it_ended(store, story, tmp_path, monkeypatch):
+    broken, seen = tmp_path / "broken.mp4", []
+    broken.write_bytes(story.read_bytes()[:2000])
+    one, write = store(), watching.write_json
+
+    def slowly(path, value):
+        if "error" in value:
+            seen.append(one.job(path.parent.name) is not None)
+            seen.append(one.describe(path.parent.name)["status"])
+        write(path, value)
+
+    monkeypatch.setattr(watching, "write_json", slowly)
+    with pytest.raises(ValueError, match="not a video"):
+        finish(one, ensure(one, broken))
+    assert seen == [True, "watching"]
+
+
 def test_a_video_longer_than_it_declares_is_stopped(store, story, monkeypatch):
     monkeypatch.setattr(watching, "check", lambda *args: None)
     one = store(max_duration_s=10.0)

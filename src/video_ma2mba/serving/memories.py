@@ -113,6 +113,7 @@ class Memories(MemoryWatching):
             KeyError: there is none of that id.
         """
         folder = self._folder_of(memory_id)
+        job = self._jobs.get(memory_id)  # before the record, into which it writes how it ended
         try:
             record = _read(folder / "record.json")
         except (OSError, ValueError):
@@ -124,7 +125,6 @@ class Memories(MemoryWatching):
             "standard": record["standard"], "has_stills": (folder / "stills").is_dir(),
             "error": record.get("error") or self._failures.get(memory_id),
         }  # fmt: skip
-        job = self._jobs.get(memory_id)
         if (whole := _described(folder / "memory")) is not None:
             described |= {name: whole[name] for name in ("num_frames", "num_tokens", "duration_s")}
             described["snapshots_s"] = [one["time_s"] for one in whole["snapshots"]]

@@ -224,8 +224,7 @@ class MemoryWatching:
 
     def _fail(self, job: Job, folder: Path, error: BaseException) -> None:
         message = str(error)
-        with self._lock:
-            self._forget(job)
+        with self._lock:  # what went wrong is known before the job is forgotten: whoever finds no job finds that
             if job.stopped or self._closed:
                 error = Stopped(f"{job.record['name']}: nobody waits for it any more")
             elif isinstance(error, ValueError):  # it is the video's fault: another time would end the same way
@@ -239,6 +238,7 @@ class MemoryWatching:
                 self._failures[job.id] = message
                 while len(self._failures) > 1000:
                     self._failures.popitem(last=False)
+            self._forget(job)
         job.status = "failed"
         job.future.set_exception(error)
 

@@ -6,16 +6,18 @@ import { clock } from "./times.js";
 
 export class MemoryList {
   constructor({ onOpen, onRenamed, onDeleted }) {
-    Object.assign(this, { onOpen, onRenamed, onDeleted, current: null, items: [] });
+    Object.assign(this, { onOpen, onRenamed, onDeleted, current: null, items: [], failed: false });
   }
 
   async refresh() {
     try {
       this.items = await server.memories();
-      complain("list");
     } catch (error) {
+      this.failed = true;
       return complain("list", error.message);
     }
+    if (this.failed) complain("list"); // what others said there stays
+    this.failed = false;
     this.#draw();
   }
 

@@ -40,7 +40,7 @@ function title(name) {
 function tell(text) { $("said").textContent = text; }
 
 function clearErrors() {
-  for (const id of ["file", "start", "end", "fps", "watch", "question"]) complain(id);
+  for (const id of ["file", "start", "end", "fps", "watch", "question", "list"]) complain(id);
 }
 
 // The player with a video, or a still in its place, or nothing.
@@ -315,7 +315,7 @@ async function open(id) {
   } catch (error) {
     start();
     complain("list", error.message);
-    list.refresh().then(() => complain("list", error.message));
+    list.refresh();
   }
   if (matchMedia("(max-width: 700px)").matches) $("film").scrollIntoView();
 }
