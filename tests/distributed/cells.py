@@ -6,8 +6,8 @@ from .engines import ENGINES, MODES, TRAINS
 from .launch import launch, lines
 
 FOUR = ("hsdp", "sequence 4", "sequence 2, fsdp2")
-# Two processes and one batch each: the sum of two numbers, whoever adds them, is one process's to the bit.
-SAME_ORDER = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2, one group")
+# Two processes and one batch or span each: the sum of two numbers, whoever adds them, is one process's to the bit.
+SAME_ORDER = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2, one group", "sequence 2")
 
 
 def num_processes(engine):

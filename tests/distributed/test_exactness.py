@@ -8,7 +8,7 @@ from .cells import cover, is_exact, measured, modes, must_be_equal
 from .engines import ENGINES
 from .launch import launch
 
-SLICE = ("zero3", "fsdp2")
+SLICE = ("zero3", "fsdp2", "sequence 2")
 
 
 @pytest.mark.parametrize(
