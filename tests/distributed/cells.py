@@ -47,6 +47,17 @@ def measured(cells, timeout_s=1200):
     return lines(done, "CELL")
 
 
+def refused(engine):
+    """The cell that an engine must refuse by name, if there is one."""
+    return [{"engine": engine, "mode": "horizon", "trains": "all", "accumulated": 1}] * ("horizon" not in modes(engine))
+
+
+def untied(engine):
+    """A head of its own, not tied to the embeddings, is a unit that nobody calls, and must be gathered too."""
+    cell = {"engine": engine, "mode": "layer_major", "trains": "all", "accumulated": 1, "tie": False}
+    return [cell] * (engine in ("zero3", "fsdp2"))
+
+
 def is_exact(cell):
     """Losses, gradients and weights as near to float64 as one process comes, up to a factor of two.
 

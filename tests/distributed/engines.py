@@ -324,7 +324,7 @@ def worst(expected, found):
 
 
 def run(cell):
-    """One cell: {"engine", "mode", "trains", "accumulated", "tie"} -> the same with what was measured."""
+    """One cell: {"engine", "mode", "trains", "accumulated", "tie"} -> the same with what was measured, or `refused`."""
     engine, mode, trains, accumulated = (cell[key] for key in ("engine", "mode", "trains", "accumulated"))
     tie = cell.get("tie", True)
     ranks = ENGINES[engine].ranks
@@ -366,7 +366,10 @@ def main(cells):
         dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     for cell in cells:
         start = time.perf_counter()
-        result = run(cell)
+        try:
+            result = run(cell)
+        except ValueError as error:  # of all ranks, at the same place
+            result = {**cell, "refused": str(error)}
         if dist.get_rank() == 0:
             result |= {"wall_s": round(time.perf_counter() - start, 1), "peak_mib": peak_mib()}
             print("CELL " + json.dumps(result), flush=True)
