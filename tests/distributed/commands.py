@@ -21,7 +21,7 @@ RUNS = {
 # the recipe as it is, at a rate that destroys the model, so that the best one is not the last; and of which engines
 BEST = {
     "held_out": 0.25, "evaluation_data": [], "evaluation_steps": 1, "save_steps": 1, "max_steps": 3,
-    "learning_rate": 0.1,
+    "learning_rate": 1.0,
 }  # fmt: skip
 KEEPS_BEST = ("fsdp2", "zero3")
 
