@@ -55,8 +55,7 @@ def assert_held_out_alike(mine, expected):
     for entry, other in zip(mine["held_out"], expected["held_out"], strict=True):
         assert entry["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert (entry["exact"], entry["answers"]) == (other["exact"], other["answers"])
-        assert len(entry["samples"]) == 3
-        assert entry["samples"] == other["samples"]
+        assert entry["samples"] == other["samples"] != []
 
 
 def assert_saved_alike(folder, other):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from video_ma2mba.cli import main
 from video_ma2mba.modeling.mamba2 import Mamba2Mixer
@@ -84,6 +85,7 @@ def run_all(runs):
         os.environ.update(environment)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        unset_hf_deepspeed_config()  # or the next model would be made for ZeRO-3
         training.computes_in_bfloat16 = partial(wants_bfloat16, one)
         seen.clear()
         if "dies" in one:
