@@ -38,13 +38,12 @@ def all_cells(engine):
     ]
 
 
-def measured(cells, timeout_s=1200):
-    """What `engines` found for cells of one engine."""
+def measured(cells, timeout_s=3600):
+    """What `engines` found for cells of as many processes, as far as it came, and what it said."""
     done = launch(
         "tests.distributed.engines", json.dumps(cells), processes=num_processes(cells[0]["engine"]), timeout_s=timeout_s
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return lines(done, "CELL")
+    return lines(done, "CELL"), done.stderr[-4000:]
 
 
 def refused(engine):

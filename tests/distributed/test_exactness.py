@@ -24,14 +24,18 @@ def cells_of(request):
 
     @functools.cache
     def launched(processes):
-        engines = [engine for engine in asked if num_processes(engine) == processes]
-        found = iter(measured([cell for engine in engines for cell in cells(engine)]))
-        return {engine: [next(found) for _ in cells(engine)] for engine in engines}
+        return measured([cell for engine in asked if num_processes(engine) == processes for cell in cells(engine)])
 
     def cells(engine):
         return [*cover(engine), *refused(engine), *untied(engine)]
 
-    return lambda engine: launched(num_processes(engine))[engine]
+    def found(engine):
+        everything, said = launched(num_processes(engine))
+        mine = [cell for cell in everything if cell["engine"] == engine]
+        assert len(mine) == len(cells(engine)), said
+        return mine
+
+    return found
 
 
 @pytest.mark.parametrize("engine", [of(engine) for engine in ENGINES])
