@@ -207,6 +207,21 @@ class VideoMa2mbaTrainer(Trainer):
             raise NonFiniteLoss(self._save_batch(inputs, loss))
         return (loss, *rest) if rest else loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """In an evaluation those of this process alone: a sample counts the same whatever others read meanwhile.
+
+        The stock Trainer divides by the tokens that all processes hold at the time, so that its loss of the same data
+        differs with their number.
+        """
+        if self.model.training or not self.args.average_tokens_across_devices:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        self.args.average_tokens_across_devices = False
+        try:
+            found = super()._get_num_items_in_batch(batch_samples, device)
+        finally:
+            self.args.average_tokens_across_devices = True
+        return None if found is None else found * self.args.world_size  # by which compute_loss multiplies
+
     def compute_loss_context_manager(self) -> Any:
         context = super().compute_loss_context_manager()
         if self.autocast_dtype is not None:
