@@ -18,8 +18,8 @@ RUNS = {
     "hsdp": ({"fsdp_config": "hsdp"}, 4),
     "sequence, fsdp2": ({"fsdp_config": "fsdp2", "sequence_parallel": 2}, 4),
 }
-# the recipe as it is; its second step, the first at a rate above zero, destroys the model, so that the best one is not the
-# last; and of which engines
+# the recipe as it is; its second step, the first at a rate above zero, destroys the model, so that the best one is
+# not the last; and of which engines
 BEST = {
     "held_out": 0.25, "evaluation_data": [], "evaluation_steps": 1, "save_steps": 1, "max_steps": 2,
     "learning_rate": 1.0,
