@@ -53,7 +53,8 @@ def assert_held_out_alike(mine, expected):
     """The same losses, and the same answers in full: all processes generate them together."""
     assert [entry["step"] for entry in mine["held_out"]] == [entry["step"] for entry in expected["held_out"]]
     for entry, other in zip(mine["held_out"], expected["held_out"], strict=True):
-        assert entry["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        # of the same weights, then of those that Adam makes of gradients that are rounding alone
+        assert entry["loss"] == pytest.approx(other["loss"], rel=1e-4 if entry["step"] else 1e-6)
         assert (entry["exact"], entry["answers"]) == (other["exact"], other["answers"])
         assert entry["samples"] == other["samples"] != []
 
