@@ -78,7 +78,7 @@ class VideoMa2mbaTrainer(Trainer):
         self._counts = dict.fromkeys(COUNTS, 0)
         self._counted_since = time.perf_counter()
         self._batch_info: list[dict[str, Any]] = []
-        self._loss_only = False
+        self._loss_only = self._predicts = False
         self._unread: set[str] = set()  # held-out samples that were spoken of
         self._batches_done = 0
 
@@ -173,8 +173,11 @@ class VideoMa2mbaTrainer(Trainer):
             raise
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        self._loss_only = prediction_loss_only
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._loss_only, self._predicts = prediction_loss_only, True
+        try:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._predicts = False
         if self.compares_answers and logits is not None and labels is not None:
             logits = answers_in(logits, labels)
         return loss, logits, labels
@@ -213,7 +216,7 @@ class VideoMa2mbaTrainer(Trainer):
         The stock Trainer divides by the tokens that all processes hold at the time, so that its loss of the same data
         differs with their number.
         """
-        if self.model.training or not self.args.average_tokens_across_devices:
+        if not self._predicts or not self.args.average_tokens_across_devices:
             return super()._get_num_items_in_batch(batch_samples, device)
         self.args.average_tokens_across_devices = False
         try:
