@@ -215,10 +215,10 @@ clean:
 # Several processes on a CPU, with gloo. DeepSpeed is built without its ops for GPUs; it pins nothing that others need.
 DEEPSPEED := deepspeed==0.19.8
 test-distributed: .venv-distributed/.ready
-	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -n 2 -p no:randomly tests/distributed
+	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -n 2 --dist loadgroup -p no:randomly tests/distributed
 
 test-distributed-slice: .venv-distributed/.ready
-	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -n 2 -p no:randomly -m slice tests/distributed
+	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -n 2 --dist loadgroup -p no:randomly -m slice tests/distributed
 
 .venv-distributed/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-distributed

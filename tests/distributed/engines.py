@@ -2,7 +2,12 @@
 
 Each cell (an engine, a way of checkpointing, all weights or adapters, batches accumulated) trains a tiny model for
 three steps of SGD. What is reported is the worst relative error of any tensor's gradient and weight over the steps: of
-the engine and of one process, both against one process in float64; and how far the engine is from that one process.
+the engine and of one process, both against one process in float64; and how far the engine is from one process that
+cuts the same cells.
+
+One process's error is the most that it has in any of its modes: each cuts the sums of float32 at other places, and from
+cut to cut the error differs by a factor of four (`rounding`). What is shared by several processes is cut at yet others;
+there "that one process" goes through the same spans, and two processes must equal it to the bit (`cells`).
 
 As a command, under `torch.distributed.run`: the cells as JSON on the command line; one line of JSON per cell comes out.
 """
@@ -33,6 +38,9 @@ MODES = {
     "sequence_major+offload": {"order": "sequence_major", "offload": True, **CUT},
     "horizon": {"gradient_horizon": 20, **CUT},  # all frames of some processes lie before it, and half of others'
 }
+# What one process does in the other modes is that of one of these to the bit: where borders wait, and in which order
+# the cells come, changes no sum.
+ORDERS_OF_SUMS = ("off", "layer", "layer_major")
 TRAINS = ("all", "lora", "frozen tower")
 
 
@@ -77,8 +85,24 @@ def make_batch(number, rank):
     return {"input_ids": ids, "labels": labels, "pixel_values_videos": pixels}
 
 
+def span_of(batch, rank, ranks):
+    """What a rank trains on of a batch that is shared; the mean of the losses over the ranks is that of the batch."""
+    from video_ma2mba.modeling.sequence_parallel import cut_span
+
+    span, _ = cut_span(batch, rank, ranks, 4, {"pixel_values": 46, "pixel_values_videos": 47})
+    span["num_items_in_batch"] = (batch["labels"][:, 1:] != -100).sum() / ranks  # DDP takes the mean
+    return span
+
+
+def in_spans(model, batch, ranks):
+    """The loss of a batch in one process that goes through the spans of `ranks` one after another."""
+    (backbone,) = (part for part in model.modules() if type(part).__name__ == "Mamba2Backbone")
+    cache = backbone.new_cache(1)
+    return sum(model(**span_of(batch, rank, ranks), cache=cache).loss / ranks for rank in range(ranks))
+
+
 @functools.cache
-def one_process(trains, mode, accumulated, world, dtype=torch.float32, tie=True):
+def one_process(trains, mode, accumulated, world, dtype=torch.float32, tie=True, ranks=1):
     """What engines are measured by: the mean over the batches of all ranks; (loss, gradients, weights) of each step."""
     model = make_model(trains, mode, dtype, tie)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
@@ -87,7 +111,8 @@ def one_process(trains, mode, accumulated, world, dtype=torch.float32, tie=True)
         losses = []
         for number in range(step * accumulated, (step + 1) * accumulated):
             for rank in range(world):
-                loss = model(**make_batch(number, rank)).loss
+                batch = make_batch(number, rank)
+                loss = model(**batch).loss if ranks == 1 else in_spans(model, batch, ranks)
                 (loss / world / accumulated).backward()
                 losses.append(loss.item())
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -244,12 +269,7 @@ class Sequence(Plain):
         return super().wrap(model)
 
     def backward(self, batch, last):
-        from video_ma2mba.modeling.sequence_parallel import cut_span
-
-        placeholders = {"pixel_values": 46, "pixel_values_videos": 47}
-        span, _ = cut_span(batch, self.neighbours.rank, self.ranks, 4, placeholders)
-        span["num_items_in_batch"] = (batch["labels"][:, 1:] != -100).sum() / self.ranks  # DDP takes the mean
-        return super().backward(span, last)
+        return super().backward(span_of(batch, self.neighbours.rank, self.ranks), last)
 
 
 class Sequence4(Sequence):
@@ -306,7 +326,7 @@ def worst(expected, found):
 
 
 def run(cell):
-    """One cell: {"engine", "mode", "trains", "accumulated", "tie"} -> the same with what was measured."""
+    """One cell: {"engine", "mode", "trains", "accumulated", "tie"} -> the same with what was measured, or `refused`."""
     engine, mode, trains, accumulated = (cell[key] for key in ("engine", "mode", "trains", "accumulated"))
     tie = cell.get("tie", True)
     ranks = ENGINES[engine].ranks
@@ -323,11 +343,12 @@ def run(cell):
         history.append((loss.item() / world / ranks, gradients, trained.weights()))
     if dist.get_rank():
         return None
-    stock = mode if mode == "horizon" else "off"
-    exact = one_process(trains, stock, accumulated, world, torch.float64, tie)
-    alone = one_process(trains, mode, accumulated, world, tie=tie)
-    plain = one_process(trains, stock, accumulated, world, tie=tie)
-    own = [max(pair) for pair in zip(worst(exact, alone), worst(exact, plain), strict=True)]
+    orders = (mode,) if mode == "horizon" else ORDERS_OF_SUMS
+    exact = one_process(trains, orders[0], accumulated, world, torch.float64, tie)
+    errors = [worst(exact, one_process(trains, order, accumulated, world, tie=tie)) for order in orders]
+    own = [max(of_each) for of_each in zip(*errors, strict=True)]
+    same_sums = mode.removesuffix("+offload").replace("sequence_major", "layer_major")
+    alone = one_process(trains, same_sums, accumulated, world, tie=tie, ranks=ranks)
     error, apart = worst(exact, history), worst(alone, history)
     return {**cell, "own": own, "error": error, "to_the_bit": apart[1:] == [0, 0], "apart": apart}
 
@@ -348,7 +369,10 @@ def main(cells):
         dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     for cell in cells:
         start = time.perf_counter()
-        result = run(cell)
+        try:
+            result = run(cell)
+        except ValueError as error:  # of all ranks, at the same place
+            result = {**cell, "refused": str(error)}
         if dist.get_rank() == 0:
             result |= {"wall_s": round(time.perf_counter() - start, 1), "peak_mib": peak_mib()}
             print("CELL " + json.dumps(result), flush=True)

@@ -1,37 +1,54 @@
 """Every engine under every way of checkpointing trains what one process trains."""
 
-import json
+import functools
 
 import pytest
 
-from .cells import cover, is_exact, measured, modes, must_be_equal
+from .cells import cover, is_exact, measured, must_be_equal, num_processes, refused, untied
 from .engines import ENGINES
-from .launch import launch
 
-SLICE = ("zero3", "fsdp2")
+SLICE = ("zero3", "fsdp2", "sequence 2")
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=[pytest.mark.slice] if name in SLICE else []) for name in ENGINES]
-)
-def test_losses_gradients_and_weights_are_those_of_one_process(engine):
-    cells = measured(cover(engine))
-    assert [cell["mode"] for cell in cells] == modes(engine)
+def of(engine):
+    """A case of a test; those with as many processes run in one launch, so on one worker."""
+    marks = [pytest.mark.slice] if engine in SLICE else []
+    return pytest.param(engine, marks=[*marks, pytest.mark.xdist_group(f"exactness {num_processes(engine)}")])
+
+
+@pytest.fixture(scope="module")
+def cells_of(request):
+    """What was measured of an engine. The processes start once for all engines that these tests are run for."""
+    items = [item for item in request.session.items if item.path == request.path]
+    asked = dict.fromkeys(item.callspec.params["engine"] for item in items)
+
+    @functools.cache
+    def launched(processes):
+        return measured([cell for engine in asked if num_processes(engine) == processes for cell in cells(engine)])
+
+    def cells(engine):
+        return [*cover(engine), *refused(engine), *untied(engine)]
+
+    def found(engine):
+        everything, said = launched(num_processes(engine))
+        mine = [cell for cell in everything if cell["engine"] == engine]
+        assert len(mine) == len(cells(engine)), said
+        return mine
+
+    return found
+
+
+@pytest.mark.parametrize("engine", [of(engine) for engine in ENGINES])
+def test_losses_gradients_and_weights_are_those_of_one_process(cells_of, engine):
+    cells = [cell for cell in cells_of(engine) if "refused" not in cell]
+    assert [cell["mode"] for cell in cells] == [cell["mode"] for cell in (*cover(engine), *untied(engine))]
     assert [cell for cell in cells if not is_exact(cell)] == []
     assert max(cell["peak_mib"] for cell in cells) < 2000  # nothing that is gathered or kept stays behind
     assert [cell for cell in cells if must_be_equal(cell) and not cell["to_the_bit"]] == []
 
 
-@pytest.mark.parametrize(("engine", "name"), [("zero3", "ZeRO-3"), ("sequence 2", "sequence parallel")])
-def test_a_horizon_is_refused_by_name_where_it_could_not_be_exact(engine, name):
-    cell = {"engine": engine, "mode": "horizon", "trains": "all", "accumulated": 1}
-    done = launch("tests.distributed.engines", json.dumps([cell]))
-    assert done.returncode != 0
-    assert "ValueError: gradient_horizon" in done.stderr
-    assert name in done.stderr
-
-
-def test_a_head_of_its_own_is_gathered_too():
-    """Not tied to the embeddings, it is a unit that nobody calls."""
-    (cell,) = measured([{"engine": "fsdp2", "mode": "layer_major", "trains": "all", "accumulated": 1, "tie": False}])
-    assert is_exact(cell)
+@pytest.mark.parametrize("engine", [of(engine) for engine in ENGINES if refused(engine)])
+def test_a_horizon_is_refused_by_name_where_it_could_not_be_exact(cells_of, engine):
+    (cell,) = (cell for cell in cells_of(engine) if cell["mode"] == "horizon")
+    assert cell["refused"].startswith("gradient_horizon")
+    assert ("ZeRO-3" if engine == "zero3" else "sequence parallel") in cell["refused"]

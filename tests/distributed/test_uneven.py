@@ -7,7 +7,8 @@ import pytest
 
 from .commands import RUNS, Command
 
-NAMES = ("ddp", "fsdp2", "zero3", "sequence")
+NAMES = ("ddp", "fsdp2", "sequence", "zero3")
+pytestmark = pytest.mark.xdist_group("uneven")
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +28,24 @@ def command(model_folder, stories, tmp_path_factory):
     return command
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slice] if n == "fsdp2" else []) for n in NAMES])
-def test_all_go_on_and_every_sample_is_counted_once(command, name):
-    values, processes = RUNS[name]
-    off = {**values, "gradient_checkpointing": None}
-    command.start(processes, command.wanted(name, values), command.wanted(f"{name} off", off))
-    for run in (name, f"{name} off"):
-        report = command.report(run)
-        assert report["skipped_samples"] == 1, run
-        assert report["samples"] in (6, 7), run  # a last batch that is short begins again from the first row
-        assert all(loss == loss for loss in command.losses(run))
+@pytest.mark.slice
+def test_all_go_on_and_every_sample_is_counted_once(command):
+    """On all engines, one after another in the same processes."""
+    runs = []
+    for name in NAMES:
+        values = RUNS[name][0]
+        runs += [(name, values), (f"{name} off", {**values, "gradient_checkpointing": None})]
+    command.start(2, *(command.wanted(*run) for run in runs))
+    for name, _ in runs:
+        report = command.report(name)
+        assert report["skipped_samples"] == 1, name
+        assert report["samples"] in (6, 7), name  # a last batch that is short begins again from the first row
+        assert all(loss == loss for loss in command.losses(name))
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "sequence"])
 def test_strict_ends_all_ranks_at_a_sample_that_cannot_be_read(command, name):
     values, processes = RUNS[name]
-    error = command.start(processes, command.wanted(f"{name} strict", values, flags=["--strict"]), fails=True)
-    assert "sample 3-0 (3.mp4): " in error
+    _, said = command.start(processes, command.wanted(f"{name} strict", values, flags=["--strict"]), fails=True)
+    assert "sample 3-0 (3.mp4): " in said
     assert not (command.root / f"{name} strict" / "model").exists()

@@ -1,7 +1,7 @@
 """Run `video-ma2mba train` several times in the same processes: started by `launch`, under `torch.distributed.run`.
 
-The runs are JSON on the command line, each {"name", "arguments", "bf16"}. One line of JSON per run comes out of rank 0:
-its exit code, and the dtypes in which the mixers saw their parameters.
+The runs are JSON on the command line, each {"name", "arguments"}, maybe "bf16", and "dies" of the last one. One line of
+JSON per run comes out of rank 0: its exit code, and the dtypes in which the mixers saw their parameters.
 """
 
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from video_ma2mba.cli import main
 from video_ma2mba.modeling.mamba2 import Mamba2Mixer
@@ -56,13 +57,13 @@ def record_dtypes():
     return seen
 
 
-def kill(rank, step, died):
+def kill(rank, step, file):
     """Let a process die at the beginning of a step, as one does whose machine is gone, and write a file as it does."""
     training_step = VideoMa2mbaTrainer.training_step
 
     def deadly(self, *args, **kwargs):
-        if self.args.process_index == int(rank) and self.state.global_step == int(step):
-            Path(died).touch()
+        if self.args.process_index == rank and self.state.global_step == step:
+            Path(file).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return training_step(self, *args, **kwargs)
 
@@ -84,8 +85,11 @@ def run_all(runs):
         os.environ.update(environment)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        unset_hf_deepspeed_config()  # or the next model would be made for ZeRO-3
         training.computes_in_bfloat16 = partial(wants_bfloat16, one)
         seen.clear()
+        if "dies" in one:
+            kill(**one["dies"])
         try:
             code = main(one["arguments"])
         except Exception:
@@ -102,8 +106,5 @@ def run_all(runs):
 
 
 if __name__ == "__main__":
-    if os.environ.get("FSDP_ON_A_CPU"):
-        fsdp_on_a_cpu()
-    if os.environ.get("KILL"):
-        kill(*os.environ["KILL"].split(":"))
+    fsdp_on_a_cpu()
     run_all(json.loads(sys.argv[1]))

@@ -200,6 +200,16 @@ def test_only_matrices_decay(make, kind):
     trainer.train()
 
 
+def test_matrices_that_zero_3_has_cut_into_parts_decay_too(make):
+    """As it leaves them where the model is read after `TrainingArguments(deepspeed=...)` was made."""
+    model = make(VideoMa2mbaTrainer).model
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    groups = parameter_groups(model, 1e-3, weight_decay=0.1)
+    assert {len(parameter.ds_shape) >= 2 for group in groups for parameter in group["params"]} == {True, False}
+    assert all((len(p.ds_shape) >= 2) == (group["weight_decay"] > 0) for group in groups for p in group["params"])
+
+
 def test_optimizer_cls_and_kwargs_is_honoured(make):
     given = (torch.optim.SGD, {"lr": 0.3, "momentum": 0.9})
     trainer = make(VideoMa2mbaTrainer, {"optimizer_cls_and_kwargs": given, "vision_learning_rate": 0.01})

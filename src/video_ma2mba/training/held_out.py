@@ -118,7 +118,7 @@ class HeldOut(TrainerCallback):
         names = ("loss", "exact", "answers", "beginnings_said", "beginnings_right")
         entry = {"step": state.global_step}
         entry |= {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
-        if self._shown and state.is_world_process_zero:
+        if self._shown:  # by all processes, each of which may hold a part of the weights alone
             entry["samples"] = [self._answer(sample) for sample in self._shown]
         self.evaluations.append(entry)
         if not state.is_world_process_zero:
@@ -154,14 +154,14 @@ class HeldOut(TrainerCallback):
         return [*fresh, *again][:num]
 
     def _answer(self, row: dict[str, Any]) -> dict[str, str]:
-        """What the model says to the first question of a row."""
+        """What the model says to the first question of a row; all processes come here together, with the same row."""
         trainer = self.trainer
         question, right = _first_turn(row)
         result = {"video": ", ".join(path for _, path in videos_of(row)), "question": question, "right": right}
         collator: VideoChatCollator = trainer.data_collator  # type: ignore[assignment]
         batch = collator([row])
         supervised = (batch["labels"][0] != -100).nonzero()[:, 0]
-        if not len(supervised):
+        if not self._by_all(len(supervised) > 0):
             return {**result, "said": "(the sample cannot be read)"}
         prompt = batch["input_ids"][:, : supervised[0]]
         inputs: dict[str, Any] = {"input_ids": prompt}
@@ -174,9 +174,17 @@ class HeldOut(TrainerCallback):
         was_training, model = trainer.model.training, trainer.model.eval()
         with torch.no_grad(), trainer.compute_loss_context_manager():
             inputs = {name: value.to(trainer.args.device) for name, value in inputs.items()}
-            ids = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, use_cache=True)
+            ids = model.generate(
+                **inputs, max_new_tokens=num_tokens, do_sample=False, use_cache=True,
+                synced_gpus=trainer.args.world_size > 1,  # none stops before the others
+            )  # fmt: skip
         model.train(was_training)
         return {**result, "said": tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()}
+
+    def _by_all(self, found: bool) -> bool:
+        """Whether all processes found something."""
+        accelerator = self.trainer.accelerator
+        return bool(accelerator.gather(torch.tensor([found], dtype=torch.int32, device=accelerator.device)).all())
 
 
 def shown(sample: dict[str, str]) -> str:

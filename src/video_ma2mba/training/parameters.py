@@ -43,7 +43,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_vision, decays = part_of(name) == "vision_tower", parameter.ndim >= 2
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves a part of it here, in one dimension
+        is_vision, decays = part_of(name) == "vision_tower", len(shape) >= 2
         key = ("vision" if is_vision else "language", decays)
         group = groups.setdefault(
             key,

@@ -355,9 +355,7 @@ def _watch_held_out(trainer: VideoMa2mbaTrainer, prepared: Prepared, output: Pat
     tensorboard = next(
         callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TensorBoardCallback)
     )
-    # one process answers while the others wait, which only works where it has the whole model
-    is_whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or recipe.sequence_parallel > 1)
-    held_out = HeldOut(trainer, output, step, recipe.sample_answers if is_whole else 0, tensorboard)
+    held_out = HeldOut(trainer, output, step, recipe.sample_answers, tensorboard)
     trainer.add_callback(held_out)
     if recipe.patience and prepared.keeps_best:
         trainer.add_callback(EarlyStoppingCallback(recipe.patience, early_stopping_threshold=WORTH_GOING_ON))

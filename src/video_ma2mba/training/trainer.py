@@ -78,7 +78,7 @@ class VideoMa2mbaTrainer(Trainer):
         self._counts = dict.fromkeys(COUNTS, 0)
         self._counted_since = time.perf_counter()
         self._batch_info: list[dict[str, Any]] = []
-        self._loss_only = False
+        self._loss_only = self._predicts = False
         self._unread: set[str] = set()  # held-out samples that were spoken of
         self._batches_done = 0
 
@@ -173,8 +173,11 @@ class VideoMa2mbaTrainer(Trainer):
             raise
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        self._loss_only = prediction_loss_only
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._loss_only, self._predicts = prediction_loss_only, True
+        try:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._predicts = False
         if self.compares_answers and logits is not None and labels is not None:
             logits = answers_in(logits, labels)
         return loss, logits, labels
@@ -206,6 +209,21 @@ class VideoMa2mbaTrainer(Trainer):
         if self.model.training and not torch.isfinite(loss):
             raise NonFiniteLoss(self._save_batch(inputs, loss))
         return (loss, *rest) if rest else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """In an evaluation those of this process alone: a sample counts the same whatever others read meanwhile.
+
+        The stock Trainer divides by the tokens that all processes hold at the time, so that its loss of the same data
+        differs with their number.
+        """
+        if not self._predicts or not self.args.average_tokens_across_devices:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        self.args.average_tokens_across_devices = False
+        try:
+            found = super()._get_num_items_in_batch(batch_samples, device)
+        finally:
+            self.args.average_tokens_across_devices = True
+        return None if found is None else found * self.args.world_size  # by which compute_loss multiplies
 
     def compute_loss_context_manager(self) -> Any:
         context = super().compute_loss_context_manager()
