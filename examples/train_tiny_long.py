@@ -142,9 +142,9 @@ class Bank:
 
     def place(self, name: str, length: int, rng: np.random.Generator, plain: bool) -> np.ndarray:
         """Rows of `features`, so many seconds of a scene of this name."""
-        starts = self.scenes[plain].get((name, length))
-        if not starts:  # circles stay for two seconds at most
+        if length > 1 and (name, length) not in self.scenes[plain]:  # circles stay for two seconds at most
             return np.concatenate([self.place(name, 1, rng, plain) for _ in range(length)])
+        starts = self.scenes[plain][name, length]
         return np.arange(length) + starts[rng.integers(len(starts))]
 
 
