@@ -299,7 +299,7 @@ class Teacher:
 
     def _new_tape(self, duration_s: int) -> Tape:
         self.next_seed += 1
-        needle, plain = self.rng.random(2) < (NEEDLE_SHARE, PLAIN_SHARE)
+        needle, plain = self.rng.random() < NEEDLE_SHARE, self.rng.random() < PLAIN_SHARE
         return Tape(self.next_seed, duration_s, self.bank, self.rng, needle, plain)
 
     def _new_stream(self, at_least_s: int) -> dict:

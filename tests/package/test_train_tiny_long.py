@@ -87,6 +87,26 @@ def test_a_story_of_the_bank_knows_what_was_true_when(example, tmp_path):
     assert all(len(tape.rows) == 30 for tape in tapes)
 
 
+def test_every_kind_of_step_teaches(example, tmp_path, monkeypatch):
+    sizes = {
+        "NUM_STREAMS": 2, "STREAMS_S": ((1.0, 60, 90),), "WINDOWS": ((1.0, 16, 2),), "SHORT": ((1.0, 8, 12, 2),),
+        "GAPS": ((16, 2),), "GAP_STORY_S": (60, 90), "NEEDLE_SHARE": 0.5, "PLAIN_SHARE": 0.5,
+    }  # fmt: skip
+    for name, value in sizes.items():
+        monkeypatch.setattr(example, name, value)
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL)
+    processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
+    bank = example.Bank(model, processor, 60, tmp_path / "bank.safetensors")
+    teacher = example.Teacher(model, processor, bank, np.random.default_rng(0), 10**10)
+    for kind in ("short", "gap", "stream"):
+        model.zero_grad()
+        getattr(teacher, f"{kind}_loss")().backward()
+        gradient = model.model.language_model.layers[0].mixer.in_proj.weight.grad
+        assert gradient.isfinite().all()
+        assert gradient.norm() > 1e-6
+    assert {stream["at"] for stream in teacher.streams} != {0}
+
+
 def test_growing_changes_little(example):
     """The new heads are quiet, the new layers silent; all that was there is in its place."""
     processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
