@@ -107,6 +107,24 @@ def test_every_kind_of_step_teaches(example, tmp_path, monkeypatch):
     assert {stream["at"] for stream in teacher.streams} != {0}
 
 
+def test_a_gate_opens_for_circles_alone(example, tmp_path):
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL)
+    processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
+    bank = example.Bank(model, processor, 100, tmp_path / "bank.safetensors")
+    example.open_for_circles(model, bank)
+    layer = model.model.language_model.layers[0]
+    story = make_story(11, 60)
+    with torch.no_grad():
+        frames = processor.video_processor.load(story.frames()).frames
+        read = layer.norm(model.get_video_features(frames).pooler_output[:, 0])
+        projected = layer.mixer.in_proj(read)[:, example.CIRCLE_HEAD - example.NUM_HEADS]
+        steps = torch.nn.functional.softplus(projected + layer.mixer.dt_bias[example.CIRCLE_HEAD])
+    circle = slice(story.circle.start_s, story.circle.end_s)
+    assert steps[circle].min() > 0.05
+    steps[circle] = 0
+    assert steps.sum() < 0.01
+
+
 def test_growing_changes_little(example):
     """The new heads are quiet, the new layers silent; all that was there is in its place."""
     processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
