@@ -71,6 +71,13 @@ def test_needles_of_ones_own_in_a_haystack_of_ones_own(run, tmp_path):
     assert [(row["num_frames"], row["num_needles"]) for row in rows] == [(6, 1), (12, 1)]
 
 
+@pytest.mark.parametrize("more", [["--haystacks", "0"], ["--haystacks", "2", "--data", "folder"]])
+def test_haystacks_that_are_none(run, more):
+    code, _, err = run("niah", *more)
+    assert code == 2
+    assert "--haystacks must be positive, and --data has one haystack" in err
+
+
 @pytest.mark.parametrize("wrong", [["--minutes", "0"], ["--depths", "1.5"]])
 def test_places_that_are_none(run, wrong):
     code, _, err = run("niah", *wrong)

@@ -153,7 +153,8 @@ def together(do, count=2):
 def test_needles_are_dealt_and_each_is_looked_for_once(model, processor, tmp_path, monkeypatch):
     haystack = torch.randint(0, 255, (24, 3, 28, 28), dtype=torch.uint8)
     needles = niah.synthetic_needles(processor)[:3]
-    arguments = (model, processor, haystack, needles, [10, 20], [1.0, 0.0, 0.5])
+    haystacks = [lambda num_frames: haystack[:num_frames], lambda num_frames: haystack[-num_frames:]]
+    arguments = (model, processor, haystacks, needles, [10, 20], [1.0, 0.0, 0.5])
     (tmp_path / "alone").mkdir()
     alone = niah.find_needles(*arguments, tmp_path / "alone")
     asked, ask = [], niah._ask

@@ -51,10 +51,11 @@ def test_what_a_head_keeps_is_the_gradient_of_its_state_across_a_gap(example):
 
 def test_a_story_of_the_bank_knows_what_was_true_when(example, tmp_path):
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL)
-    bank = example.Bank(model, VideoMa2mbaProcessor.from_pretrained(TINY_MODEL), 60, tmp_path / "bank.safetensors")
+    processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
+    bank = example.Bank(model, processor, 60, tmp_path / "bank.safetensors")
     rng = np.random.default_rng(0)
     story = make_story(5, 40)
-    tape = example.Tape(5, 40, bank, rng)
+    tape = example.Tape(5, 40, bank, rng, needle=False, plain=False)
     assert tape.rows.shape == (40,)
     names = [scene.name for scene in story.scenes for _ in range(scene.duration_s)]
     for second in (10, 40):
@@ -70,10 +71,58 @@ def test_a_story_of_the_bank_knows_what_was_true_when(example, tmp_path):
                 assert f"{question.answer} circle" in so_far
             else:
                 assert question.answer == so_far[0 if question.kind == "first_shape" else -1].split()[1]
-    needles = [example.Tape(seed, 30, bank, rng, needle=True).names for seed in range(12)]
-    assert all(sum("circle" in name for name in names) == 1 for names in needles)
-    assert any("circle" in names[0] for names in needles)
-    assert any("circle" in names[-1] for names in needles)
+    tapes = [example.Tape(seed, 30, bank, rng, needle=True, plain=True) for seed in range(12)]
+    circles = [[name for name in tape.names if "circle" in name] for tape in tapes]
+    assert circles == [[tape.circle] for tape in tapes]
+    assert any(tape.circle == tape.names[0] for tape in tapes)
+    assert any(tape.circle == tape.names[-1] for tape in tapes)
+    assert any(sum(tape.circle.split()[0] in name for name in tape.names) > 1 for tape in tapes)  # of others' colour
+    drawn = make_story(example.BANK_SEED + 60, example.BANK_STORY_S, source_fps=1)
+    frames = processor.video_processor.load(drawn.frames()).frames
+    with torch.no_grad():
+        features = model.get_video_features(frames).pooler_output[:, 0]
+    half = len(bank.features) // 2
+    torch.testing.assert_close(bank.features[half : half + len(features)], features)
+    assert all(tape.rows.min() >= half for tape in tapes)
+    assert all(len(tape.rows) == 30 for tape in tapes)
+
+
+def test_every_kind_of_step_teaches(example, tmp_path, monkeypatch):
+    sizes = {
+        "NUM_STREAMS": 2, "STREAMS_S": ((1.0, 60, 90),), "WINDOWS": ((1.0, 16, 2),), "SHORT": ((1.0, 8, 12, 2),),
+        "GAPS": ((16, 2),), "GAP_STORY_S": (60, 90), "NEEDLE_SHARE": 0.5, "PLAIN_SHARE": 0.5,
+    }  # fmt: skip
+    for name, value in sizes.items():
+        monkeypatch.setattr(example, name, value)
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL)
+    processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
+    bank = example.Bank(model, processor, 60, tmp_path / "bank.safetensors")
+    teacher = example.Teacher(model, processor, bank, np.random.default_rng(0), 10**10)
+    for kind in ("short", "gap", "stream"):
+        model.zero_grad()
+        getattr(teacher, f"{kind}_loss")().backward()
+        gradient = model.model.language_model.layers[0].mixer.in_proj.weight.grad
+        assert gradient.isfinite().all()
+        assert gradient.norm() > 1e-6
+    assert {stream["at"] for stream in teacher.streams} != {0}
+
+
+def test_a_gate_opens_for_circles_alone(example, tmp_path):
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL)
+    processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
+    bank = example.Bank(model, processor, 100, tmp_path / "bank.safetensors")
+    example.open_for_circles(model, bank)
+    layer = model.model.language_model.layers[0]
+    story = make_story(11, 60)
+    with torch.no_grad():
+        frames = processor.video_processor.load(story.frames()).frames
+        read = layer.norm(model.get_video_features(frames).pooler_output[:, 0])
+        projected = layer.mixer.in_proj(read)[:, example.CIRCLE_HEAD - example.NUM_HEADS]
+        steps = torch.nn.functional.softplus(projected + layer.mixer.dt_bias[example.CIRCLE_HEAD])
+    circle = slice(story.circle.start_s, story.circle.end_s)
+    assert steps[circle].min() > 0.05
+    steps[circle] = 0
+    assert steps.sum() < 0.01
 
 
 def test_growing_changes_little(example):

@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     niah = parser.add_argument_group("niah")
     niah.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 15, 60, 120, 240])
     niah.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    niah.add_argument("--haystacks", type=int, metavar="N", help="of each length (default: one for each needle)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -282,16 +283,20 @@ def _niah(args: argparse.Namespace, output: Path, ranks: Ranks) -> None:
     lengths = [round(60 * minutes) for minutes in args.minutes]
     if min(lengths) < 1 or not all(0 <= depth <= 1 for depth in args.depths):
         raise ValueError("--minutes must be positive, and --depths lie between 0 and 1")
+    if args.haystacks is not None and (args.haystacks < 1 or args.data):
+        raise ValueError("--haystacks must be positive, and --data has one haystack")
     if args.data:
         folder = Path(args.data)
         needles = niah.read_needles(folder, processor)
-        haystack = processor.video_processor.load(folder / "haystack.mp4", fps=args.fps, max_frames=max(lengths)).frames
+        film = processor.video_processor.load(folder / "haystack.mp4", fps=args.fps, max_frames=max(lengths)).frames
+        haystacks: list[niah.Haystack] = [lambda num_frames: film[:num_frames]]
     else:
         needles = niah.synthetic_needles(processor)
-        haystack = niah.synthetic_haystack(processor, max(lengths))
+        count = args.haystacks or len(needles)
+        haystacks = [partial(niah.synthetic_haystack, processor, number) for number in range(count)]
     with progress_bars() as show:
         look = partial(show, "Looking for needles") if ranks.is_first else None
-        cells = niah.find_needles(model, processor, haystack, needles, lengths, args.depths, output, look, ranks)
+        cells = niah.find_needles(model, processor, haystacks, needles, lengths, args.depths, output, look, ranks)
     if not ranks.is_first:
         return
     rows = niah.summarise(cells)

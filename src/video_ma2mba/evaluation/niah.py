@@ -1,8 +1,9 @@
 """Needle in a haystack: one second somewhere in hours of video, and a question about it.
 
 The protocol of V-NIAH (LongVA, Zhang et al. 2024): a needle is put at a share of the length into a haystack, and counts
-as found if the model's first choice is right at every token of the answer. Without data of one's own, the haystack is a
-synthetic story without a circle, and the needles are circles of six colours.
+as found if the model's first choice is right at every token of the answer. Without data of one's own, the haystacks are
+synthetic stories without a circle, and the needles are circles of six colours, each in a haystack of its own: what
+fills the hours moves a state of fixed size too, and what one story leaves in it says little about the next.
 """
 
 import itertools
@@ -23,7 +24,8 @@ from ..processes import Ranks, files_of, remove_shares
 CELLS = "cells.jsonl"
 QUESTION = "What colour was the circle?"
 FRAMES_PER_PUSH = 512
-Key = tuple[int, float, int]  # of a cell: length in frames, depth, number of the needle
+Key = tuple[int, float, int, int]  # of a cell: length in frames, depth, numbers of the needle and of its haystack
+Haystack = Callable[[int], torch.Tensor]  # for so many frames: uint8 (frames, 3, side, side)
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ def synthetic_needles(processor: Any, seconds: int = 1) -> list[Needle]:
     return [needles[colour] for colour in COLOURS]
 
 
-def synthetic_haystack(processor: Any, num_frames: int) -> torch.Tensor:
-    """Distractors at 1 FPS without a circle: uint8 (frames, 3, side, side)."""
-    story = make_story(10**9, num_frames + 8)
+def synthetic_haystack(processor: Any, number: int, num_frames: int) -> torch.Tensor:
+    """Distractors at 1 FPS without a circle, others for each number and length: uint8 (frames, 3, side, side)."""
+    story = make_story(10**9 + number, num_frames + 8)
     circle = story.circle
     parts = []
     batch: list[np.ndarray] = []
@@ -89,7 +91,7 @@ def read_needles(folder: Path, processor: Any) -> list[Needle]:
 def find_needles(
     model: Any,
     processor: Any,
-    haystack: torch.Tensor,
+    haystacks: Sequence[Haystack],
     needles: Sequence[Needle],
     lengths: Sequence[int],
     depths: Sequence[float],
@@ -99,27 +101,24 @@ def find_needles(
 ) -> list[dict[str, Any]]:
     """Ask for every needle at every depth of every length; cells that stand in `output` already are not asked again.
 
-    What comes before a needle is watched once for all needles and depths of a length, by each process.
+    Needles are dealt to the haystacks in turn. What comes before them is watched once for all needles and depths of a
+    length and a haystack, by each process, and one haystack is held at a time.
 
     Args:
-        haystack: uint8 (frames, 3, side, side), as long as the longest length at least.
+        haystacks: Each is called with a length.
         lengths: In frames. depths: From 0.0, before everything, to 1.0, after it.
         progress: Called with (cells done, cells), of all processes.
         ranks: The processes that share this; None for this one alone.
 
     Returns:
-        In the first process, dicts of num_frames, depth, needle, answer, found; in the others nothing.
+        In the first process, dicts of num_frames, depth, needle, haystack, answer, found; in the others nothing.
 
     Raises:
-        ValueError: The haystack is too short. OSError: Another process has died, or failed.
+        ValueError: A haystack is too short. OSError: Another process has died, or failed.
     """
-    if max(lengths) > len(haystack):
-        raise ValueError(
-            f"the haystack has {len(haystack)} frames, and {max(lengths)} are asked for: take a longer one"
-        )
     ranks, file = ranks or Ranks(), output / CELLS
     wanted = {
-        (num_frames, depth, number): num_frames * (1 - depth) + len(needle.frames)
+        (num_frames, depth, number, number % len(haystacks)): num_frames * (1 - depth) + len(needle.frames)
         for num_frames in lengths
         for depth in sorted(depths)
         for number, needle in enumerate(needles)
@@ -130,10 +129,16 @@ def find_needles(
     cells = _read([file])  # not what another process has written since: all must deal alike
     num_before = len(wanted.keys() & cells.keys())
     mine = ranks.share.of({key: cost for key, cost in wanted.items() if key not in cells})
+    mine.sort(key=lambda key: (-key[0], key[3], key[1]))  # a haystack that is too short shows at once
     with ranks.writing(file, num_before, len(wanted), progress) as write:
-        for num_frames, keys_of_length in itertools.groupby(mine, key=lambda key: key[0]):
+        for (num_frames, of_haystack), keys in itertools.groupby(mine, key=lambda key: (key[0], key[3])):
+            haystack = haystacks[of_haystack](num_frames)
+            if len(haystack) < num_frames:
+                raise ValueError(
+                    f"the haystack has {len(haystack)} frames, and {num_frames} are asked for: take a longer one"
+                )
             before, at = VideoMemory(model, processor), 0
-            for _, depth, number in keys_of_length:
+            for _, depth, number, _ in keys:
                 place, needle = round(depth * num_frames), needles[number]
                 _push(before, haystack[at:place])
                 at = place
@@ -141,8 +146,8 @@ def find_needles(
                 _push(memory, needle.frames)
                 _push(memory, haystack[place:num_frames])
                 said, found = _ask(memory, needle)
-                cell = {"num_frames": num_frames, "depth": depth, "needle": number, "answer": said, "found": found}
-                write([json.dumps(cell) + "\n"], 1)
+                cell = {"num_frames": num_frames, "depth": depth, "needle": number, "haystack": of_haystack}
+                write([json.dumps(cell | {"answer": said, "found": found}) + "\n"], 1)
     if not ranks.is_first:
         return []
     cells = _read(files_of(file))
@@ -158,7 +163,7 @@ def _read(files: Iterable[Path]) -> dict[Key, dict[str, Any]]:
         for cell in read_lines(file):
             try:
                 if isinstance(cell["found"], bool):
-                    cells[cell["num_frames"], cell["depth"], cell["needle"]] = cell
+                    cells[cell["num_frames"], cell["depth"], cell["needle"], cell["haystack"]] = cell
             except (TypeError, LookupError):
                 continue  # damaged
     return cells
