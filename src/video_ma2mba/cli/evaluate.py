@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUTPUT",
         help="after `merge`: where the shards are; after `compare`: two",
     )
-    parser.add_argument("--task", choices=TASK_NAMES)
+    parser.add_argument("--task", choices=TASK_NAMES, help="a benchmark, niah, or own: your own questions")
     parser.add_argument(
         "--data", metavar="FILE_DIR_OR_HUB_ID", help="the questions, as published (default: the task's on the Hub)"
     )
@@ -72,8 +72,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     judge.add_argument("--judge", metavar="URL", help="an OpenAI-compatible address; the key is $OPENAI_API_KEY")
     judge.add_argument("--judge-model", default="gpt-3.5-turbo-0125", help="default: the paper's, gpt-3.5-turbo-0125")
     niah = parser.add_argument_group("niah")
-    niah.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 15, 60, 120, 240])
-    niah.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    niah.add_argument(
+        "--minutes",
+        type=float,
+        nargs="+",
+        default=[1, 5, 15, 60, 120, 240],
+        help="lengths of the haystacks (default: 1 5 15 60 120 240)",
+    )
+    niah.add_argument(
+        "--depths",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        help="where a needle lies, from 0, before everything, to 1 (default: 0 0.25 0.5 0.75 1)",
+    )
     niah.add_argument("--haystacks", type=int, metavar="N", help="of each length (default: one for each needle)")
 
 
