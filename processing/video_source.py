@@ -375,6 +375,9 @@ class VideoSource:
                 continue
             except av.FFmpegError:
                 break  # rule 5: a file cut off inside a packet
+            except IndexError:  # PyAV knows no streams but those of the beginning; of one that came later is no picture
+                packets = self.container.demux()
+                continue
             if packet is None:
                 break
             if not packet.size:  # PyAV ends with empty packets

@@ -426,3 +426,21 @@ def test_a_file_is_opened_once(tmp_path, monkeypatch):
 def test_sound_alone_is_no_video(tmp_path):
     with pytest.raises(VideoReadError, match="no pictures in this file, only audio"):
         probe_video(write_audio(tmp_path / "song.mp4"))
+
+
+def test_sound_that_begins_late_in_a_stream_without_a_head(tmp_path):
+    """As a recorder of a live stream writes FLV: the head names no sound, and its first packet comes after 16 s."""
+    path = write_clip(tmp_path / "clip.flv", range(750), "libx264", sound_s=30)
+    whole = path.read_bytes()
+    tags, place = [], 13  # of 11 bytes, the body, and 4 bytes that say the size again
+    while place < len(whole):
+        end = place + 15 + int.from_bytes(whole[place + 1 : place + 4])
+        tags.append(whole[place:end])
+        place = end
+    pictures = [place for place, tag in enumerate(tags) if tag[0] == 9]
+    early = [tag for tag in tags[: pictures[400]] if tag[0] == 9]  # nor what was said of the sound beforehand
+    first_sound = [tag for tag in tags if tag[0] == 8][:1]
+    path.write_bytes(b"FLV\x01\x01" + whole[5:13] + b"".join(early + first_sound + tags[pictures[400] :]))
+    assert [frame_number(frame.pixels) for frame in read_frames(path, 1.0)] == [
+        25 * second % 256 for second in range(30)
+    ]
