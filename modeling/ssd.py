@@ -130,10 +130,10 @@ def ssd_scan(x, dt, A, B, C, D, ssm_state, chunk_size=SCAN_CHUNK):
     for own, decay in zip(added.unbind(1), chunk_decay.unbind(1), strict=True):
         at_start.append(ssm_state)
         ssm_state = torch.addcmul(own, decay, ssm_state)
-    starts = torch.stack(at_start, dim=1).view(b, c, g, r * p, n)
+    starts = at_start[0] if c == 1 else torch.stack(at_start, dim=1)
 
     # 4. What the state at the start of a chunk says at each of its tokens.
-    from_state = (C @ starts.transpose(-1, -2)).view(b, c, g, q, r, p).transpose(2, 3)
+    from_state = (C @ starts.reshape(b, c, g, r * p, n).transpose(-1, -2)).view(b, c, g, q, r, p).transpose(2, 3)
     y = torch.addcmul(skip, from_state, log_decay.exp()[..., None]) + y.permute(0, 1, 4, 2, 3, 5)
     return y.reshape(b, c * q, h, p)[:, :t], ssm_state
 
@@ -156,8 +156,8 @@ def ssd_step_(x, dt, A, B, C, D, ssm_state):
     ssm_state.mul_((dt * A).exp_().view(b, h, 1, 1))
     by_group = ssm_state.view(b * g, -1, n)
     by_group.addcmul_((x * dt[..., None]).view(b * g, -1, 1), B.reshape(b * g, 1, n))
-    # C as a transposed row: as a column of its own the same product takes five times as long from b = 8 on
-    y = torch.bmm(by_group, C.reshape(b * g, 1, n).mT).view(b, 1, h, p)
+    # C as a row from the left: as a column from the right the same product takes up to five times as long from b = 8 on
+    y = torch.bmm(C.reshape(b * g, 1, n), by_group.mT).view(b, 1, h, p)
     return y.addcmul_(x, D[:, None])
 
 

@@ -11,7 +11,7 @@ if sys.version_info < (3, 11) or tuple(map(int, transformers.__version__.split("
         f"{sys.version.split()[0]} and transformers {transformers.__version__}: pip install -U 'transformers>=5.17'"
     )
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -363,18 +363,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         videos: dict[str, Any],
         metadata: Iterator,
     ) -> _Row:
-        texts = [segment.text for segment in segments if segment.kind == "text"]
-        tokenized: Iterator = iter(())
-        if texts:
-            told = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                split_special_tokens=split_special_tokens,
-                return_offsets_mapping=True,
-                padding=False,
-                truncation=False,
-            )
-            tokenized = zip(told["input_ids"], told["offset_mapping"], strict=True)
+        tokenized = self._tokenized(segments, split_special_tokens)
         row = _Row()
         for segment in segments:
             if segment.kind == "text":
@@ -394,6 +383,43 @@ class VideoMa2mbaProcessor(ProcessorMixin):
                 row.metadata.append(its_metadata)
                 row.append_medium(segment, self.video_token_id, len(video.frames) * self.tokens_per_frame)
         return row
+
+    def _tokenized(self, segments: list[Segment], split_special_tokens: bool) -> Iterator[tuple[list[int], list]]:
+        """Ids and offsets of the segments that are text."""
+        texts = [segment.text for segment in segments if segment.kind == "text"]
+        if not texts:
+            return iter(())
+        told = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            return_offsets_mapping=True,
+            padding=False,
+            truncation=False,
+        )
+        return zip(told["input_ids"], told["offset_mapping"], strict=True)
+
+    def pieces(self, conversation: Sequence[Mapping[str, Any]]) -> list[list[int] | dict[str, Any]]:
+        """A conversation that an answer is to follow, cut where its media stand: for who watches them elsewhere.
+
+        Args:
+            conversation: As `apply_chat_template` takes it, whose ids these are; the media themselves may be anything.
+
+        Returns:
+            Lists of token ids, and between them the entries of the media as they were given; the last is a list.
+
+        Raises:
+            ValueError: Not a conversation of the chat schema, or one without a question.
+        """
+        segments = self._schema.render(conversation, add_generation_prompt=True)
+        tokenized = self._tokenized(segments, split_special_tokens=True)
+        pieces: list[list[int] | dict[str, Any]] = [[]]
+        for segment in segments:
+            if segment.kind in ("video", "image"):
+                pieces += [segment.entry or {}, []]
+            else:
+                pieces[-1] += [self.tokenizer.eos_token_id] if segment.kind == "end" else next(tokenized)[0]
+        return [piece for piece in pieces if piece]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs: Any) -> MultiModalData:
         """How many tokens media of these sizes become, as vLLM asks; videos are (frames, height, width)."""

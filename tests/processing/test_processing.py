@@ -102,6 +102,24 @@ def test_the_text_leads_to_the_same_ids(processor, video):
         torch.testing.assert_close(batch[name], wanted[name], rtol=0, atol=0)
 
 
+def test_pieces_are_the_ids_between_the_media(processor):
+    content = [
+        {"type": "image", "image": "not looked at"},
+        {"type": "video", "video": None},
+        {"type": "text", "text": "Then"},
+        {"type": "video", "path": "elsewhere.mp4"},
+        {"type": "text", "text": "which?"},
+    ]
+    head = [*_tag("system"), *_ids(SYSTEM), EOS, *_tag("user")]
+    tail = [EOS, *_tag("assistant")]
+    assert processor.pieces([{"role": "user", "content": content}, _assistant("This."), _user("Why?")]) == [
+        head, content[0], content[1], _ids("\nThen"), content[3],
+        [*_ids("\nwhich?"), *tail, *_ids("This."), EOS, *_tag("user"), *_ids("Why?"), *tail],
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="question is empty"):
+        processor.pieces([{"role": "user", "content": content[:2]}])
+
+
 def test_labels_cover_answers_and_the_ends_of_their_turns(processor):
     conversation = [_user("Q?", _frames(2)), _assistant("(A)"), _user("R?"), _assistant("No.")]
     batch = _encode(processor, conversation, return_labels=True)

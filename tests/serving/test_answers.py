@@ -1,14 +1,18 @@
 """Answers over HTTP are those of `VideoMemory.ask`, token for token."""
 
 import json
+import math
 import threading
+import time
 
 import openai
 import pytest
+import torch
 
 from tests.serving.conftest import QUESTIONS, asked, serving
 from video_ma2mba import VideoMemory
 from video_ma2mba.data.synthetic import make_story
+from video_ma2mba.serving.engine import Engine, Row, Sampling
 
 NEW_TOKENS = 12
 
@@ -180,6 +184,34 @@ def test_logprobs_are_those_of_the_model(server, video, memory, processor):
         assert len(one.top_logprobs) == 3
         assert one.top_logprobs[0].logprob >= one.top_logprobs[1].logprob >= one.top_logprobs[2].logprob
         assert one.logprob <= one.top_logprobs[0].logprob + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("every_s", "sizes"), [(0.0, [1] * NEW_TOKENS), (3600.0, [1, NEW_TOKENS - 1]), (math.inf, [NEW_TOKENS])]
+)
+def test_tokens_are_handed_over_as_often_as_wanted(model, memory, every_s, sizes):
+    """The first at once, each token once and in order, the last with the ending."""
+    told, ended = [], threading.Event()
+
+    def listener(tokens, ending):
+        told.append(([token.id for token in tokens], ending))
+        if ending is not None:
+            ended.set()
+
+    engine, ids = Engine(model), [40, 41, 42]
+    sampling = Sampling(NEW_TOKENS, ignores_end=True)
+    engine.submit([Row(ids, memory._cache, sampling, time.monotonic() + 600, every_s, listener)])
+    assert ended.wait(600)
+    engine.close()
+    assert [len(tokens) for tokens, _ in told] == sizes
+    assert [ending for _, ending in told] == [None] * (len(sizes) - 1) + ["length"]
+    cache, said, step = memory._cache.copy(), [], torch.tensor([ids])
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            outputs = model(step, cache=cache, use_cache=True)
+            cache, step = outputs.cache, outputs.logits[:, -1:].argmax(-1)
+            said.append(step.item())
+    assert [one for tokens, _ in told for one in tokens] == said
 
 
 def test_stop_strings_end_an_answer_and_free_its_slot(server, video, truth):

@@ -1,6 +1,7 @@
 """The benchmark of the server, and its examples."""
 
 import json
+import math
 import queue
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def test_the_loop_answers_by_attention_as_it_would_alone(model, processor, video
 
     engine, told = Engine(serve_attention.Attention(attention)), queue.Queue()
     rows = [
-        Row(ids, past, Sampling(4 + 2 * number, ignores_end=True), time.monotonic() + 600, False,
+        Row(ids, past, Sampling(4 + 2 * number, ignores_end=True), time.monotonic() + 600, math.inf,
             lambda tokens, ending, number=number: told.put((number, ending, [token.id for token in tokens])))
         for number, ids in enumerate(questions)
     ]  # fmt: skip

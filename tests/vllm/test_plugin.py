@@ -14,7 +14,6 @@ from tests.vllm.conftest import BLOCK, answers, expected, request, talk
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor
 from video_ma2mba.data.synthetic import make_story
 from video_ma2mba.serving import vllm_videos
-from video_ma2mba.serving.prompts import prompt_pieces
 
 
 def text(words):
@@ -56,7 +55,7 @@ def test_another_question_about_a_video_reads_none_of_its_frames(llm, model, pro
     frames = 600 * model.config.tokens_per_frame
 
     def end_of_video(system):
-        first, *_ = prompt_pieces(processor, talk([{"type": "video"}, text("?")], system))
+        first, *_ = processor.pieces(talk([{"type": "video"}, text("?")], system))
         return len(first) + frames
 
     system = next(words for words in ("y" * n for n in range(1, 99)) if end_of_video(words) % BLOCK == 0)

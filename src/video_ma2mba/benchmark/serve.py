@@ -99,9 +99,9 @@ def _remembered(url: str, video: Path, minutes: int) -> str:
 
 def _by_clients(url: str, memory_id: str, args: argparse.Namespace, requests: int) -> list[dict[str, Any]]:
     """What each number of clients measured."""
-    _clients(url, [memory_id], args.tokens, clients=4, requests=8)  # not timed
     rows: list[dict[str, Any]] = []
     for count in args.clients:
+        _clients(url, [memory_id], args.tokens, count, requests=2 * count)  # not timed
         row = {"clients": count, **_clients(url, [memory_id], args.tokens, count, max(requests, count))}
         del row["by_memory"]
         alone = rows[0] if rows else row

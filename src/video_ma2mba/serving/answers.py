@@ -29,7 +29,7 @@ class Transcript:
         self.ids: list[int] = []
         # a long answer is not decoded anew with each token: the text of ids[:place], those of them from `context` on
         # being decoded again, since how a token reads may depend on the one before
-        self._settled, self._context, self._place = "", 0, 0
+        self._settled, self._known, self._context, self._place = "", "", 0, 0
         self.given = 0  # characters
         self.is_stopped = False
 
@@ -50,10 +50,10 @@ class Transcript:
         return "" if self.is_stopped else self._new(self._text())
 
     def _text(self) -> str:
-        known = self._decoded(self.ids[self._context : self._place])
-        text = self._settled + self._decoded(self.ids[self._context :])[len(known) :]
+        text = self._settled + self._decoded(self.ids[self._context :])[len(self._known) :]
         if len(self.ids) - self._place >= SETTLED_TOKENS and not text.endswith("\ufffd"):
             self._settled, self._context, self._place = text, self._place, len(self.ids)
+            self._known = self._decoded(self.ids[self._context :])
         return text.lstrip()
 
     def _decoded(self, ids: list[int]) -> str:

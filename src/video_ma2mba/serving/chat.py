@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`: what a conversation begins with is watched or remembered, the rest is answered."""
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,12 +16,13 @@ from .engine import Engine, Row, Sampling
 from .guard import ApiError
 from .media import Medium
 from .memories import Memories
-from .prompts import Entry, Piece, Shown, prompt_pieces
+from .prompts import Entry, Piece, Shown
 from .schema import ChatRequest, ImagePart, MemoryPart
 from .watching import Stopped
 
 Bring = Callable[[str], Awaitable[Medium]]
 
+EVENTS_S = 0.05  # between two events of an answer, at least: faster than anybody reads; stop strings need every token
 LONG_TEXT = 10_000  # characters that are tokenised in a thread of their own
 
 
@@ -72,9 +74,9 @@ class Chat:
         conversation = request.conversation()
         size = sum(len(str(one["content"])) for one in conversation)
         if size > LONG_TEXT:
-            pieces = await asyncio.to_thread(prompt_pieces, self.processor, conversation)
+            pieces = await asyncio.to_thread(self.processor.pieces, conversation)
         else:
-            pieces = prompt_pieces(self.processor, conversation)
+            pieces = self.processor.pieces(conversation)
         num_tokens = sum(len(piece) for piece in pieces if isinstance(piece, list))
         if num_tokens > MAX_QUESTION_TOKENS:
             raise ApiError(
@@ -98,7 +100,7 @@ class Chat:
         self, pieces: list[list[int] | Entry]
     ) -> tuple[VideoMemory | None, str | None, list[list[int] | Entry]]:
         """The memory that a conversation begins with, its id, and the pieces after it."""
-        parts = [piece["part"] for piece in pieces if isinstance(piece, dict)]
+        parts = [piece[piece["type"]] for piece in pieces if isinstance(piece, dict)]
         if not any(isinstance(part, MemoryPart) for part in parts):
             return None, None, pieces
         (part, *others) = parts
@@ -142,7 +144,7 @@ class Chat:
                 if isinstance(piece, list):
                     group.append(piece)
                     continue
-                part = piece["part"]
+                part = piece[piece["type"]]
                 url = part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
                 medium = await self.bring(url)
                 media[len(group)] = medium
@@ -174,7 +176,7 @@ class Chat:
         Raises:
             TooManyWaiting: there is no place.
         """
-        answers, each = [], request.stream or bool(request.stops)
+        answers, every_s = [], 0.0 if request.stops else EVENTS_S if request.stream else math.inf
         for index in range(request.n):
             queue: asyncio.Queue = asyncio.Queue()
             sampling = Sampling(
@@ -185,7 +187,7 @@ class Chat:
                 (request.top_logprobs or 0) if request.logprobs else None,
                 request.ignore_eos,
             )
-            row = Row(prompt.ids, prompt.cache, sampling, deadline, each, self.deliveries.listener(queue))
+            row = Row(prompt.ids, prompt.cache, sampling, deadline, every_s, self.deliveries.listener(queue))
             answers.append(Answer(index, row, queue, Transcript(self.processor.tokenizer, request.stops)))
         self.engine.submit([answer.row for answer in answers])
         self.num_prompt_tokens += prompt.cache.num_tokens + len(prompt.ids)

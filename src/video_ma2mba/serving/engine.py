@@ -62,7 +62,8 @@ class Row:
         cache: the states to go on from, of one row; never written in place.
         sampling: how tokens are chosen.
         deadline: on the clock of `time.monotonic`.
-        each: hand over each token as it comes, and not all at the end.
+        every_s: hand over what is new this often, in seconds: 0 each token as it comes, infinity all at the end; the
+            first token is never held back.
         listener: called in the engine's thread as (tokens, ending); ending is None, "stop", "length", "timeout" or an
             exception.
         cancelled: nobody wants the rest.
@@ -72,11 +73,12 @@ class Row:
     cache: Mamba2Cache
     sampling: Sampling
     deadline: float
-    each: bool
+    every_s: float
     listener: Callable[[list[Token], Any], None]
     cancelled: bool = False
     tokens: list[Token] = field(default_factory=list)
-    num_tokens: int = 0
+    num_given: int = 0  # of the tokens: handed over
+    given_at: float = 0.0  # on the same clock; 0 is long ago
     generator: torch.Generator | None = None
 
 
@@ -100,7 +102,8 @@ class Engine:
         config = model.generation_config
         ends = config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        self._suppressed = torch.tensor(config.suppress_tokens or [], dtype=torch.long, device=model.device)
+        self._device = model.device  # asked for once: the answer goes through all parameters
+        self._suppressed = torch.tensor(config.suppress_tokens or [], dtype=torch.long, device=self._device)
         self._waiting: deque[Row] = deque()
         self._reading: list[Row] = []
         self._writing: list[Row] = []
@@ -225,7 +228,7 @@ class Engine:
         if ready:
             begun = [rows[place] for place in ready]
             self._reading = [row for row in rows if row.ids]
-            states = _rows(outputs.cache, ready)
+            states = outputs.cache if len(ready) == len(rows) else _rows(outputs.cache, ready)
             self._cache = states if self._cache is None else states.joined([self._cache, states])
             self._writing += begun
             self._choose(outputs.logits[ready, -1], begun)
@@ -241,38 +244,41 @@ class Engine:
         self._choose(outputs.logits[:, -1], rows)
 
     def _call(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> Any:
-        device = self.model.device
-        mask = None if mask is None else mask.to(device)
-        return self.model(ids.to(device), attention_mask=mask, cache=cache, use_cache=True, logits_to_keep=1)
+        mask = None if mask is None else mask.to(self._device)
+        return self.model(ids.to(self._device), attention_mask=mask, cache=cache, use_cache=True, logits_to_keep=1)
 
     def _choose(self, logits: torch.Tensor, rows: list[Row]) -> None:
         """The next token of each row from its (vocabulary) logits; rows that end with it are told so."""
         allowed = logits.index_fill(1, self._suppressed, -torch.inf) if len(self._suppressed) else logits
         chosen = allowed.argmax(1).tolist()
+        now = time.monotonic()
         for place, row in enumerate(rows):
             if row.generator is not None:
                 chosen[place] = sample(allowed[place], row.sampling, row.generator)
             token = Token(chosen[place])
             if row.sampling.num_logprobs is not None:
                 token = _with_logprobs(logits[place], chosen[place], row.sampling.num_logprobs)
-            row.num_tokens += 1
+            row.tokens.append(token)
             ending = None
             if token.id in self._ends and not row.sampling.ignores_end:
                 ending = "stop"
-            elif row.num_tokens >= row.sampling.max_new_tokens:
+            elif len(row.tokens) >= row.sampling.max_new_tokens:
                 ending = "length"
-            row.tokens.append(token)
             if ending is not None:
                 self._end(row, ending)
-            elif row.each:
-                row.listener(row.tokens[-1:], None)
+            elif now - row.given_at >= row.every_s:
+                row.given_at = now
+                self._hand_over(row, None)
         self.generated += len(rows)
 
     def _end(self, row: Row, ending: Any) -> None:
         row.cancelled = True
         self.answered += 1
-        rest = row.tokens if not row.each else row.tokens[-1:] if ending in ("stop", "length") else []
-        row.listener(rest, ending)
+        self._hand_over(row, ending)
+
+    def _hand_over(self, row: Row, ending: Any) -> None:
+        new, row.num_given = row.tokens[row.num_given :], len(row.tokens)
+        row.listener(new, ending)
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -31,7 +31,7 @@ from ..files import write_json
 from ..modeling.video_memory import VideoMemory
 from ..modeling.video_memory_files import CONFIG_NAME, identity
 from .media import MediaRules, Medium
-from .prompts import prefix_hash, prompt_pieces
+from .prompts import prefix_hash
 from .watching import VIDEO_NAME, Job, MemoryWatching, remove_what_is_done_with
 
 MAX_LOADED_BYTES = 4 * 2**30  # of memories that are held, so that questions need not read them from disk
@@ -72,7 +72,7 @@ class Memories(MemoryWatching):
         self.origin = prefix_hash("", [identity(model, processor)])
         # what snapshots take, of one memory
         self.max_snapshots = MAX_LOADED_BYTES // model.model.language_model.new_cache(1).num_bytes
-        head = prompt_pieces(processor, [{"role": "user", "content": [{"type": "video"}, _text("?")]}])[0]
+        head = processor.pieces([{"role": "user", "content": [{"type": "video"}, _text("?")]}])[0]
         assert isinstance(head, list)  # the tokens before a medium
         self.head = head
         self.watched_frames = 0

@@ -160,12 +160,13 @@ class ChatRequest(_Strict):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages as the chat schema has them: memories are videos, the media keep their part under "part"."""
+        """The messages as the chat schema has them: memories are videos; a medium is its part of the request."""
 
         def entry(part: Part) -> dict[str, Any]:
             if isinstance(part, TextPart):
                 return {"type": "text", "text": part.text}
-            return {"type": "image" if isinstance(part, ImagePart) else "video", "part": part}
+            kind = "image" if isinstance(part, ImagePart) else "video"
+            return {"type": kind, kind: part}
 
         return [
             {"role": one.role, "content": one.content if isinstance(one.content, str) else [*map(entry, one.content)]}
