@@ -11,7 +11,7 @@ if sys.version_info < (3, 11) or tuple(map(int, transformers.__version__.split("
         f"{sys.version.split()[0]} and transformers {transformers.__version__}: pip install -U 'transformers>=5.17'"
     )
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -399,7 +399,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         )
         return zip(told["input_ids"], told["offset_mapping"], strict=True)
 
-    def pieces(self, conversation: Sequence[Mapping[str, Any]]) -> list[list[int] | dict[str, Any]]:
+    def pieces(self, conversation: Sequence[dict[str, Any]]) -> list[list[int] | dict[str, Any]]:
         """A conversation that an answer is to follow, cut where its media stand: for who watches them elsewhere.
 
         Args:
@@ -413,13 +413,15 @@ class VideoMa2mbaProcessor(ProcessorMixin):
         """
         segments = self._schema.render(conversation, add_generation_prompt=True)
         tokenized = self._tokenized(segments, split_special_tokens=True)
-        pieces: list[list[int] | dict[str, Any]] = [[]]
+        pieces: list[list[int] | dict[str, Any]] = []
+        ids: list[int] = []  # since the last medium
         for segment in segments:
-            if segment.kind in ("video", "image"):
-                pieces += [segment.entry or {}, []]
+            if segment.kind in ("text", "end"):
+                ids += [self.tokenizer.eos_token_id] if segment.kind == "end" else next(tokenized)[0]
             else:
-                pieces[-1] += [self.tokenizer.eos_token_id] if segment.kind == "end" else next(tokenized)[0]
-        return [piece for piece in pieces if piece]
+                pieces += [ids, segment.entry or {}] if ids else [segment.entry or {}]
+                ids = []
+        return [*pieces, ids]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs: Any) -> MultiModalData:
         """How many tokens media of these sizes become, as vLLM asks; videos are (frames, height, width)."""
