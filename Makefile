@@ -8,6 +8,7 @@ BEFORE_TRANSFORMERS := 5.23.0
 # the Triton kernels, for their tests in Triton's interpreter
 TRITON := triton==3.9.0
 MAMBA_SSM := mamba-ssm==2.3.2.post1
+CAUSAL_CONV1D := causal-conv1d==1.7.0
 
 TRL := trl==1.16.0
 SPHINX := sphinx==9.* myst-parser==5.*
@@ -169,6 +170,7 @@ clean:
 	.venv-kernels/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest einops ninja packaging setuptools wheel
 	.venv-kernels/bin/python -m pip install --quiet --no-deps $(TRITON)
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE .venv-kernels/bin/python -m pip install --quiet --no-build-isolation --no-deps $(MAMBA_SSM)
+	CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE .venv-kernels/bin/python -m pip install --quiet --no-build-isolation --no-deps $(CAUSAL_CONV1D)
 	touch $@
 
 .venv-docs/.ready: pyproject.toml constraints.txt

@@ -14,8 +14,8 @@ Everything long is a loop over one primitive, and below each loop stands what it
 
 What these are made of:
 
-    a layer      ssd: the recurrences in torch; ssd_kernels: on a GPU; scan_backends: which of both; segment_sizes;
-                 recompute: what it keeps for the backward pass; mamba2_cache: its states
+    a layer      ssd: the recurrences in torch; ssd_kernels, step_kernels: on a GPU; scan_backends: which of both;
+                 segment_sizes; recompute: what it keeps for the backward pass; mamba2_cache: its states
     the model    configuration_video_ma2mba, visual_features, interleaved_inputs, arguments, outputs, stopping
     engines      sharded_parameters: the one seam to FSDP2 and ZeRO-3
     the machine  host_copies, host_memory, autocast, read_ahead

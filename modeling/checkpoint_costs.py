@@ -16,9 +16,9 @@ launch for takes the time of one that has them, and plans are weighed so.
 
 from .segment_sizes import KERNEL_SEGMENT, SCAN_CHUNK, SEGMENT
 
-# Of a layer: forward, forward again and backward, on the kernels. The rest is of an H100: a launch, and products of
-# matrices in bfloat16 and traffic of its memory as they are reached.
-LAUNCHES, LAUNCH_S = 80, 6e-6
+# Of a layer: forward, forward again and backward, on the kernels, as a test counts them. The rest is of an H100: a
+# launch, and products of matrices in bfloat16 and traffic of its memory as they are reached.
+LAUNCHES, LAUNCH_S = 72, 6e-6
 FLOPS_PER_S, BYTES_PER_S = 650e12, 3e12
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from .autocast import autocast_dtype, autocast_to
-from .host_copies import to_device
+from .host_copies import to_device, wait_for
 from .host_memory import Borrowed
 from .run_layers import kept_tokens, run_layers
 from .sharded_parameters import engine_hooks_aside, run_gathered
@@ -262,8 +262,8 @@ class _Run:
             if self.windows is not None and (stops := self.windows.starts[:, span.start]).any():
                 goes_on = to_device(~stops, self.device)
                 grad_states = [tuple(g * goes_on.view(-1, *[1] * (g.ndim - 1)) for g in grads) for grads in grad_states]
-        if self.device.type == "cuda" and needs_grad_embeds and grad_embeds.device != self.device:
-            torch.cuda.synchronize(self.device)  # the copies must be done before the host reads them
+        if needs_grad_embeds and grad_embeds.device != self.device:
+            wait_for(self.device)  # the copies must be done before the host reads them
         return grad_embeds, grad_states
 
     def cell_backward(self, time, group, span, hidden_states, states, grad_hidden, grad_states, needs_grad_hidden):

@@ -2,7 +2,7 @@
 
 import torch
 
-from .host_copies import on_host, to_device
+from .host_copies import on_host, to_device, wait_for
 from .host_memory import Borrowed
 
 
@@ -117,7 +117,9 @@ class InterleavedInputs:
         text_places = is_text.nonzero()[:, 0]
         words = text.flatten(0, 1)[to_device(text_places, text.device)]
         words = self.table(words[None])[0] if self.has_ids else words
-        places, values = zip(*parts, (text_places, words.cpu()), strict=True)
+        words, device = words.to("cpu", non_blocking=True), words.device
+        wait_for(device)
+        places, values = zip(*parts, (text_places, words), strict=True)
         whole = Borrowed(0).empty((*text.shape[:2], words.shape[-1]), words.dtype)
         return _Interleave.apply(whole, True, places, *values)
 

@@ -95,8 +95,6 @@ def why_not_mamba_ssm(device_type, dtype, shape, activation="silu"):
         return reason
     if activation not in ("silu", "swish"):
         return f"the activation is {activation!r}, and the kernels' gate is silu"
-    if shape.time_step_limit[0] > 0:
-        return f"time_step_limit starts at {shape.time_step_limit[0]}, so padding cannot be given a step of zero"
     group_bytes = shape.inner // shape.n_groups * dtype.itemsize
     if group_bytes > LARGEST_NORM_BYTES:
         return f"a group of {group_bytes} bytes is more than the {LARGEST_NORM_BYTES} the gated norm's kernel holds"

@@ -23,7 +23,6 @@ from .segment_sizes import KERNEL_SEGMENT
 from .ssd import convolve, last_inputs, last_inputs_backward
 
 MAX_OFFSET = 2**31 - 1  # elements from the start of an operand
-NEVER = -1e4  # a step before the softplus that becomes exactly zero after it: the token is padding
 
 
 class CoreShape(NamedTuple):
@@ -52,7 +51,7 @@ class CoreShape(NamedTuple):
 
 @lru_cache
 def scan_kernels():
-    """The modules of mamba_ssm that are used here, imported past the package's own `__init__`.
+    """The modules of mamba_ssm that are used here, imported past the package's own `__init__`, and `step_kernels`.
 
     That one needs `selective_scan_cuda`, a compiled part of Mamba-1, which is missing or broken on many machines. The
     package is taken out of `sys.modules` again: transformers would take it for its own Mamba-2, on any device.
@@ -74,12 +73,16 @@ def scan_kernels():
     finally:
         if package is None:
             del sys.modules["mamba_ssm"]
-    return types.SimpleNamespace(**dict(zip(("scan", "update", "norm"), modules, strict=True)))
+    from . import step_kernels
+
+    scan, update, norm = modules
+    return types.SimpleNamespace(scan=scan, update=update, norm=norm, steps=step_kernels)
 
 
 @lru_cache
 def conv_kernel():
-    """The package causal_conv1d. Raises ImportError where it or its compiled part is missing."""
+    """The package causal_conv1d, 1.5 or later. Raises ImportError where it or its compiled part is missing."""
+    importlib.import_module("causal_conv1d.cpp_functions")
     return importlib.import_module("causal_conv1d")
 
 
@@ -137,22 +140,22 @@ class _KernelCore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shape, conv, kept, projected, mask, conv_state, ssm_state, *params):
         conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
-        scan, A = scan_kernels().scan, -A_log.float().exp()
+        k = scan_kernels()
         scanned, borders = None, []
         for span in _spans(projected, shape):
-            borders += [conv_state, ssm_state]
             _, x_B_C, dt = _parts(_call(projected, span), shape)
-            where = _cut(mask, span)
-            convolved = _convolve(conv, x_B_C, conv_weight[:, 0], conv_bias, conv_state)
+            where, before = _cut(mask, span), conv_state.to(projected.dtype)
+            borders += [before, ssm_state]
+            x, B, C = _scanned(_convolve(conv, x_B_C, conv_weight[:, 0], conv_bias, before), shape)
             conv_state = last_inputs(x_B_C, conv_state, where)
-            out, _, _, _, _, ssm_state = scan._mamba_chunk_scan_combined_fwd(
-                *_scanned(convolved, _masked(dt, where), A, shape), shape.chunk_size, D=D.float(),
-                dt_bias=dt_bias.float(), initial_states=ssm_state, dt_softplus=True, dt_limit=shape.time_step_limit,
-            )  # fmt: skip
+            log_decay, step = k.steps.steps(dt, where, A_log, dt_bias, shape)
+            states, ssm_state = _states(x, B, log_decay, step, ssm_state, C.dtype)
+            scores = k.scan._bmm_chunk_fwd(C, B, shape.chunk_size, output_dtype=torch.float32)  # C B^T of each chunk
+            out, _ = k.scan._chunk_scan_fwd(scores, x, step, log_decay, C, states, D=D.float())
             scanned = _put(scanned, out.flatten(2), span, projected)
         y, rstd = _gated_norm(shape, scanned, projected, norm_weight)
         ctx.shape, ctx.conv = shape, conv
-        ctx.save_for_backward(projected, mask, scanned, rstd, A, *params, *borders)
+        ctx.save_for_backward(projected, mask, scanned, rstd, *params, *borders)
         kept.append(scanned)
         return y, conv_state, ssm_state
 
@@ -160,15 +163,16 @@ class _KernelCore(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_conv_state, grad_ssm_state):
         shape = ctx.shape
-        projected, mask, scanned, rstd, A, *params = ctx.saved_tensors
+        projected, mask, scanned, rstd, *params = ctx.saved_tensors
         params, borders = params[:6], params[6:]
-        conv_weight, conv_bias, dt_bias, _, D, norm_weight = params
+        conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = params
         grad_projected = torch.empty_like(projected)
         sums: list = [None] * len(params)
 
         def add(index, grad):
             sums[index] = grad if sums[index] is None else sums[index].float() + grad
 
+        conv = _ConvolutionBackward(ctx.conv, conv_weight, conv_bias, projected.dtype)
         for span in reversed(_spans(projected, shape)):
             ssm_state, conv_state = borders.pop(), borders.pop()
             piece, grad_piece = _call(projected, span), _call(grad_projected, span)
@@ -181,70 +185,117 @@ class _KernelCore(torch.autograd.Function):
             )
             add(5, grad_weight)
 
-            wanted = [x_B_C, conv_weight[:, 0], conv_bias, conv_state]
-            wanted = [None if t is None else t.detach().requires_grad_() for t in wanted]
-            with torch.enable_grad():
-                convolved = _convolve(ctx.conv, *wanted)
-            operands = _scanned(convolved.detach(), _masked(dt, where), A, shape)
+            convolved = conv.again(x_B_C, conv_state)
             grad_convolved = torch.empty(convolved.shape, dtype=convolved.dtype, device=convolved.device)
-            grad_A, grad_D, grad_dt_bias, grad_ssm_state = _scan_backward(
-                shape, grad_scanned, operands, D.float(), dt_bias.float(), ssm_state, grad_ssm_state,
+            of_steps = dt, where, A_log, dt_bias, shape
+            grad_A_log, grad_D, grad_dt_bias, grad_ssm_state = _scan_backward(
+                grad_scanned, _scanned(convolved, shape), of_steps, D.float(), ssm_state, grad_ssm_state,
                 _split_scanned(grad_convolved, shape), grad_dt,
             )  # fmt: skip
             add(2, grad_dt_bias)
-            add(3, grad_A)
+            add(3, grad_A_log)
             add(4, grad_D)
-            found = iter(torch.autograd.grad(convolved, [t for t in wanted if t is not None], grad_convolved))
-            grad_x_B_C.copy_(next(found))
-            add(0, next(found)[:, None])
-            if conv_bias is not None:
-                add(1, next(found))
-            grad_conv_state = last_inputs_backward(grad_conv_state, grad_x_B_C, next(found), where)
+            grad_before = conv.backward(grad_convolved, grad_x_B_C)
+            grad_conv_state = last_inputs_backward(grad_conv_state, grad_x_B_C, grad_before, where)
             if grad_piece.data_ptr() != grad_projected[:, span].data_ptr():
                 grad_projected[:, span] = grad_piece
-        sums[3] = sums[3] * A  # A is -exp(A_log)
+        sums[:2] = conv.sums()
         sums = [None if p is None else s.to(p.dtype) for p, s in zip(params, sums, strict=True)]
         return None, None, None, grad_projected, None, grad_conv_state, grad_ssm_state, *sums
 
 
-def _scan_backward(shape, grad_y, operands, D, dt_bias, ssm_state, grad_final, grads, grad_dt):
+def _states(x, B, log_decay, step, ssm_state, dtype):
+    """The states at the start of each chunk, (b, c, h, p, n) in `dtype`, and the last of all in float32."""
+    k = scan_kernels().scan
+    added = k._chunk_state_fwd(B, x, step, log_decay, states_in_fp32=True)
+    states, last = k._state_passing_fwd(
+        added.flatten(-2), log_decay[..., -1], initial_states=ssm_state.flatten(-2), out_dtype=dtype
+    )
+    return states.unflatten(-1, ssm_state.shape[-2:]), last.view(ssm_state.shape)
+
+
+def _scan_backward(grad_y, operands, of_steps, D, ssm_state, grad_final, grads, grad_dt):
     """The backward pass of the scan, piece by piece as mamba_ssm does it, with states and their gradients in float32.
 
-    Writes into `grads`, those of x, B and C, and into `grad_dt`. Returns the gradients of A, D, dt_bias, ssm_state.
+    `of_steps`: the arguments of `step_kernels.steps`. Writes into `grads`, those of x, B and C, and into `grad_dt`.
+    Returns the gradients of A_log, D, dt_bias, ssm_state.
     """
-    k = scan_kernels().scan
-    x, dt, A, B, C = operands
+    k, shape = scan_kernels().scan, of_steps[-1]
+    x, B, C = operands
     grad_x, grad_B, grad_C = grads
     grad_y = grad_y.view(x.shape)
-    softplus = {"dt_bias": dt_bias, "dt_softplus": True, "dt_limit": shape.time_step_limit}
-    log_decay, step = k._chunk_cumsum_fwd(dt, A, shape.chunk_size, **softplus)  # (b, h, c, q) each
-    of_chunk = log_decay[..., -1]
-    # the states at the start of each chunk, and their gradients
-    added = k._chunk_state_fwd(B, x, step, log_decay, states_in_fp32=True)  # (b, c, h, p, n)
-    states, _ = k._state_passing_fwd(added.flatten(-2), of_chunk, initial_states=ssm_state.flatten(-2))
-    del added
+    log_decay, step = scan_kernels().steps.steps(*of_steps)  # (b, h, c, q) each
+    states, _ = _states(x, B, log_decay, step, ssm_state, torch.float32)
     grad_states = k._chunk_scan_bwd_dstates(C, log_decay, grad_y, dtype=torch.float32)
     grad_states, grad_of_chunk, grad_initial = k._state_passing_bwd(
-        states, of_chunk, grad_states.flatten(-2), dfinal_states=grad_final.flatten(-2), has_initial_states=True
-    )
+        states.flatten(-2), log_decay[..., -1], grad_states.flatten(-2), dfinal_states=grad_final.flatten(-2),
+        has_initial_states=True,
+    )  # fmt: skip
     # the kernels that take these in matrix products turn them into the dtype of x as they read them
-    states, grad_states = (t.unflatten(-1, ssm_state.shape[-2:]) for t in (states, grad_states))
-    scores = k._bmm_chunk_fwd(C, B, shape.chunk_size, output_dtype=torch.float32)  # C B^T of each chunk
+    grad_states = grad_states.view(states.shape)
+    scores = k._bmm_chunk_fwd(C, B, shape.chunk_size, output_dtype=torch.float32)
     _, grad_step, grad_D = k._chunk_scan_chunk_state_bwd_dx(
         x, step, log_decay, B, scores, grad_y, grad_states, D=D, dx=grad_x
     )
-    part_B, grad_after = k._chunk_state_bwd_db(x, step, log_decay, grad_states, B=B, ngroups=shape.n_groups)
-    part_C, grad_before = k._chunk_scan_bwd_dC(states, log_decay, grad_y, C=C, ngroups=shape.n_groups)
+    part_B, to_end = k._chunk_state_bwd_db(x, step, log_decay, grad_states, B=B, ngroups=shape.n_groups)
+    part_C, since_start = k._chunk_scan_bwd_dC(states, log_decay, grad_y, C=C, ngroups=shape.n_groups)
     grad_scores = k._chunk_scan_bwd_dcb(x, step, log_decay, grad_y, ngroups=shape.n_groups).to(scores.dtype)
     k._bmm_chunk_bwd(C, grad_scores, residual=part_B, out=grad_B)
     k._bmm_chunk_bwd(B, grad_scores.transpose(-1, -2), residual=part_C, out=grad_C)
-    # of the log decay inside each chunk, which is a cumulative sum of dt * A
-    grad_before[..., -1].add_(grad_of_chunk)
-    grad_decay = grad_before.flip(-1).cumsum(-1).flip(-1)
-    grad_decay += k._chunk_scan_bwd_ddAcs_stable(x, step, log_decay, grad_y, scores)
-    grad_decay += grad_after
-    _, grad_A, grad_dt_bias = k._chunk_cumsum_bwd(grad_decay, grad_step, dt, A, **softplus, ddt=grad_dt)
-    return grad_A, grad_D, grad_dt_bias, grad_initial.view(ssm_state.shape)
+    inside = k._chunk_scan_bwd_ddAcs_stable(x, step, log_decay, grad_y, scores)
+    grad_A_log, grad_dt_bias = scan_kernels().steps.steps_backward(
+        (since_start, grad_of_chunk, inside, to_end, grad_step), *of_steps, grad_dt
+    )
+    return grad_A_log, grad_D, grad_dt_bias, grad_initial.view(ssm_state.shape)
+
+
+class _ConvolutionBackward:
+    """Convolution and silu, span by span from the last to the first, and their gradients.
+
+    weight: (channels, 1, width). bias: (channels,) or None.
+    """
+
+    def __init__(self, conv, weight, bias, dtype):
+        self.package, self.dtype, self.given = conv, dtype, (weight[:, 0], bias)
+        self.shapes = [None if t is None else t.shape for t in (weight, bias)]
+        self.sizes = [0 if t is None else t.numel() for t in (weight, bias)]
+        # the kernel adds to what is there: one tensor for both, filled and cast at once
+        self.total = torch.zeros(sum(self.sizes), dtype=torch.float32, device=weight.device)
+
+    def again(self, x, conv_state):
+        """(batch, tokens, channels); `conv_state` in the dtype of x."""
+        self.inputs = x, conv_state
+        if self.package is not None:
+            return _convolve(self.package, x, *self.given, conv_state)
+        self.leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *self.given, conv_state)]
+        with torch.enable_grad():
+            self.out = _convolve(None, *self.leaves)
+        return self.out.detach()
+
+    def backward(self, grad, grad_x):
+        """Writes `grad_x` and returns the gradient of the conv state."""
+        parts = self.total.split(self.sizes)
+        if self.package is None:
+            found = iter(torch.autograd.grad(self.out, [t for t in self.leaves if t is not None], grad))
+            grad_x.copy_(next(found))
+            for part, leaf in zip(parts, self.given, strict=True):
+                if leaf is not None:
+                    part += next(found).flatten()
+            return next(found)
+        (x, conv_state), (weight, bias) = self.inputs, self.given
+        grad_state = torch.empty_like(conv_state)
+        self.package.cpp_functions._causal_conv1d_bwd_cpp(
+            x=x.transpose(1, 2), weight=weight.to(x.dtype), bias=None if bias is None else bias.to(x.dtype),
+            dout=grad.transpose(1, 2), seq_idx=None, initial_states=conv_state.transpose(1, 2), dfinal_states=None,
+            dx=grad_x.transpose(1, 2), dweight=parts[0].view(weight.shape), dbias=None if bias is None else parts[1],
+            dinitial_states=grad_state.transpose(1, 2), silu_activation=True,
+        )  # fmt: skip
+        return grad_state
+
+    def sums(self):
+        """The gradients of weight and bias, in the dtype of the weight."""
+        parts = self.total.to(self.given[0].dtype).split(self.sizes)
+        return [None if shape is None else part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 def kernel_step(shape, conv, projected, states, params):
@@ -381,10 +432,6 @@ def _parts(projected, shape):
     return projected.split([shape.inner, shape.conv_dim, shape.num_heads], dim=-1)
 
 
-def _masked(dt, mask):
-    return dt if mask is None else dt.masked_fill(~mask[..., None], NEVER)
-
-
 def _split_scanned(convolved, shape):
     """Views x (batch, ..., heads, head_dim), B and C (batch, ..., groups, state)."""
     x, B, C = convolved.split([shape.inner] + [shape.n_groups * shape.state_size] * 2, dim=-1)
@@ -392,8 +439,7 @@ def _split_scanned(convolved, shape):
     return x.unflatten(-1, (shape.num_heads, shape.head_dim)), B, C
 
 
-def _scanned(convolved, dt, A, shape):
-    """The operands x, dt, A, B, C of the scan."""
+def _scanned(convolved, shape):
+    """The operands x, B, C of the scan."""
     x, B, C = _split_scanned(convolved, shape)
-    B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (B, C))
-    return x, dt, A, B, C
+    return x, *(t if t.stride(-1) == 1 else t.contiguous() for t in (B, C))

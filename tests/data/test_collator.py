@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from video_ma2mba.data import media_loader
 from video_ma2mba.data.collator import INFO, VideoChatCollator
 from video_ma2mba.data.manifest import load_manifest
 from video_ma2mba.data.prepare import prepare
@@ -101,6 +102,21 @@ def test_at_a_lower_rate_every_clip_keeps_a_frame(prepared, processor):
     collator = VideoChatCollator(processor, max_frames=2, too_long="lower_fps", strict=True)
     with pytest.raises(ValueError, match="3 clips where there is room for 2 frames"):
         collator([row])
+
+
+def test_a_clip_that_comes_again_is_decoded_once_where_there_is_room(prepared, processor, monkeypatch):
+    row, other = prepared(VIDEO), prepared(clip(1, 4))
+    (whole,) = VideoChatCollator(processor)([row])["pixel_values_videos"]
+    monkeypatch.setattr(media_loader, "KEPT_BYTES", whole.nbytes)
+    collator, opened = VideoChatCollator(processor, strict=True), []
+    load = processor.video_processor.load
+    monkeypatch.setattr(processor.video_processor, "load", lambda *args, **kw: opened.append(args) or load(*args, **kw))
+    for _ in range(2):
+        frames = frames_of(collator([row]))
+        assert torch.equal(frames, whole)
+        frames.zero_()  # what is given out is the caller's
+        collator([other])
+    assert sum(not isinstance(medium, torch.Tensor) for medium, *_ in opened) == 3  # row once, other twice
 
 
 def test_the_text_takes_room_too(prepared, processor):

@@ -79,9 +79,19 @@ def test_biases_and_an_upper_limit(device):
     compare_with_loop(*build(device, use_bias=True, time_step_limit=(0.0, 0.7)), 1, CHUNK + 2, device)
 
 
-def test_padding(device):
+@pytest.mark.parametrize("text", [{}, {"time_step_limit": (0.01, 0.7)}], ids=str)
+def test_padding(text, device):
     mask = torch.tensor([[True] * 19, [True] * 7 + [False] * 12])
-    compare_with_loop(*build(device), 2, 19, device, mask)
+    compare_with_loop(*build(device, **text), 2, 19, device, mask)
+
+
+@pytest.mark.parametrize("use_conv_bias", [True, False])
+def test_convolution_of_causal_conv1d(use_conv_bias, device):
+    """Its shapes must be multiples of 8; those of the other tests are not."""
+    mixer, config = build(device, num_heads=8, head_dim=8, use_conv_bias=use_conv_bias)
+    assert mixer.backends(device, torch.float32).conv is not None
+    mask = torch.tensor([[True] * (2 * CHUNK + 5), [True] * 7 + [False] * (2 * CHUNK - 2)])
+    compare_with_loop(mixer, config, 2, 2 * CHUNK + 5, device, mask)
 
 
 def test_one_token_at_a_time_is_the_loop(device):
@@ -124,11 +134,11 @@ def test_gradient_of_the_state_keeps_its_bits(device):
     step = torch.nn.functional.softplus(dt.double())
     y, final = ssd_scan(x.double(), step, A, B.double(), C.double(), D, leaf)
     (expected,) = torch.autograd.grad((y, final), leaf, (grad_y.double(), grad_final))
-    on_device = [v.to(device) for v in (x, dt, A.float(), B, C)]
-    grads = [torch.empty_like(on_device[i]) for i in (0, 3, 4)]
+    operands, of_dt = [v.to(device) for v in (x, B, C)], dt.to(device)
+    of_steps = of_dt, None, (-A).log().float().to(device), torch.zeros(shape.num_heads, device=device), shape
     *_, found = ssd_kernels._scan_backward(
-        shape, grad_y.to(device), on_device, D.float().to(device), torch.zeros(shape.num_heads, device=device),
-        state.float().to(device), grad_final.float().to(device), grads, torch.empty_like(on_device[1]),
+        grad_y.to(device), operands, of_steps, D.float().to(device), state.float().to(device),
+        grad_final.float().to(device), [torch.empty_like(v) for v in operands], torch.empty_like(of_dt),
     )  # fmt: skip
     assert found.dtype == torch.float32
     error = (found.double().cpu() - expected).abs().max() / expected.abs().max()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton.runtime.autotuner
 
-from video_ma2mba.modeling import scan_backends
+from video_ma2mba.modeling import scan_backends, step_kernels
 
 from ..modeling.kernel_stand_ins import stand_ins
 from ..modeling.test_launches import Launches, layer
@@ -43,7 +43,8 @@ def test_as_many_as_the_table_says(step, monkeypatch):
     _, conv = stand_ins(real.launch)
     monkeypatch.setattr(scan_backends, "_why_not_device", lambda *args: None)
     monkeypatch.setattr(scan_backends, "conv_kernel", lambda: conv)
-    for launcher in (triton.runtime.autotuner.Autotuner, triton.runtime.autotuner.Heuristics):
+    ours = type(step_kernels._forward_kernel)
+    for launcher in (triton.runtime.autotuner.Autotuner, triton.runtime.autotuner.Heuristics, ours):
         monkeypatch.setattr(launcher, "run", caught)
     found = count(real, step)
 

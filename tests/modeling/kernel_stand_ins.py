@@ -9,11 +9,11 @@ import types
 import torch
 
 LAUNCHES = {
-    "_mamba_chunk_scan_combined_fwd": 5,
-    "_chunk_cumsum_fwd": 1,
+    "steps": 1,
     "_chunk_state_fwd": 1,
     "_state_passing_fwd": 1,
     "_bmm_chunk_fwd": 1,
+    "_chunk_scan_fwd": 1,
     "_chunk_scan_bwd_dstates": 1,
     "_state_passing_bwd": 2,
     "_chunk_scan_chunk_state_bwd_dx": 5,
@@ -22,12 +22,12 @@ LAUNCHES = {
     "_chunk_scan_bwd_dcb": 2,
     "_bmm_chunk_bwd": 1,
     "_chunk_scan_bwd_ddAcs_stable": 2,
-    "_chunk_cumsum_bwd": 3,
+    "steps_backward": 1,
     "selective_state_update": 1,
     "_layer_norm_fwd": 1,
     "_layer_norm_bwd": 3,
     "causal_conv1d_fn": 1,
-    "causal_conv1d_fn, backward": 5,
+    "_causal_conv1d_bwd_cpp": 1,
     "causal_conv1d_update": 1,
 }
 
@@ -39,33 +39,34 @@ def new(like, *shape, dtype=torch.float32):
 def stand_ins(launch):
     """The modules `scan_kernels()` and `conv_kernel()` give; `launch(name, *tensors)` is called for each call."""
 
-    def scan_forward(x, dt, A, B, C, chunk_size, initial_states=None, **kwargs):
-        launch("_mamba_chunk_scan_combined_fwd", x, dt, B, C, initial_states)
-        b, t, h, p = x.shape
-        # as they go from kernel to kernel: the steps and decays, the states three times, C B^T
-        chunks, n = -(-t // chunk_size), B.shape[-1]
-        states = new(x, b, chunks, h, p, n)
-        scores = new(x, b, chunks, B.shape[2], chunk_size, chunk_size)
-        steps = new(x, b, h, chunks, chunk_size)
-        launch(None, states, states, states, states, x, x, B, C, scores, scores, *[steps] * 8)
-        return torch.empty_like(x), None, None, None, None, new(x, b, h, p, n)
-
-    def cumsum_forward(dt, A, chunk_size, **kwargs):
+    def steps(dt, mask, A_log, dt_bias, shape):
         b, t, h = dt.shape
-        launch("_chunk_cumsum_fwd", dt)
-        return tuple(new(dt, b, h, -(-t // chunk_size), chunk_size) for _ in range(2))
+        out = [new(dt, b, h, -(-t // shape.chunk_size), shape.chunk_size) for _ in range(2)]
+        launch("steps", dt, *out)
+        return out
+
+    def steps_backward(grads, dt, mask, A_log, dt_bias, shape, grad_dt):
+        launch("steps_backward", *grads, dt, grad_dt)
+        return torch.empty_like(A_log), torch.empty_like(dt_bias)
 
     def state_forward(B, x, dt, *args, **kwargs):
-        launch("_chunk_state_fwd", B, x)
-        return new(x, x.shape[0], dt.shape[2], *x.shape[2:], B.shape[-1])
+        out = new(x, x.shape[0], dt.shape[2], *x.shape[2:], B.shape[-1])
+        launch("_chunk_state_fwd", B, x, dt, dt, out)
+        return out
 
-    def passing_forward(states, *args, **kwargs):
-        launch("_state_passing_fwd", states, states)
-        return torch.empty_like(states), torch.empty_like(states[:, 0])
+    def passing_forward(states, *args, out_dtype=torch.float32, **kwargs):
+        out = torch.empty_like(states, dtype=out_dtype)
+        launch("_state_passing_fwd", states, out)
+        return out, torch.empty_like(states[:, 0])
 
     def bmm_forward(a, b, chunk_size, output_dtype=None):
-        launch("_bmm_chunk_fwd", a, b)
-        return new(a, a.shape[0], -(-a.shape[1] // chunk_size), a.shape[2], chunk_size, chunk_size)
+        out = new(a, a.shape[0], -(-a.shape[1] // chunk_size), a.shape[2], chunk_size, chunk_size)
+        launch("_bmm_chunk_fwd", a, b, out)
+        return out
+
+    def scan_forward(scores, x, dt, log_decay, C, states, D=None):
+        launch("_chunk_scan_fwd", scores, x, x, dt, log_decay, C, states)
+        return torch.empty_like(x), None
 
     def states_backward(C, log_decay, grad_y, dtype=None):
         launch("_chunk_scan_bwd_dstates", C, grad_y)
@@ -100,10 +101,6 @@ def stand_ins(launch):
         launch("_chunk_scan_bwd_ddAcs_stable", x)
         return torch.empty_like(dt)
 
-    def cumsum_backward(grad, grad_step, dt, A, dt_bias=None, ddt=None, **kwargs):
-        launch("_chunk_cumsum_bwd", grad, grad_step)
-        return ddt, torch.empty_like(A), torch.empty_like(dt_bias)
-
     def norm_forward(x, weight, bias, eps, z=None, out=None, group_size=None, **kwargs):
         out = torch.empty_like(x) if out is None else out
         launch("_layer_norm_fwd", x, z, out)
@@ -118,27 +115,29 @@ def stand_ins(launch):
         return torch.empty_like(x)
 
     scan = types.SimpleNamespace(
-        _mamba_chunk_scan_combined_fwd=scan_forward, _chunk_cumsum_fwd=cumsum_forward, _chunk_state_fwd=state_forward,
-        _state_passing_fwd=passing_forward, _bmm_chunk_fwd=bmm_forward, _chunk_scan_bwd_dstates=states_backward,
-        _state_passing_bwd=passing_backward, _chunk_scan_chunk_state_bwd_dx=dx,
-        _chunk_state_bwd_db=by_group("_chunk_state_bwd_db"), _chunk_scan_bwd_dC=by_group("_chunk_scan_bwd_dC"),
-        _chunk_scan_bwd_dcb=dcb, _bmm_chunk_bwd=bmm_backward, _chunk_scan_bwd_ddAcs_stable=stable,
-        _chunk_cumsum_bwd=cumsum_backward,
+        _chunk_state_fwd=state_forward, _state_passing_fwd=passing_forward, _bmm_chunk_fwd=bmm_forward,
+        _chunk_scan_fwd=scan_forward, _chunk_scan_bwd_dstates=states_backward, _state_passing_bwd=passing_backward,
+        _chunk_scan_chunk_state_bwd_dx=dx, _chunk_state_bwd_db=by_group("_chunk_state_bwd_db"),
+        _chunk_scan_bwd_dC=by_group("_chunk_scan_bwd_dC"), _chunk_scan_bwd_dcb=dcb, _bmm_chunk_bwd=bmm_backward,
+        _chunk_scan_bwd_ddAcs_stable=stable,
     )  # fmt: skip
-    norm = types.SimpleNamespace(_layer_norm_fwd=norm_forward, _layer_norm_bwd=norm_backward)
-    kernels = types.SimpleNamespace(scan=scan, norm=norm, update=types.SimpleNamespace(selective_state_update=update))
+    kernels = types.SimpleNamespace(
+        scan=scan,
+        norm=types.SimpleNamespace(_layer_norm_fwd=norm_forward, _layer_norm_bwd=norm_backward),
+        update=types.SimpleNamespace(selective_state_update=update),
+        steps=types.SimpleNamespace(steps=steps, steps_backward=steps_backward),
+    )
 
-    class Conv(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, weight, bias, initial_states):
-            launch("causal_conv1d_fn", x, x)
-            ctx.save_for_backward(x, weight, bias, initial_states)
-            return torch.empty_like(x)
+    def conv_forward(x, weight, bias, initial_states, activation):
+        assert x.dtype == initial_states.dtype
+        launch("causal_conv1d_fn", x, x)
+        return torch.empty_like(x)
 
-        @staticmethod
-        def backward(ctx, grad):
-            launch("causal_conv1d_fn, backward", grad, grad)
-            return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+    def conv_backward(x, weight, bias, dout, dx, dweight, dbias, initial_states, dinitial_states, **kwargs):
+        assert x.dtype == dx.dtype == initial_states.dtype == dinitial_states.dtype
+        assert dweight.dtype == torch.float32
+        assert dweight.shape == weight.shape
+        launch("_causal_conv1d_bwd_cpp", x, dout, dx)
 
     def conv_update(x, conv_state, weight, bias, activation):
         assert x.dtype == conv_state.dtype
@@ -146,9 +145,8 @@ def stand_ins(launch):
         return torch.empty_like(x)
 
     conv = types.SimpleNamespace(
-        causal_conv1d_fn=lambda x, weight, bias, initial_states, activation: Conv.apply(
-            x, weight, bias, initial_states
-        ),
+        causal_conv1d_fn=conv_forward,
         causal_conv1d_update=conv_update,
+        cpp_functions=types.SimpleNamespace(_causal_conv1d_bwd_cpp=conv_backward),
     )
     return kernels, conv

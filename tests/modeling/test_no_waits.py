@@ -4,8 +4,16 @@ On the meta device nothing can be read, so `.item()`, a condition, `tolist`, `no
 `.cpu()` raise, in a backward pass, too. What does not raise there and would wait on a GPU is caught by a dispatch mode:
 assignment by a boolean mask, and a copy to the device that does not go through `to_device`, which pins it.
 
-The list: one `on_host` for the ids, mask and labels of a batch. A generated token has none.
+The list: one `on_host` for the ids, mask and labels of a batch. A generated token has none. With offload the host also
+waits for the features of the frames, of those before a gradient horizon and of the others, for the embeddings of the
+words, which it puts in their places, and for the gradient of both at the end of the backward pass; its two parts then
+go to the device from pageable memory, when nothing is at work there any more. All other copies are between the device
+and pinned memory, on streams, which are stand-ins here: that they wait for each other only a GPU can tell
+(`test_on_device.py`).
 """
+
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -38,18 +46,25 @@ MODES = [
 class NoHiddenWaits(TorchDispatchMode):
     """Refuses what waits on a GPU and passes on the meta device."""
 
-    sending = False
+    sending, num_returned = False, None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name
+        name, kwargs = func._schema.name, kwargs or {}
+        if name == "aten::copy_" and args[1].is_meta and not args[0].is_meta:
+            assert args[2:] == (True,) or kwargs.get("non_blocking"), "a copy to the host that waits"
+            return args[0]
+        if name == "aten::_to_copy" and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            assert kwargs.get("non_blocking"), "a copy to the host that waits"
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        out = func(*args, **kwargs)
         if args and isinstance(args[0], torch.Tensor) and args[0].is_meta and name.startswith("aten::index"):
             indices = args[1] if isinstance(args[1], (list, tuple)) else ()
             assert not any(index is not None and index.dtype == torch.bool for index in indices), "a boolean mask"
         if name in ("aten::_to_copy", "aten::copy_"):
             source, target = (args[0], out) if name == "aten::_to_copy" else (args[1], args[0])
-            if source.device.type == "cpu" and target.is_meta and source.numel() > 1:
-                assert self.sending, "a copy to the device that is not pinned"
+            if source.device.type == "cpu" and target.is_meta and source.numel() > 1 and not self.sending:
+                assert self.num_returned is not None, "a copy to the device that is not pinned"
+                self.num_returned += 1
         return out
 
 
@@ -57,7 +72,11 @@ class Waits:
     """Stands in for `on_host`: gives out what the batch holds, and counts."""
 
     def __init__(self):
-        self.count, self.held = 0, ()
+        self.count, self.held, self.for_copies = 0, (), 0
+
+    def wait_for(self, device):
+        assert device.type == "meta"
+        self.for_copies += 1
 
     def __call__(self, *tensors):
         if not any(tensor is not None and tensor.is_meta for tensor in tensors):
@@ -67,21 +86,41 @@ class Waits:
 
 
 @pytest.fixture
-def waits(monkeypatch):
-    waits, mode, send = Waits(), NoHiddenWaits(), host_copies.to_device
+def device_mode():
+    return NoHiddenWaits()
 
-    def to_device(tensor, device):
-        mode.sending = True
-        try:
-            return send(tensor, device)
-        finally:
-            mode.sending = False
+
+@pytest.fixture
+def waits(monkeypatch, device_mode):
+    waits = Waits()
+
+    def sending(send):
+        def run(*args):
+            device_mode.sending = True
+            try:
+                return send(*args)
+            finally:
+                device_mode.sending = False
+
+        return run
+
+    class HostStore(checkpointing.HostStore):
+        """As on a GPU: with streams, from memory that would be pinned there."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.leaving = self.coming = mock.Mock()
+            self.get = sending(self.get)
 
     for module in USERS:
-        for name, stand_in in (("on_host", waits), ("to_device", to_device)):
+        stand_ins = {"on_host": waits, "to_device": sending(host_copies.to_device), "wait_for": waits.wait_for}
+        for name, stand_in in {**stand_ins, "HostStore": HostStore}.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, stand_in)
-    with mode:
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.Tensor, "record_stream", mock.Mock())
+    with device_mode:
         yield waits
 
 
@@ -116,7 +155,21 @@ def test_a_training_step_waits_once(model, waits, mode, padded):
     else:
         model.gradient_checkpointing_enable(**mode)
     model(**batch(model, waits, padded)).loss.backward()
-    assert waits.count == 1
+    assert (waits.count, waits.for_copies) == (1, 0)
+    assert model.model.multi_modal_projector.linear_1.weight.grad is not None
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("options", "num_features"), [(MODES[0], 1), (MODES[1], 1), (MODES[4], 2)], ids=str)
+def test_a_step_with_offload_waits_where_the_list_says(model, device_mode, waits, options, num_features, padded):
+    model.train()
+    model.gradient_checkpointing_enable(**options, offload=True)
+    device_mode.num_returned = 0
+    loss = model(**batch(model, waits, padded)).loss
+    assert (waits.count, waits.for_copies, device_mode.num_returned) == (1, num_features + 1, 0)
+    loss.backward()
+    assert (waits.count, waits.for_copies, device_mode.num_returned) == (1, num_features + 2, 2)
     assert model.model.multi_modal_projector.linear_1.weight.grad is not None
     model.zero_grad()
 

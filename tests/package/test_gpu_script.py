@@ -86,6 +86,26 @@ def test_the_table_has_the_papers_figures_beside_ours(script):
     assert "| 16384 | off | out of memory | 1 | 42.6 |" in text
 
 
+@pytest.mark.parametrize(
+    ("tests", "said"),
+    [
+        (None, "**Not to be trusted: the tests have not run.**"),
+        (
+            {"ok": False, "seconds": 1.0, "output": "1 failed"},
+            "**Not to be trusted: tests failed.**\n\n```\n1 failed\n```",
+        ),
+        ({"ok": True, "seconds": 1.0}, None),
+    ],
+)
+def test_figures_after_a_red_test_are_not_told_as_good(tests, said, script):
+    watch = {"ok": True, "seconds": 1.0, "result": {"rows": [{"vision_chunk_size": 8, "frames_per_s": 9.0}]}}
+    text = script.as_table({"steps": {**({"tests": tests} if tests else {}), "watch": watch}})
+    if said is None:
+        assert "trusted" not in text
+    else:
+        assert text.index(said) < text.index("## watch")
+
+
 def test_the_package_is_laid_out_without_installing(script, tmp_path):
     script.lay_out(tmp_path, None)
     code = "import video_ma2mba.modeling, video_ma2mba.processing; print(video_ma2mba.__file__)"

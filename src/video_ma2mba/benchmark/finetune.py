@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
+    parser.add_argument("--stored", action="store_true", help="train from stored frames too, and compare the times")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -55,21 +56,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 drawn = {"task": task, "seed": seed, "right_by_nearest_picture": round(nearest_picture(clips), 4)}
                 for recipe in args.recipes:
                     work = Path(root) / f"{task}-{seed}-{recipe}"
-                    rows.append({**drawn, **tune(clips, args.model, recipe, seed, work, args.changes)})
+                    rows.append({**drawn, **tune(clips, args, recipe, seed, work)})
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return {"model": Path(args.model).name, "changes": args.changes, "runs": rows, "machine": describe("cpu")}
 
 
-def tune(clips: Path, model: str, recipe: str, seed: int, work: Path, changes: list[str]) -> dict[str, Any]:
+def tune(clips: Path, args: argparse.Namespace, recipe: str, seed: int, work: Path) -> dict[str, Any]:
     """Fine-tune on `clips`/train and ask about `clips`/held; returns what came of it."""
     work.mkdir(parents=True)
-    command(
-        "data", "prepare", clips / "train" / "questions.jsonl", "--media-root", clips / "train", "-o", work / "data"
-    )
-    values = [f"model={model}", f"data={work / 'data'}", f"output={work / 'run'}", f"seed={seed}", *changes]
-    train_s = command("train", recipe, *(word for value in values for word in ("--set", value)))
+
+    def train(name: str, *options: object) -> dict[str, float]:
+        data, source = work / f"data{name}", clips / "train"
+        command("data", "prepare", source / "questions.jsonl", "--media-root", source, "-o", data, *options)
+        values = [f"model={args.model}", f"data={data}", f"output={work / f'run{name}'}", f"seed={seed}", *args.changes]
+        return command("train", recipe, *(word for value in values for word in ("--set", value)))
+
+    train_s = train("")
+    stored = {"from_stored": train("-stored", "--cache-frames", "raw", "--model", args.model)} if args.stored else {}
     trained = work / "run" / "model"
-    tuned = [model, "--adapter", trained] if (trained / "adapter_config.json").is_file() else [trained]
+    tuned = [args.model, "--adapter", trained] if (trained / "adapter_config.json").is_file() else [trained]
     asked = ["--task", "own", "--data", clips / "held" / "questions.jsonl", "-o", work / "answers"]
     command("eval", *tuned, *asked)
     share = json.loads((work / "answers" / "report.json").read_text())["scores"]["all"]["mean"]
@@ -77,10 +82,9 @@ def tune(clips: Path, model: str, recipe: str, seed: int, work: Path, changes: l
     return {
         "recipe": recipe,
         "right": round(share, 4),
-        "steps": report["steps"],
-        "kept_step": report["kept_step"],
-        "held_out_loss": report["held_out_loss"],
+        **{name: report[name] for name in ("steps", "kept_step", "held_out_loss")},
         **train_s,
+        **stored,
         "warnings": report["warnings"],
     }
 

@@ -12,6 +12,7 @@ from .frame_cache import cache_folder, read_frames_between, read_index, reading_
 if TYPE_CHECKING:
     from ..processing import VideoMa2mbaVideoProcessor
 
+KEPT_BYTES = 2**26  # of decoded frames, in each process that loads; what comes first stays
 TOLERANCE = 1e-6  # of a frame: a time that was a whole number of frames before it became a float is one again
 
 
@@ -20,10 +21,12 @@ class MediaLoader:
 
     A clip holds those frames of its whole video, sampled from its beginning, whose times lie in the clip: clips that
     follow each other then show every frame once. A clip shorter than the step between frames shows its middle.
+    Clips that come again in each epoch are decoded once, as far as they find room.
     """
 
     def __init__(self, video_processor: "VideoMa2mbaVideoProcessor", fps: float):
         self.video_processor, self.fps = video_processor, fps
+        self._kept: dict[tuple, torch.Tensor] = {}
 
     def num_frames(self, entry: dict[str, Any]) -> int:
         """How many frames an entry has at the full rate; a file that breaks off yields fewer."""
@@ -53,7 +56,13 @@ class MediaLoader:
         if cut and last - first > max_frames:
             end_s = (first + max_frames) / self.fps
         limit = 1 if last <= first else max_frames
-        return self.video_processor.load(path, fps=self.fps, start_s=start_s, end_s=end_s, max_frames=limit).frames
+        key = path, start_s, end_s, limit
+        if (frames := self._kept.get(key)) is None:
+            span = {"start_s": start_s, "end_s": end_s, "max_frames": limit}
+            frames = self.video_processor.load(path, fps=self.fps, **span).frames
+            if frames.nbytes + sum(kept.nbytes for kept in self._kept.values()) <= KEPT_BYTES:
+                self._kept[key] = frames
+        return frames.clone()  # what goes to another process is moved there
 
     def _span(self, entry: dict[str, Any]) -> tuple[int, int]:
         """Numbers of the first frame of an entry and of the one after its last, on the grid of the whole video."""
