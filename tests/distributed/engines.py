@@ -7,7 +7,8 @@ cuts the same cells.
 
 One process's error is the most that it has in any of its modes: each cuts the sums of float32 at other places, and from
 cut to cut the error differs by a factor of four (`rounding`). What is shared by several processes is cut at yet others;
-there "that one process" goes through the same spans, and two processes must equal it to the bit (`cells`).
+there "that one process" goes through the same spans, and two processes must equal it to the bit (`cells`). ZeRO-3 puts
+a linear function of its own in the place of torch's, with other sums, for good: "that one process" has it, too.
 
 As a command, under `torch.distributed.run`: the cells as JSON on the command line; one line of JSON per cell comes out.
 """
@@ -42,6 +43,7 @@ MODES = {
 # the cells come, changes no sum.
 ORDERS_OF_SUMS = ("off", "layer", "layer_major")
 TRAINS = ("all", "lora", "frozen tower")
+LINEAR = torch.nn.functional.linear
 
 
 def make_model(trains="all", mode="off", dtype=torch.float32, tie=True):
@@ -102,8 +104,9 @@ def in_spans(model, batch, ranks):
 
 
 @functools.cache
-def one_process(trains, mode, accumulated, world, dtype=torch.float32, tie=True, ranks=1):
+def one_process(trains, mode, accumulated, world, dtype=torch.float32, tie=True, ranks=1, linear=LINEAR):
     """What engines are measured by: the mean over the batches of all ranks; (loss, gradients, weights) of each step."""
+    torch.nn.functional.linear = linear
     model = make_model(trains, mode, dtype, tie)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     history = []
@@ -331,6 +334,7 @@ def run(cell):
     tie = cell.get("tie", True)
     ranks = ENGINES[engine].ranks
     world = dist.get_world_size() // ranks
+    torch.nn.functional.linear = LINEAR  # whatever was left there by the cell before
     trained = ENGINES[engine](make_model(trains, mode, tie=tie), accumulated)
     history = []
     for step in range(STEPS):
@@ -344,11 +348,12 @@ def run(cell):
     if dist.get_rank():
         return None
     orders = (mode,) if mode == "horizon" else ORDERS_OF_SUMS
+    linear = torch.nn.functional.linear
     exact = one_process(trains, orders[0], accumulated, world, torch.float64, tie)
     errors = [worst(exact, one_process(trains, order, accumulated, world, tie=tie)) for order in orders]
     own = [max(of_each) for of_each in zip(*errors, strict=True)]
     same_sums = mode.removesuffix("+offload").replace("sequence_major", "layer_major")
-    alone = one_process(trains, same_sums, accumulated, world, tie=tie, ranks=ranks)
+    alone = one_process(trains, same_sums, accumulated, world, tie=tie, ranks=ranks, linear=linear)
     error, apart = worst(exact, history), worst(alone, history)
     return {**cell, "own": own, "error": error, "to_the_bit": apart[1:] == [0, 0], "apart": apart}
 

@@ -1,4 +1,4 @@
-"""Times `data prepare --cache-frames` of 200 clips with one worker and with two, in turns: `many_clips.py FOLDER`.
+"""Times `data prepare --cache-frames` of 200 clips with one worker and with two, in turns: `many_clips.py FOLDER [TURNS]`.
 
 Each worker decodes by one thread; the manifests must be equal to the byte.
 """
@@ -13,13 +13,15 @@ from video_ma2mba import VideoMa2mbaVideoProcessor
 from video_ma2mba.data import prepare as preparing
 from video_ma2mba.data.synthetic import make_story
 
-NUM_CLIPS, LENGTH_S, TURNS = 200, 20, 5
+NUM_CLIPS, LENGTH_S = 200, 20
+TURNS = int(sys.argv[2]) if len(sys.argv) > 2 else 5
 
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
 lines = []
 for number in range(NUM_CLIPS):
-    make_story(seed=number, duration_s=LENGTH_S).render(folder / f"{number}.mp4")
+    if not (folder / f"{number}.mp4").exists():
+        make_story(seed=number, duration_s=LENGTH_S).render(folder / f"{number}.mp4")
     lines.append(f'{{"video": "{number}.mp4", "question": "What is it?", "answer": "A clip."}}\n')
 (folder / "questions.jsonl").write_text("".join(lines))
 cache = {"processor": VideoMa2mbaVideoProcessor(), "fps": 1.0, "encoding": "jpeg"}

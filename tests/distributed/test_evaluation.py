@@ -56,11 +56,13 @@ def alone(command, tmp_path_factory):
     return report_of(folder)
 
 
+def torchrun(num, *arguments):
+    run = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num, *arguments]
+    return subprocess.run(list(map(str, run)), capture_output=True, text=True, timeout=300)
+
+
 def launch(num, log, arguments, dies=NOBODY):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num)]
-    return subprocess.run(
-        [*run, str(WATCHED), str(log), *dies, *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
+    return torchrun(num, WATCHED, log, *dies, *arguments)
 
 
 def watched_in(log):
@@ -81,6 +83,16 @@ def test_two_processes_give_the_report_of_one_and_watch_each_video_once(command,
     assert sorted(path.name for path in out.iterdir()) == [
         "answers.jsonl", "media.jsonl", "questions.jsonl", "report.json", "report.md", "report.png", "settings.json"
     ]  # fmt: skip
+
+
+def test_the_command_under_torchrun_and_by_shards_gives_the_report_of_one(command, alone, tmp_path):
+    done = torchrun(2, "-m", "video_ma2mba.cli", *command, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert report_of(tmp_path / "two") == alone
+    for shard in ("1/2", "2/2"):
+        assert main([*command, str(tmp_path / "shards"), "--shard", shard]) == 0
+    assert main(["eval", "merge", str(tmp_path / "shards")]) == 0
+    assert report_of(tmp_path / "shards") == alone
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
