@@ -1,4 +1,4 @@
-"""Times `data prepare --cache-frames` of 200 clips with one worker and with two, in turns: `many_clips.py FOLDER [TURNS]`.
+"""Times `data prepare --cache-frames` of 200 clips with one worker and with two: `many_clips.py FOLDER [TURNS]`.
 
 Each worker decodes by one thread; the manifests must be equal to the byte.
 """
