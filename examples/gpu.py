@@ -51,7 +51,9 @@ ON_CUDA = [
         "train_short": (
             [*TRAIN, "--lengths", "4096", "8192", "32768", "262144", "--methods", "per layer", "sqrt", "layer_major",
              "sequence_major + offload", *ONCE], 180),
-        "scan": (["bench", "scan", "--device", "cuda", "--dtypes", "bfloat16", "--tokens", "8192"], 100),
+        "scan": (["bench", "scan", "--device", "cuda", "--dtypes", "bfloat16", "--tokens", "8192"], 80),
+        "core": (["bench", "scan", "--device", "cuda", "--dtypes", "bfloat16", "--tokens", "8192", "--rows", "core"],
+                 20),
         "generate": (
             ["bench", "generate", *DEVICE, "--contexts", str(2**10), str(2**17)], 60),
         "memory": (["bench", "memory", "--device", "cuda", "--lengths", "16384", "65536"], 80),
@@ -204,6 +206,7 @@ def as_table(report: dict) -> str:
         ("offload", ("tokens", "step_s", "offload_step_s", "ratio")),
         ("generate", ("context_tokens", "prefill_tokens_per_s", "s_per_new_token")),
         ("scan", ("row", "size", "dtype", "pass", "times_faster", "memory_ratio", "over_floor")),
+        ("core", ("size", "pass", "times_faster", "memory_ratio")),
         ("memory", ("tokens", "method", "measured_bytes", "predicted_bytes")),
     ):
         if name in results:

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 import torch
 
 from .autocast import autocast_to
+from .segment_sizes import KEPT_SEGMENT
 
 _keeping = ContextVar("keeping", default=False)
 
@@ -124,8 +125,8 @@ class _RecomputeSegments(torch.autograd.Function):
 
 
 def _kept(fn, segment, sequence, states, params):
-    """One pass under autograd, segment by segment as the other way: the same numbers, also in the backward pass."""
-    pieces = []
+    """One pass under autograd: the numbers of the other way, up to the order in which gradients are added."""
+    pieces, segment = [], min(segment, KEPT_SEGMENT)
     # cut by split, whose backward pass joins the gradients once: that of a slice makes and adds a tensor of full length
     count = max(1, -(-sequence[0].shape[1] // segment))
     spans = [[None] * count if s is None else s.split(segment, dim=1) for s in sequence]

@@ -172,7 +172,14 @@ class _KernelCore(torch.autograd.Function):
         def add(index, grad):
             sums[index] = grad if sums[index] is None else sums[index].float() + grad
 
-        conv = _ConvolutionBackward(ctx.conv, conv_weight, conv_bias, projected.dtype)
+        # of the convolution: its kernel adds to what is there, so one tensor is filled and cast for both
+        of_conv = [t for t in (conv_weight[:, 0], conv_bias) if t is not None]
+        total = torch.zeros(sum(t.numel() for t in of_conv), dtype=torch.float32, device=projected.device)
+
+        def parts(total):
+            pieces = total.split([t.numel() for t in of_conv])
+            return [piece.view(t.shape) for piece, t in zip(pieces, of_conv, strict=True)]
+
         for span in reversed(_spans(projected, shape)):
             ssm_state, conv_state = borders.pop(), borders.pop()
             piece, grad_piece = _call(projected, span), _call(grad_projected, span)
@@ -185,21 +192,25 @@ class _KernelCore(torch.autograd.Function):
             )
             add(5, grad_weight)
 
-            convolved = conv.again(x_B_C, conv_state)
+            inputs = [x_B_C, conv_weight[:, 0], conv_bias, conv_state]
+            inputs = [None if t is None else t.detach().requires_grad_(ctx.conv is None) for t in inputs]
+            with torch.set_grad_enabled(ctx.conv is None):
+                convolved = _convolve(ctx.conv, *inputs)
             grad_convolved = torch.empty(convolved.shape, dtype=convolved.dtype, device=convolved.device)
             of_steps = dt, where, A_log, dt_bias, shape
             grad_A_log, grad_D, grad_dt_bias, grad_ssm_state = _scan_backward(
-                grad_scanned, _scanned(convolved, shape), of_steps, D.float(), ssm_state, grad_ssm_state,
+                grad_scanned, _scanned(convolved.detach(), shape), of_steps, D.float(), ssm_state, grad_ssm_state,
                 _split_scanned(grad_convolved, shape), grad_dt,
             )  # fmt: skip
             add(2, grad_dt_bias)
             add(3, grad_A_log)
             add(4, grad_D)
-            grad_before = conv.backward(grad_convolved, grad_x_B_C)
+            grad_before = _convolve_backward(ctx.conv, convolved, inputs, grad_convolved, grad_x_B_C, parts(total))
             grad_conv_state = last_inputs_backward(grad_conv_state, grad_x_B_C, grad_before, where)
             if grad_piece.data_ptr() != grad_projected[:, span].data_ptr():
                 grad_projected[:, span] = grad_piece
-        sums[:2] = conv.sums()
+        sums[: len(of_conv)] = parts(total.to(conv_weight.dtype))
+        sums[0] = sums[0][:, None]
         sums = [None if p is None else s.to(p.dtype) for p, s in zip(params, sums, strict=True)]
         return None, None, None, grad_projected, None, grad_conv_state, grad_ssm_state, *sums
 
@@ -249,53 +260,27 @@ def _scan_backward(grad_y, operands, of_steps, D, ssm_state, grad_final, grads, 
     return grad_A_log, grad_D, grad_dt_bias, grad_initial.view(ssm_state.shape)
 
 
-class _ConvolutionBackward:
-    """Convolution and silu, span by span from the last to the first, and their gradients.
+def _convolve_backward(conv, convolved, inputs, grad, grad_x, totals):
+    """Back through `_convolve`: writes `grad_x`, adds to `totals`, and returns the gradient of the conv state.
 
-    weight: (channels, 1, width). bias: (channels,) or None.
+    Args:
+        convolved: what it gave, in plain torch with the graph of `inputs`: x, weight, bias, conv_state.
+        totals: float32, of weight and bias, or of the weight alone.
     """
-
-    def __init__(self, conv, weight, bias, dtype):
-        self.package, self.dtype, self.given = conv, dtype, (weight[:, 0], bias)
-        self.shapes = [None if t is None else t.shape for t in (weight, bias)]
-        self.sizes = [0 if t is None else t.numel() for t in (weight, bias)]
-        # the kernel adds to what is there: one tensor for both, filled and cast at once
-        self.total = torch.zeros(sum(self.sizes), dtype=torch.float32, device=weight.device)
-
-    def again(self, x, conv_state):
-        """(batch, tokens, channels); `conv_state` in the dtype of x."""
-        self.inputs = x, conv_state
-        if self.package is not None:
-            return _convolve(self.package, x, *self.given, conv_state)
-        self.leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *self.given, conv_state)]
-        with torch.enable_grad():
-            self.out = _convolve(None, *self.leaves)
-        return self.out.detach()
-
-    def backward(self, grad, grad_x):
-        """Writes `grad_x` and returns the gradient of the conv state."""
-        parts = self.total.split(self.sizes)
-        if self.package is None:
-            found = iter(torch.autograd.grad(self.out, [t for t in self.leaves if t is not None], grad))
-            grad_x.copy_(next(found))
-            for part, leaf in zip(parts, self.given, strict=True):
-                if leaf is not None:
-                    part += next(found).flatten()
-            return next(found)
-        (x, conv_state), (weight, bias) = self.inputs, self.given
-        grad_state = torch.empty_like(conv_state)
-        self.package.cpp_functions._causal_conv1d_bwd_cpp(
-            x=x.transpose(1, 2), weight=weight.to(x.dtype), bias=None if bias is None else bias.to(x.dtype),
-            dout=grad.transpose(1, 2), seq_idx=None, initial_states=conv_state.transpose(1, 2), dfinal_states=None,
-            dx=grad_x.transpose(1, 2), dweight=parts[0].view(weight.shape), dbias=None if bias is None else parts[1],
-            dinitial_states=grad_state.transpose(1, 2), silu_activation=True,
-        )  # fmt: skip
-        return grad_state
-
-    def sums(self):
-        """The gradients of weight and bias, in the dtype of the weight."""
-        parts = self.total.to(self.given[0].dtype).split(self.sizes)
-        return [None if shape is None else part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+    if conv is None:
+        found = torch.autograd.grad(convolved, [t for t in inputs if t is not None], grad)
+        grad_x.copy_(found[0])
+        for total, one in zip(totals, found[1:], strict=False):
+            total += one
+        return found[-1]
+    x, weight, bias, conv_state = (None if t is None else t.to(grad.dtype) for t in inputs)
+    grad_state = torch.empty_like(conv_state)
+    conv.cpp_functions._causal_conv1d_bwd_cpp(
+        x=x.transpose(1, 2), weight=weight, bias=bias, dout=grad.transpose(1, 2), seq_idx=None,
+        initial_states=conv_state.transpose(1, 2), dfinal_states=None, dx=grad_x.transpose(1, 2), dweight=totals[0],
+        dbias=None if bias is None else totals[1], dinitial_states=grad_state.transpose(1, 2), silu_activation=True,
+    )  # fmt: skip
+    return grad_state
 
 
 def kernel_step(shape, conv, projected, states, params):

@@ -45,7 +45,7 @@ def _forward_kernel(
     real = (head < h) & (place < Q) & (token < t)
     dt = tl.load(dt_ptr + batch * dt_batch + token * dt_token + head, mask=real, other=0.0)
     if HAS_MASK:
-        real = real & (tl.load(mask_ptr + batch * mask_batch + token, mask=token < t, other=0) != 0)
+        real = real & tl.load(mask_ptr + batch * mask_batch + token, mask=real, other=0)
     dt_bias = tl.load(dt_bias_ptr + head, mask=head < h, other=0.0).to(tl.float32)
     A = -tl.exp(tl.load(A_log_ptr + head, mask=head < h, other=0.0).to(tl.float32))
     step, _, _ = _step(dt, dt_bias, low, high, real)
@@ -84,7 +84,7 @@ def _backward_kernel(
         there = grad_dt_ptr + batch * grad_batch + token * grad_token + head
         exists = real
         if HAS_MASK:
-            real = real & (tl.load(mask_ptr + batch * mask_batch + token, mask=real, other=0) != 0)
+            real = real & tl.load(mask_ptr + batch * mask_batch + token, mask=real, other=0)
         step, wide, x = _step(dt, dt_bias, low, high, real)
         grad_dt = grad * A + tl.load(grad_step_ptr + here, mask=real, other=0.0)
         grad_dt = tl.where(real & (wide >= low) & (wide <= high), grad_dt * tl.sigmoid(x), 0.0)
@@ -108,7 +108,7 @@ def steps(dt, mask, A_log, dt_bias, shape):
     block_h = max(1, min(16, TILE // block_q))
     with torch.cuda.device(dt.device.index):
         _forward_kernel[b, c, triton.cdiv(h, block_h)](
-            dt, _of_bytes(mask), A_log, dt_bias, log_decay, step,
+            dt, mask, A_log, dt_bias, log_decay, step,
             t, h, c, *shape.time_step_limit, *dt.stride()[:2], 0 if mask is None else mask.stride(0),
             HAS_MASK=mask is not None, Q=q, BLOCK_Q=block_q, BLOCK_H=block_h, num_warps=8,
         )  # fmt: skip
@@ -128,13 +128,9 @@ def steps_backward(grads, dt, mask, A_log, dt_bias, shape, grad_dt):
     grad_A_log, grad_dt_bias = torch.empty(2, h, dtype=torch.float32, device=dt.device)
     with torch.cuda.device(dt.device.index):
         _backward_kernel[h,](
-            *grads, dt, _of_bytes(mask), A_log, dt_bias, grad_dt, grad_A_log, grad_dt_bias,
+            *grads, dt, mask, A_log, dt_bias, grad_dt, grad_A_log, grad_dt_bias,
             b, t, h, triton.cdiv(t, q), *shape.time_step_limit, *dt.stride()[:2], *grad_dt.stride()[:2],
             0 if mask is None else mask.stride(0),
             HAS_MASK=mask is not None, Q=q, BLOCK_Q=block_q, BLOCK_C=max(1, TILE // block_q), num_warps=8,
         )  # fmt: skip
     return grad_A_log, grad_dt_bias
-
-
-def _of_bytes(mask):
-    return None if mask is None else mask.view(torch.uint8)

@@ -7,7 +7,7 @@
 - watch: frames a second of a video memory, pictures in memory
 - offload: a training step with what crosses borders in host memory over the same step without
 
-On a CPU a small model goes through the same, where operators count as launches and nothing is captured.
+On a CPU a small model goes through the same, where all operators count as launches and nothing is captured.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..loading import TINY_MODEL, choose_device, choose_dtype
 from ..modeling import VideoMa2mbaForConditionalGeneration
@@ -61,30 +60,14 @@ def _model(args: argparse.Namespace, device: torch.device, **changes: Any) -> An
 # --- launches --------------------------------------------------------------------------------------------------------
 
 
-class _Operators(TorchDispatchMode):
-    """Counts operators that are no views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
 def _count(work: Callable[[], Any], device: torch.device) -> int:
     work()  # compiles, and chooses among kernels
-    if device.type != "cuda":
-        with _Operators() as operators:
-            work()
-        return operators.count
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind.name)]) as profile:
         work()
-        torch.cuda.synchronize()
-    kinds = [event.device_type() for event in profile.profiler.kineto_results.events()]
-    return sum(kind == torch.autograd.DeviceType.CUDA for kind in kinds)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return sum(event.device_type() == kind for event in profile.profiler.kineto_results.events())
 
 
 def _launches(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from transformers import Mamba2Config
 from transformers.models.mamba2 import modeling_mamba2
 
 from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
-from ..modeling.mamba2 import Mamba2Backbone, init_mamba2_weights
+from ..modeling.mamba2 import Mamba2Backbone, Mamba2Mixer, init_mamba2_weights
 from ..modeling.recompute import keeping_activations, recompute_segments
 from ..modeling.segment_sizes import SEGMENT
 from ..modeling.ssd import ssd_scan
+from ..modeling.ssd_kernels import scan_kernels
 
 ROWS = ("scan", "block", "model", "decode")
 SIZES = {"370m": "0.7b", "1.3b": "1.8b", "2.7b": "3.1b"}  # the backbones of these models
@@ -34,6 +35,7 @@ class Pair:
         inputs: Tensors; those of a pass with gradients want them.
         names: Of the results and of the gradients, for what is compared.
         floor: Of a decode step, its products of a matrix and a vector and nothing else; None for other rows.
+        peer: Whose they are.
     """
 
     ours: Callable
@@ -42,6 +44,7 @@ class Pair:
     names: list[str]
     floor: Callable | None = None
     weights: list[torch.nn.Parameter] = field(default_factory=list)
+    peer: str = "transformers"
 
 
 def text_config(size: str, num_layers: int) -> Any:
@@ -64,12 +67,14 @@ def make_pair(
     """One row of the benchmark.
 
     Args:
-        row: Of `ROWS`. layers: Of "model" and "decode".
+        row: Of `ROWS`, or "core". layers: Of "model" and "decode".
         chunks: Chunk sizes of theirs.
     """
     torch.manual_seed(seed)
     if row == "scan":
         return _scan_pair(text_config(size, 1), dtype, tokens, chunks, device)
+    if row == "core":
+        return _core_pair(text_config(size, 1), dtype, tokens, chunks, device)
     config = text_config(size, 1 if row == "block" else layers)
     ours = Mamba2Backbone(config, 10**9)
     for layer in ours.layers:
@@ -145,6 +150,32 @@ def _scan_pair(config: Any, dtype: torch.dtype, tokens: int, chunks: list[int], 
 
     names = ["y", "final_state", *(f"grad_{name}" for name in SCAN_NAMES)]
     return Pair(ours, {chunk: theirs(chunk) for chunk in chunks}, [t.requires_grad_() for t in inputs], names)
+
+
+def _core_pair(config: Any, dtype: torch.dtype, tokens: int, chunks: list[int], device: str) -> Pair:
+    """What lies between the projections; theirs starts the convolution from zeros, as ours does here."""
+    mixer = Mamba2Mixer(config, "mamba_ssm")
+    init_mamba2_weights(mixer, config)
+    mixer = _cast(mixer, dtype).to(device)
+    weights = (mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.weight)
+    projected = torch.randn(1, tokens, mixer.shape.projection, device=device).to(dtype).requires_grad_()
+    fused = scan_kernels().scan.mamba_split_conv1d_scan_combined
+
+    def theirs(chunk: int) -> Callable:
+        conv_weight, bias, dt_bias, A_log, D, norm_weight = weights
+        return lambda x: (
+            fused(
+                x, conv_weight[:, 0], bias, dt_bias, -A_log.exp(), D, chunk, rmsnorm_weight=norm_weight,
+                rmsnorm_eps=config.layer_norm_epsilon, headdim=config.head_dim, ngroups=config.n_groups,
+                norm_before_gate=False,
+            ),
+        )  # fmt: skip
+
+    return Pair(
+        lambda x: (mixer._run_core(x, None, mixer.new_state(1), weights)[0],),
+        {chunk: theirs(chunk) for chunk in chunks},
+        [projected], ["out", "grad_projected"], weights=list(weights), peer="mamba_ssm",
+    )  # fmt: skip
 
 
 def _decode_pair(ours: Any, peers: dict[int, Any], token: torch.Tensor) -> Pair:

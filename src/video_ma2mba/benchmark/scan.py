@@ -11,7 +11,8 @@ and a vector alone, below which no implementation comes.
 
 Peak bytes are told by two that know nothing of each other, above what the inputs take: torch's CPU allocator, whose
 every allocation and release the profiler reports; and the operating system, as the resident size of the process at its
-peak. On a GPU they are the allocator's, and the core of a mixer is compared with mamba_ssm's fused one too.
+peak. On a GPU they are the allocator's, and `--rows core` compares what lies between the projections of a mixer with
+mamba_ssm's fused function, which has no convolution state.
 """
 
 import argparse
@@ -34,7 +35,7 @@ PASSES = ("forward", "forward_backward")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "core"], default=list(ROWS), help="core: on a GPU")
     parser.add_argument("--sizes", nargs="+", choices=["tiny", *SIZES], default=list(SIZES), help="of the backbone")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
@@ -71,7 +72,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "scan",
         "settings": {"segment": SEGMENT, "scan_chunk": SCAN_CHUNK, "layers": args.layers, "repeats": args.repeats},
         "rows": rows,
-        **({"core": _core(args)} if device == "cuda" else {}),
         "machine": describe(device),
     }
 
@@ -85,7 +85,7 @@ def measure(pair: Pair, name: str, repeats: int, device: str) -> dict[str, Any]:
     chunk = min(tried, key=lambda one: tried[one])
     differences = _differences(pair.names, of_ours, of_theirs[chunk])
     del of_ours, of_theirs
-    subjects = {"ours": pair.ours, "transformers": pair.theirs[chunk]}
+    subjects = {"ours": pair.ours, pair.peer: pair.theirs[chunk]}
     if pair.floor is not None:
         subjects["floor"] = pair.floor
     times: dict[str, list[float]] = {key: [] for key in subjects}
@@ -104,7 +104,7 @@ def measure(pair: Pair, name: str, repeats: int, device: str) -> dict[str, Any]:
         }
         for key, function in subjects.items()
     }
-    ours, theirs = measured["ours"], measured["transformers"]
+    ours, theirs = measured["ours"], measured[pair.peer]
     compared = {
         "their_chunk": chunk,
         "times_faster": theirs["median_s"] / ours["median_s"],
@@ -150,19 +150,3 @@ def _differences(names: list[str], ours: tuple, theirs: tuple) -> dict[str, floa
         name: float((mine - other).abs().max() / other.abs().max())
         for name, mine, other in zip(names, ours, theirs, strict=False)
     }
-
-
-def _core(args: argparse.Namespace) -> dict[str, Any]:
-    """The core of a mixer against mamba_ssm's, by size."""
-    from .mixer import measure as measure_core
-    from .peers import text_config
-
-    found = {}
-    for size in args.sizes:
-        config = text_config(size, 1)
-        asked = argparse.Namespace(
-            batch=1, tokens=args.tokens[0], heads=config.num_heads, head_dim=config.head_dim, state=config.state_size,
-            their_chunk=config.chunk_size, repeats=args.repeats, seed=args.seed,
-        )  # fmt: skip
-        found[size] = measure_core(asked)
-    return found
