@@ -18,7 +18,7 @@ NUM_CLIPS, DIFFERENT, LENGTH_S, FPS = 200, 10, 5, 25
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path)
-parser.add_argument("--side", type=int, default=480)
+parser.add_argument("--side", type=int, default=360)
 parser.add_argument("--turns", type=int, default=5)
 args = parser.parse_args()
 clips = args.folder / f"{args.side}"
