@@ -15,7 +15,7 @@ import importlib.util
 import sys
 import types
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -273,7 +273,8 @@ def _convolve_backward(conv, convolved, inputs, grad, grad_x, totals):
         for total, one in zip(totals, found[1:], strict=False):
             total += one
         return found[-1]
-    x, weight, bias, conv_state = (None if t is None else t.to(grad.dtype) for t in inputs)
+    cast: Any = [None if t is None else t.to(grad.dtype) for t in inputs]
+    x, weight, bias, conv_state = cast
     grad_state = torch.empty_like(conv_state)
     conv.cpp_functions._causal_conv1d_bwd_cpp(
         x=x.transpose(1, 2), weight=weight, bias=bias, dout=grad.transpose(1, 2), seq_idx=None,

@@ -58,8 +58,8 @@ class MediaLoader:
         limit = 1 if last <= first else max_frames
         key = path, start_s, end_s, limit
         if (frames := self._kept.get(key)) is None:
-            span = {"start_s": start_s, "end_s": end_s, "max_frames": limit}
-            frames = self.video_processor.load(path, fps=self.fps, **span).frames
+            load = self.video_processor.load
+            frames = load(path, fps=self.fps, start_s=start_s, end_s=end_s, max_frames=limit).frames
             if frames.nbytes + sum(kept.nbytes for kept in self._kept.values()) <= KEPT_BYTES:
                 self._kept[key] = frames
         return frames.clone()  # what goes to another process is moved there
