@@ -22,7 +22,7 @@ from .interleaved_inputs import InterleavedInputs
 from .mamba2 import Mamba2Backbone, Mamba2Mixer, Mamba2RMSNorm, Mamba2RMSNormGated, init_mamba2_weights
 from .multi_axis_checkpointing import MultiAxisCheckpointing
 from .outputs import VideoMa2mbaOutput
-from .sharded_parameters import as_unsharded_class, is_partitioned, run_gathered
+from .sharded_parameters import as_unsharded_class, is_partitioned, refuse_narrow_policies, run_gathered
 from .visual_features import VideoMa2mbaProjector, VisualFeatures, build_tower
 
 logger = logging.get_logger(__name__)
@@ -327,8 +327,10 @@ class VideoMa2mbaForConditionalGeneration(  # type: ignore[misc]  # as above
             `VideoMa2mbaOutput` with `loss` where there are labels, and `logits` (batch, kept, vocabulary) in float32.
 
         Raises:
-            ValueError: labels of another shape than the inputs; and as `VideoMa2mbaModel.forward`.
+            ValueError: labels of another shape than the inputs, FSDP2 that casts A_log to 16 bits; and as
+                `VideoMa2mbaModel.forward`.
         """
+        refuse_narrow_policies(self)
         batch, num_tokens = _batch_and_tokens(input_ids, inputs_embeds)
         targets = _targets(labels, kwargs.pop("shift_labels", None), batch, num_tokens)
         inputs = {

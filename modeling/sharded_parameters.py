@@ -72,6 +72,34 @@ def is_partitioned(module):
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
+def refuse_narrow_policies(model):
+    """Refuse FSDP2 of a model, or of parts of it, that casts A_log, D and dt_bias to 16 bits, checkpointed or not.
+
+    Raises:
+        ValueError: a `MixedPrecisionPolicy` does so.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp") if several_processes() else None
+    if fsdp is None:
+        return
+    for part in model.modules():
+        if not isinstance(part, fsdp.FSDPModule):
+            continue
+        dtype = part._get_fsdp_state()._mp_policy.param_dtype
+        if dtype is not None and torch.finfo(dtype).bits < 32 and _holds_decays(part, fsdp.FSDPModule):
+            raise ValueError(
+                f"MixedPrecisionPolicy(param_dtype={dtype}) turns the float32 parameters of {type(part).__name__} into "
+                f"{dtype}, also A_log, D and dt_bias, which decide how fast the states decay: leave param_dtype out "
+                "and compute in torch.autocast, which leaves them alone"
+            )
+
+
+def _holds_decays(module, unit):
+    """Whether A_log is a parameter of a module or of what it holds, but for what is a unit of its own."""
+    if "A_log" in module._parameters:
+        return True
+    return any(_holds_decays(child, unit) for child in module.children() if not isinstance(child, unit))
+
+
 @contextmanager
 def engine_hooks_aside(modules):
     """Inside, the hooks of an engine on `modules` and on what they hold are not called; those of users are."""
@@ -138,20 +166,8 @@ def _fsdp_units(modules):
                 )
             if isinstance(part, fsdp.FSDPModule):
                 found.setdefault(part._get_fsdp_state(), part)
-    for state, part in found.items():
-        dtype = state._mp_policy.param_dtype
-        if dtype is not None and torch.finfo(dtype).bits < 32 and _has_float32(part):
-            raise ValueError(
-                f"MixedPrecisionPolicy(param_dtype={dtype}) turns the float32 parameters of {type(part).__name__} into "
-                f"{dtype}, also A_log, D and dt_bias, which decide how fast the states decay: leave param_dtype out "
-                "and compute in torch.autocast, which leaves them alone"
-            )
     # what is at work is gathered already, by who calls this one
     return [_FSDPUnit(state, part) for state, part in found.items() if state._training_state.name != "FORWARD"]
-
-
-def _has_float32(module):
-    return any(name.endswith(("A_log", "dt_bias")) for name, _ in module.named_parameters())
 
 
 class _Zero3Unit:
