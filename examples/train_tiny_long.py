@@ -20,6 +20,9 @@ wrong. So in most of the stories the circle is of any colour, stays for a second
 A head that writes every second has written 14,400 times after four hours, and once a circle. So with `--circle-gate`
 one head of the first layer begins as a gate: its time step is fitted, by hand so to speak, to open for circles alone.
 
+What is saved is an average of the weights over the last few hundred steps: those of a single step answer worse after
+hours, where a small change of what is written adds up.
+
 Two more things are changed in the model first, and hardly change its answers: every layer gets heads that forget
 slowly, and two more layers, which do nothing yet, find their places between the old ones. Tower and projector stay
 frozen, so frames are turned into features once: a bank of scenes, from H.264 and as they were drawn, of which stories
@@ -49,15 +52,16 @@ NEW_LAYERS = (1, 4)  # their places among the six
 HALF_LIVES = (2000.0, 8000.0, 30000.0, 120000.0)  # of the new heads, in tokens, at the time step they begin with
 TIME_STEP = 0.03
 BANK_STORY_S, BANK_SEED, STREAM_SEED = 24, 3 * 10**8, 10**10
-NUM_STREAMS, STREAMS_S = 8, ((0.7, 400, 24_000), (0.3, 8_000, 30_000))  # share of the streams, seconds from, to
+NUM_STREAMS, STREAMS_S = 8, ((0.5, 400, 24_000), (0.5, 12_000, 30_000))  # share of the streams, seconds from, to
 WINDOWS = ((0.35, 128, 8), (0.3, 256, 6), (0.2, 512, 4), (0.15, 1024, 2))  # share of the steps, frames, streams
 SHORT = ((0.25, 3, 30, 24), (0.6, 8, 180, 8), (0.15, 180, 480, 3))  # share of the steps, seconds from, to, videos
-GAPS = ((96, 5), (224, 4))  # frames of the window, stories
-GAP_STORY_S = (600, 16_000)
+GAPS = ((96, 4), (224, 3))  # frames of the window, stories
+GAP_STORY_S = (2_000, 20_000)
 WATCHED_AT_A_TIME = 2048
 PLAIN_SHARE, NEEDLE_SHARE = 0.4, 0.7  # of the stories: never encoded; with a circle of any colour
 CIRCLE_HEAD = 6  # of the first layer: the one that costs least when it is given away
 SAVED, SAVE_EVERY = "training.safetensors", 100
+AVERAGING = 0.995  # what the model that is saved keeps of its weights at every step; the rest is what was just trained
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -412,7 +416,7 @@ def train(model, processor, args: argparse.Namespace) -> None:
     parameters = {name: p for some, group in by_group for name, p in zip(some, group["params"], strict=True)}
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98))
     bank = Bank(model, processor, args.bank_stories, args.output / "bank.safetensors")
-    saved, step = args.output / SAVED, 0
+    saved, step, kept = args.output / SAVED, 0, {}
     if args.circle_gate and not saved.is_file():
         open_for_circles(model, bank)
     if saved.is_file():
@@ -423,6 +427,7 @@ def train(model, processor, args: argparse.Namespace) -> None:
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(step)), **{k: kept[f"{k}.{name}"] for k in ("exp_avg", "exp_avg_sq")},
             }  # fmt: skip
+    average = {name: kept.get(f"average.{name}", p.detach()).clone() for name, p in parameters.items()}
     teacher = Teacher(model, processor, bank, np.random.default_rng([args.seed, step]), STREAM_SEED + 10**4 * step)
     start, losses = time.perf_counter(), {}
     while step < args.steps:
@@ -436,6 +441,8 @@ def train(model, processor, args: argparse.Namespace) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0, error_if_nonfinite=True)
         optimizer.step()
+        for name, parameter in parameters.items():
+            average[name].lerp_(parameter.detach(), 1 - AVERAGING)
         step += 1
         losses.setdefault(kind, []).append(loss.item())
         if step % 50 == 0:
@@ -446,8 +453,11 @@ def train(model, processor, args: argparse.Namespace) -> None:
             kept = {"step": torch.tensor(step)} | {name: p.detach() for name, p in parameters.items()}
             for name, parameter in parameters.items():
                 kept |= {f"{k}.{name}": optimizer.state[parameter][k] for k in ("exp_avg", "exp_avg_sq")}
+                kept[f"average.{name}"] = average[name]
             save_file({name: value.contiguous() for name, value in kept.items()}, saved.with_suffix(".partial"))
             os.replace(saved.with_suffix(".partial"), saved)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(average[name])
 
 
 def main() -> None:
