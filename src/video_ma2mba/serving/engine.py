@@ -5,6 +5,7 @@ being put beside the others or taken away; there is nothing to page. New questio
 side, one piece between two steps: nobody waits for a long one.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -62,8 +63,8 @@ class Row:
         cache: the states to go on from, of one row; never written in place.
         sampling: how tokens are chosen.
         deadline: on the clock of `time.monotonic`.
-        every_s: hand over what is new this often, in seconds: 0 each token as it comes, infinity all at the end; the
-            first token is never held back.
+        every_s: hand over what is new this often, in seconds, the first token at once: 0 each token as it comes;
+            infinity all of them at the end.
         listener: called in the engine's thread as (tokens, ending); ending is None, "stop", "length", "timeout" or an
             exception.
         cancelled: nobody wants the rest.
@@ -78,7 +79,7 @@ class Row:
     cancelled: bool = False
     tokens: list[Token] = field(default_factory=list)
     num_given: int = 0  # of the tokens: handed over
-    given_at: float = 0.0  # on the same clock; 0 is long ago
+    given_at: float = -math.inf  # on the same clock
     generator: torch.Generator | None = None
 
 
@@ -266,7 +267,7 @@ class Engine:
                 ending = "length"
             if ending is not None:
                 self._end(row, ending)
-            elif now - row.given_at >= row.every_s:
+            elif row.every_s < math.inf and now - row.given_at >= row.every_s:
                 row.given_at = now
                 self._hand_over(row, None)
         self.generated += len(rows)
