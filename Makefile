@@ -52,7 +52,7 @@ help:
 	@echo "  make clean        remove the environments and caches that the targets above made"
 
 demo: .venv/.ready
-	.venv/bin/python examples/demo.py
+	.venv/bin/python examples/demo.py $(if $(SEED),--seed $(SEED))
 
 test: .venv/.ready
 	.venv/bin/pytest -n 2 --cov --cov-report=term-missing:skip-covered

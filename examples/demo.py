@@ -21,7 +21,7 @@ from rich.text import Text
 
 from video_ma2mba.data.synthetic import Question, make_story
 
-MAX_WRONG = 2  # of six: of such questions 97 % are answered right, so three wrong ones come once in 2,000 videos
+MAX_WRONG = 1
 
 
 def ask(video: Path, questions: list[Question], model: str | None) -> dict:
