@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from video_ma2mba.modeling.ssd import causal_conv1d, ssd_scan, ssd_step
+from video_ma2mba.modeling.ssd import SMALL_STATE, causal_conv1d, ssd_scan, ssd_step, ssd_step_
 
 from .reference import Largest, assert_gradients_match, leaves, scan_loop
 
@@ -44,6 +44,17 @@ def results_and_gradients(scan, inputs):
 
 def chunked(*inputs):
     return ssd_scan(*inputs, chunk_size=CHUNK)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("batch", "state"), [(1, 5), (3, 5), (3, SMALL_STATE // 12 + 1)], ids=["one", "small", "large"])
+def test_step_in_place_is_the_recurrence(batch, state, groups):
+    inputs = scan_inputs(batch, 1, heads=4 * groups, groups=groups, state=state)
+    expected, expected_state = scan_loop(*inputs)
+    written = inputs[-1].clone()
+    y = ssd_step_(*inputs[:-1], written)
+    torch.testing.assert_close(y, expected, rtol=RTOL_64, atol=RTOL_64)
+    torch.testing.assert_close(written, expected_state, rtol=RTOL_64, atol=RTOL_64)
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
