@@ -47,7 +47,9 @@ def chunked(*inputs):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(("batch", "state"), [(1, 5), (3, 5), (3, SMALL_STATE // 12 + 1)], ids=["one", "small", "large"])
+@pytest.mark.parametrize(
+    ("batch", "state"), [(1, 5), (3, 5), (3, SMALL_STATE // 12 + 1)], ids=["one", "small", "large"]
+)
 def test_step_in_place_is_the_recurrence(batch, state, groups):
     inputs = scan_inputs(batch, 1, heads=4 * groups, groups=groups, state=state)
     expected, expected_state = scan_loop(*inputs)
