@@ -35,10 +35,6 @@ def ask(video: Path, questions: list[Question], model: str | None) -> dict:
     return json.loads(done.stdout)
 
 
-def is_right(answer: str, truth: str) -> bool:
-    return answer.strip().rstrip(".").lower() == truth
-
-
 def print_report(console: Console, questions: list[Question], report: dict) -> int:
     """Print the table and return the number of right answers."""
     table = Table()
@@ -49,7 +45,7 @@ def print_report(console: Console, questions: list[Question], report: dict) -> i
     table.add_column("Seconds", justify="right")
     num_right = 0
     for question, answer in zip(questions, report["answers"], strict=True):
-        right = is_right(answer["answer"], question.answer)
+        right = answer["answer"].strip().rstrip(".").lower() == question.answer
         num_right += right
         table.add_row(
             question.text,

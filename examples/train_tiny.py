@@ -233,11 +233,15 @@ class Chats(IterableDataset):
             cached = [duration_s for duration_s in self.cache if stage.shortest_s <= duration_s <= stage.longest_s]
             if stage.longest_s == 0:
                 yield [self._pictures(rng) for _ in range(stage.batch_size)]
-            elif cached and rng.random() < H264_SHARE:
-                yield [self._h264_video(int(rng.choice(cached)), rng) for _ in range(stage.batch_size)]
+                continue
+            if cached and rng.random() < H264_SHARE:
+                videos = (self._cached(int(rng.choice(cached)), rng) for _ in range(stage.batch_size))
             else:
                 duration_s = int(rng.integers(stage.shortest_s, stage.longest_s + 1))
-                yield [self._fresh_video(duration_s, rng) for _ in range(stage.batch_size)]
+                stories = [make_story(self.next_story + i, duration_s) for i in range(1, stage.batch_size + 1)]
+                videos = ((story, story.frames()) for story in stories)
+                self.next_story += stage.batch_size
+            yield [as_chat(frames, draw_questions(story, rng, self.most_questions)) for story, frames in videos]
 
     def _pictures(self, rng: np.random.Generator) -> list[dict]:
         """Seconds of one cached video, the circle's among them, as videos of one frame, each answered by its name."""
@@ -251,22 +255,10 @@ class Chats(IterableDataset):
             messages += [{"role": "user", "content": [picture]}, {"role": "assistant", "content": scene.name}]
         return messages
 
-    def _fresh_video(self, duration_s: int, rng: np.random.Generator) -> list[dict]:
-        story = self._new_story(duration_s)
-        return as_chat(story.frames(), draw_questions(story, rng, self.most_questions))
-
-    def _h264_video(self, duration_s: int, rng: np.random.Generator) -> list[dict]:
-        story, frames = self._cached(duration_s, rng)
-        return as_chat(frames, draw_questions(story, rng, self.most_questions))
-
     def _cached(self, duration_s: int, rng: np.random.Generator) -> tuple[Story, torch.Tensor]:
         number = int(rng.integers(len(self.cache[duration_s])))
         frames = torch.from_numpy(np.load(self.cache[duration_s][number]))
         return make_story(H264_SEED + number, duration_s), frames
-
-    def _new_story(self, duration_s: int) -> Story:
-        self.next_story += 1
-        return make_story(self.next_story, duration_s)
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from train_tiny import CARD, decode_story, save
+from torch.nn.utils.rnn import pad_sequence
+from train_tiny import CARD, as_chat, decode_story, save
 
 from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor
 from video_ma2mba.data.synthetic import COLOURS, NEEDLE, SHAPES, Question, make_story
@@ -259,6 +260,11 @@ def open_for_circles(model, bank: Bank) -> None:
 # --- one step -------------------------------------------------------------------------------------------------------
 
 
+def layers_of(cache, row: int) -> list:
+    """The states of one row, without their graph."""
+    return [type(layer)(*(state[row : row + 1].detach() for state in layer)) for layer in cache.layers]
+
+
 class Teacher:
     """Makes the losses: of short videos, and of the streams.
 
@@ -271,8 +277,6 @@ class Teacher:
 
     def __init__(self, model, processor, bank: Bank, rng: np.random.Generator, next_seed: int):
         self.model, self.processor, self.bank, self.rng, self.next_seed = model, processor, bank, rng, next_seed
-        frame = {"type": "video", "video": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}
-        self.frame, self.video_id = frame, processor.video_token_id
         self.head = self._ids([Question("", "?", "!")])[1]
         self.streams = [self._new_stream(0) for _ in range(NUM_STREAMS)]
 
@@ -302,9 +306,7 @@ class Teacher:
         cache = self._watch(type(streams[0]["cache"]).joined([s["cache"] for s in streams]), rows)
         for number, stream in enumerate(streams):
             stream["at"] += window
-            stream["cache"].layers = [
-                type(layer)(*(state[number : number + 1].detach() for state in layer)) for layer in cache.layers
-            ]
+            stream["cache"].layers = layers_of(cache, number)
         return self._ask(cache, [s["tape"].questions(s["at"], self.rng) for s in streams])
 
     def gap_loss(self) -> torch.Tensor:
@@ -326,7 +328,7 @@ class Teacher:
         after = []
         for number, (tape, start) in enumerate(zip(tapes, starts, strict=True)):
             own = cache.copy()
-            own.layers = [type(layer)(*(s[number : number + 1].detach() for s in layer)) for layer in own.layers]
+            own.layers = layers_of(cache, number)
             with torch.no_grad(), decays(self.model) as kept:
                 self._watch_all(own, tape.rows[start + window :])
             after.append((own, kept))
@@ -365,14 +367,10 @@ class Teacher:
 
     def _ids(self, questions: Sequence[Question]) -> tuple[list[int], list[int], list[int]]:
         """What stands before the video; and after it ids and labels of a dialogue of these questions."""
-        chat = []
-        for question in questions:
-            content = [{"type": "text", "text": question.text}]
-            chat += [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
-        chat[0]["content"].insert(0, self.frame)
+        chat = as_chat(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), questions)
         batch = self.processor.apply_chat_template(chat, tokenize=True, return_labels=True)
         ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-        place = ids.index(self.video_id)
+        place = ids.index(self.processor.video_token_id)
         return ids[place + 1 :], ids[:place], labels[place + 1 :]
 
     def _ask(self, cache, questions: Sequence[list[Question]]) -> torch.Tensor:
@@ -385,10 +383,10 @@ class Teacher:
                 ids, _, labels = self._ids(shuffled[start : start + together])
                 rows.append((ids, labels))
                 owners.append(owner)
-        longest = max(len(ids) for ids, _ in rows)
-        pad = self.processor.tokenizer.pad_token_id
-        ids = torch.tensor([row + [pad] * (longest - len(row)) for row, _ in rows])
-        labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in rows])
+        ids, labels = (
+            pad_sequence([torch.tensor(row) for row in column], batch_first=True, padding_value=fill)
+            for column, fill in zip(zip(*rows, strict=True), (self.processor.tokenizer.pad_token_id, -100), strict=True)
+        )
         cache = cache.copy()
         cache.reorder_cache(torch.tensor(owners))
         return self.model(ids, labels=labels, cache=cache).loss

@@ -4,12 +4,9 @@ A medium may be a path or URL, the bytes of a file or an open file, {"path", "by
 frames in memory, or a list of the files of single frames. Decoding and scaling are the video processor's.
 """
 
-import contextlib
 import math
 import numbers
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +15,8 @@ import torch
 from torch.nn.functional import interpolate
 from transformers.video_utils import VideoMetadata
 
+from .frames_in_memory import channels_first
+from .media_location import is_location, locate
 from .video_reader import check_span, probe_video
 
 _FASTER_THAN_ANY_VIDEO = 1e6  # frames per second: with it, `max_frames` alone decides
@@ -38,10 +37,8 @@ def load_video(processor: Any, video: Any, options: dict[str, Any]) -> tuple[Any
         ValueError: Options that exclude each other, or that this video cannot follow.
     """
     check_sampling(options)
-    with _as_path_or_frames(video) as medium:
-        if _is_path(medium):
-            return _load_file(processor, medium, options)
-        return _load_frames(processor, medium, options)
+    medium = _as_location_or_frames(video)
+    return (_load_file if is_location(medium) else _load_frames)(processor, medium, options)
 
 
 def check_sampling(options: dict[str, Any]) -> None:
@@ -73,17 +70,18 @@ def own_first(own: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
 
 def load_image(processor: Any, image: Any, options: dict[str, Any]) -> torch.Tensor:
     """Loads one image as a video of one frame: (1, 3, side, side), uint8, or float32 as in `load_video`."""
-    with _as_path_or_frames(image) as medium:
-        if _is_float(medium):
-            return _float_frames(processor, medium[None], options)
-        if not _is_path(medium):
-            medium = _channels_last(medium, options.get("input_data_format"))
-        return processor.load_image(medium)
+    medium = _as_location_or_frames(image)
+    if _is_float(medium):
+        return _float_frames(processor, medium[None], options)
+    if not is_location(medium):
+        medium = _channels_last(medium, options.get("input_data_format"))
+    return processor.load_image(medium)
 
 
 def _load_file(processor: Any, path: Any, options: dict[str, Any]) -> tuple[Any, VideoMetadata | None]:
+    file = locate(path).name
     if options.get("video_metadata") is not None:
-        raise ValueError(f"video_metadata goes with frames in memory; the file '{path}' brings its own. Leave it out.")
+        raise ValueError(f"video_metadata goes with frames in memory; the file {file} brings its own. Leave it out.")
     wanted = {name: options.get(name) for name in ("fps", "max_frames", "end_s", "timestamps")}
     wanted |= {"start_s": options.get("start_s") or 0.0, "strict": bool(options.get("strict"))}
     num_frames = options.get("num_frames")
@@ -92,11 +90,11 @@ def _load_file(processor: Any, path: Any, options: dict[str, Any]) -> tuple[Any,
         info = probe_video(path)
         rate, start_s = info.average_fps, float(wanted["start_s"] or 0.0)
         if rate is None:
-            raise ValueError(f"'{path}' does not say its frame rate, so frames cannot be counted. Give fps.")
+            raise ValueError(f"{file} does not say its frame rate, so frames cannot be counted. Give fps.")
         end_s = min(info.duration_s, math.inf if wanted["end_s"] is None else wanted["end_s"])
         there = round((end_s - start_s) * rate)
         if not every and num_frames is not None and 0 < there < num_frames:
-            raise ValueError(f"num_frames={num_frames} is more than the {there} frames there are in '{path}'.")
+            raise ValueError(f"num_frames={num_frames} is more than the {there} frames there are in {file}.")
         every = every or num_frames == there
         if every:  # picked in the middle of the time that each is shown: containers round the borders
             wanted |= {"fps": rate, "start_s": (math.floor(start_s * rate + 1e-3) + 0.5) / rate}
@@ -106,7 +104,7 @@ def _load_file(processor: Any, path: Any, options: dict[str, Any]) -> tuple[Any,
     loaded = processor.load(path, **wanted)
     if every and wanted["max_frames"] is None and len(set(loaded.timestamps_s)) < len(loaded.timestamps_s):
         raise ValueError(
-            f"The frames of '{path}' do not come at a constant rate, so not each can be taken once. Give fps."
+            f"The frames of {file} do not come at a constant rate, so not each can be taken once. Give fps."
         )
     if not options.get("return_metadata"):
         return loaded, None
@@ -185,9 +183,8 @@ def _kept(processor: Any, frames: Any, metadata: dict[str, Any], options: dict[s
     return [k * total // num_frames for k in range(num_frames)]
 
 
-@contextlib.contextmanager
-def _as_path_or_frames(medium: Any) -> Iterator[Any]:
-    """The medium as something the video processor loads; bytes lie in a file for as long as that takes."""
+def _as_location_or_frames(medium: Any) -> Any:
+    """The medium as something the video processor loads, also more than once: an open file is read."""
     if isinstance(medium, Mapping):
         unknown = medium.keys() - {"path", "bytes"}
         if unknown or not any(medium.get(key) is not None for key in ("path", "bytes")):
@@ -196,30 +193,11 @@ def _as_path_or_frames(medium: Any) -> Iterator[Any]:
                 f"{', '.join(map(str, medium)) or 'none'}."
             )
         medium = medium["path"] if medium.get("bytes") is None else medium["bytes"]
-    if _is_open_file(medium):
-        medium = medium.read()
-    if not isinstance(medium, bytes | bytearray | memoryview):
-        yield medium
-        return
-    if not medium:
-        raise ValueError("A medium given as bytes is empty.")
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, f"{len(medium)} bytes")
-        with open(path, "wb") as file:
-            file.write(medium)
-        yield path
-
-
-def _is_path(medium: Any) -> bool:
-    return isinstance(medium, str | os.PathLike)
+    return medium.read() if hasattr(medium, "read") else medium
 
 
 def _is_file_of_frame(frame: Any) -> bool:
-    return _is_path(frame) or isinstance(frame, bytes | bytearray | memoryview | Mapping) or _is_open_file(frame)
-
-
-def _is_open_file(medium: Any) -> bool:
-    return hasattr(medium, "read") and not hasattr(medium, "convert")  # a PIL image
+    return is_location(frame) or isinstance(frame, Mapping)
 
 
 def _channels_last(frames: Any, input_data_format: Any) -> Any:
@@ -252,10 +230,7 @@ def _float_frames(processor: Any, frames: Any, options: dict[str, Any]) -> torch
     if isinstance(frames, list | tuple):
         frames = torch.stack([torch.as_tensor(frame) for frame in frames])
     pixels = torch.as_tensor(_channels_last(frames, options.get("input_data_format"))).to(torch.float32)
-    if pixels.ndim == 4 and pixels.shape[-1] == 3:
-        pixels = pixels.permute(0, 3, 1, 2)
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"Frames must have three channels, first or last, got the shape {tuple(pixels.shape)}.")
+    pixels = channels_first(pixels)
     normalize = options.get("do_normalize", True)
     if normalize and (pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3):
         raise ValueError(
@@ -266,15 +241,8 @@ def _float_frames(processor: Any, frames: Any, options: dict[str, Any]) -> torch
     if size != tuple(pixels.shape[-2:]):
         low, high = pixels.min(), pixels.max()  # the filter overshoots at edges
         pixels = interpolate(pixels, size, mode="bicubic", antialias=True).clamp(low, high)
-    side, (height, width) = processor.side, size
-    top, left = abs(height - side) // 2, abs(width - side) // 2
-    if processor.resize_mode == "pad":
-        colour = torch.tensor(processor.image_mean) if normalize else torch.zeros(3)  # the mean is zero once normalised
-        padded = colour[:, None, None].expand(len(pixels), 3, side, side).clone()
-        padded[..., top : top + height, left : left + width] = pixels
-        pixels = padded
-    else:
-        pixels = pixels[..., top : top + side, left : left + side]
+    colour = np.array(processor.image_mean if normalize else [0.0] * 3, np.float32)  # the mean is zero once normalised
+    pixels = torch.from_numpy(processor._square(pixels.permute(0, 2, 3, 1).numpy(), colour)).permute(0, 3, 1, 2)
     if normalize:
         statistics = options.get("image_mean"), options.get("image_std")
         pixels = processor.rescale_and_normalize_frames(pixels, True, True, 1.0, *statistics)

@@ -28,13 +28,13 @@ def frame_chunks(video: Any) -> list[torch.Tensor]:
     if isinstance(video, list | tuple):
         if not video:
             raise ValueError("A video needs at least one frame, got an empty list.")
-        return [_channels_first(_to_tensor(frame)[None], _ONE_FRAME) for frame in video]
+        return [channels_first(_to_tensor(frame)[None], _ONE_FRAME) for frame in video]
     frames = _to_tensor(video)
     if hasattr(video, "convert"):  # one picture
         frames = frames[None]
     if len(frames) == 0:
         raise ValueError(f"A video needs at least one frame, got shape {tuple(frames.shape)}.")
-    return [_channels_first(frames, _ALL_FRAMES)]
+    return [channels_first(frames)]
 
 
 def _to_tensor(frames: Any) -> torch.Tensor:
@@ -53,7 +53,8 @@ def _to_tensor(frames: Any) -> torch.Tensor:
     return frames.detach().cpu()
 
 
-def _channels_first(frames: torch.Tensor, expected: str) -> torch.Tensor:
+def channels_first(frames: torch.Tensor, expected: str = _ALL_FRAMES) -> torch.Tensor:
+    """Frames whose channels stand first or last, with the channels first; what is none is refused."""
     shape = tuple(frames.shape[1:]) if expected == _ONE_FRAME else tuple(frames.shape)
     if frames.ndim == 4 and frames.shape[-1] == 3:
         frames = frames.permute(0, 3, 1, 2)

@@ -60,7 +60,7 @@ def first_picture(location: MediaLocation) -> np.ndarray:
     """
     source = PictureSource(location)
     try:
-        pixels = source.first()
+        pixels = source.at(0)
     finally:
         source.close()
     if source.num_frames > 1:
@@ -114,10 +114,6 @@ class PictureSource:
     def close(self) -> None:
         self.image.close()
 
-    def first(self) -> np.ndarray:
-        """The first picture: (height, width, 3) uint8."""
-        return self._at(0)
-
     # --- as VideoSource ---
 
     keyframe_interval: Fraction | None = None
@@ -134,7 +130,7 @@ class PictureSource:
         self.average_fps = float(self.num_frames / self.duration)
 
     def begin(self, thread_type: Any) -> None:
-        height, width = self.first().shape[:2]
+        height, width = self.at(0).shape[:2]
         self.size = height, width
 
     def ticks(self, seconds: Fraction) -> int:
@@ -148,7 +144,7 @@ class PictureSource:
         for number in range(first, self.num_frames):
             later = self._times[number + 1 :]
             self.end = later[0] if later else self.ticks(self.duration)
-            yield Picture(self._times[number], self._at(number))
+            yield Picture(self._times[number], self.at(number))
 
     def frame_at(self, target: int) -> Picture | None:
         return next(self.frames_from(target))
@@ -166,7 +162,8 @@ class PictureSource:
 
     # --- PIL ---
 
-    def _at(self, number: int) -> np.ndarray:
+    def at(self, number: int) -> np.ndarray:
+        """One of the pictures: (height, width, 3) uint8."""
         with self.reading():
             if self.num_frames > 1:
                 self.image.seek(self._first + number)

@@ -24,7 +24,7 @@ from .chat_video_ma2mba import TAGS, ChatSchema, Segment, media_options, media_s
 from .frame_sampling_video_ma2mba import check_sampling, load_image, load_video, own_first
 from .options_video_ma2mba import VideoMa2mbaProcessorKwargs, check, is_option, media_rules, merge_options
 from .rows_video_ma2mba import RowSettings
-from .video_processing_video_ma2mba import VideoMa2mbaVideoProcessor, flatten_metadata, flatten_videos
+from .video_processing_video_ma2mba import VideoMa2mbaVideoProcessor, flat, flatten_metadata, flatten_videos
 
 IGNORED_LABEL = -100
 _PAD_TOKEN = "<|padding|>"
@@ -36,9 +36,8 @@ class _Row:
 
     ids: list[int] = field(default_factory=list)
     supervised: list[int] = field(default_factory=list)  # 1 for what the model should learn to write
-    offsets: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # where a token lies in the text, placeholders repeated
+    # where a token lies in the text, placeholders repeated
+    offsets: list[tuple[int, int]] = field(default_factory=list)
     replaced: list[dict[str, Any]] = field(default_factory=list)  # where the placeholders lie in it
     num_characters: int = 0  # of the text with its placeholders once
     media: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {"video": [], "image": []})
@@ -283,7 +282,7 @@ class VideoMa2mbaProcessor(ProcessorMixin):
             raise ValueError("text must be a text or a list of texts, one per row.")
         media = {
             "video": [] if videos is None else flatten_videos(videos),
-            "image": [] if images is None else _flatten_images(images),
+            "image": [] if images is None else flat(images),
         }
         for kind, token in (("video", self.video_token), ("image", self.image_token)):
             placeholders = sum(each.count(token) for each in texts)
@@ -370,12 +369,11 @@ class VideoMa2mbaProcessor(ProcessorMixin):
                 row.append(segment, *next(tokenized))
             elif segment.kind == "end":
                 row.append(segment, [self.tokenizer.eos_token_id], [(0, len(segment.text))])
-            elif segment.kind == "image":
-                entry = segment.entry or {}
+            entry = segment.entry or {}
+            if segment.kind == "image":
                 row.media["image"].append(load_image(self.video_processor, media_source(entry), images))
                 row.append_medium(segment, self.image_token_id, self.tokens_per_frame)
-            else:
-                entry = segment.entry or {}
+            elif segment.kind == "video":
                 asked = own_first(media_options(entry), videos | {"video_metadata": next(metadata)})
                 video, its_metadata = load_video(self.video_processor, media_source(entry), asked)
                 row.media["video"].append(video.frames)
@@ -466,9 +464,3 @@ def _prepare_tokenizer(tokenizer, placeholders: list[str]) -> None:
         tokenizer.add_special_tokens({"pad_token": _PAD_TOKEN})
     if "padding_side" not in tokenizer.init_kwargs:
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
-
-
-def _flatten_images(images: Any) -> list:
-    if not isinstance(images, list | tuple):
-        return [images]
-    return [flat for image in images for flat in _flatten_images(image)]

@@ -138,7 +138,11 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         if unknown := options.keys() - NAMES["videos_kwargs"]:
             raise TypeError(f"The video processor has no option {', '.join(sorted(unknown))}.")
         given = {name: value for name, value in options.items() if value is not None}
-        loaded = self.load_all(flatten_videos(videos), given)
+        check_sampling(given)
+        check(given, media_rules(self.side, self.resize_mode))
+        flattened = flatten_videos(videos)
+        own = flatten_metadata(given.get("video_metadata"), len(flattened))
+        loaded = [load_video(self, v, given | {"video_metadata": m}) for v, m in zip(flattened, own, strict=True)]
         pixels = self.stack([[video.frames] for video, _ in loaded], given)
         batch = BatchFeature({"pixel_values_videos": pixels}, tensor_type=options.get("return_tensors", "pt"))
         if given.get("return_timestamps"):
@@ -146,24 +150,6 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
         if given.get("return_metadata"):
             batch["video_metadata"] = [metadata for _, metadata in loaded]
         return batch
-
-    def load_all(self, videos: list, options: dict[str, Any]) -> list[tuple[LoadedVideo, Any]]:
-        """Loads each video, with its metadata where they are asked for.
-
-        Args:
-            videos: What `preprocess` takes, one per video.
-            options: See `VideoMa2mbaVideosKwargs`; `video_metadata` has one entry per video.
-
-        Raises:
-            ValueError: An option that cannot be honoured.
-        """
-        check_sampling(options)
-        check(options, media_rules(self.side, self.resize_mode))
-        metadata = flatten_metadata(options.get("video_metadata"), len(videos))
-        return [
-            load_video(self, video, options | {"video_metadata": one})
-            for video, one in zip(videos, metadata, strict=True)
-        ]
 
     def stack(self, rows: list[list[torch.Tensor]], options: dict[str, Any]) -> torch.Tensor:
         """Rows of loaded media as one tensor.
@@ -340,14 +326,15 @@ class VideoMa2mbaVideoProcessor(BaseVideoProcessor):
             return self._square(pixels)
         return self._resize(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
 
-    def _square(self, pixels: np.ndarray) -> np.ndarray:
-        """Crops the middle of, or pads, (..., height, width, 3) uint8 to (..., side, side, 3)."""
+    def _square(self, pixels: np.ndarray, colour: np.ndarray | None = None) -> np.ndarray:
+        """Crops the middle of, or pads, (..., height, width, 3) to (..., side, side, 3), by default in uint8's mean."""
         height, width = pixels.shape[-3:-1]
         top, left = abs(height - self.side) // 2, abs(width - self.side) // 2
         if self.resize_mode != "pad":
             return pixels[..., top : top + self.side, left : left + self.side, :]
-        mean_colour = np.round(np.array(self.image_mean) * 255).astype(np.uint8)
-        padded = np.broadcast_to(mean_colour, (*pixels.shape[:-3], self.side, self.side, 3)).copy()
+        if colour is None:
+            colour = np.round(np.array(self.image_mean) * 255).astype(np.uint8)
+        padded = np.broadcast_to(colour, (*pixels.shape[:-3], self.side, self.side, 3)).copy()
         padded[..., top : top + height, left : left + width, :] = pixels
         return padded
 
@@ -382,14 +369,15 @@ def flatten_metadata(metadata: Any, num_videos: int) -> list:
     """`video_metadata` as Transformers takes it, one or a (nested) list, as one entry (or None) per video."""
     if metadata is None:
         return [None] * num_videos
-    entries = _flat(metadata)
+    entries = flat(metadata)
     if len(entries) != num_videos:
         raise ValueError(f"video_metadata has {len(entries)} entries for {num_videos} videos. Give one for each.")
     return entries
 
 
-def _flat(nested: Any) -> list:
-    return [one for part in nested for one in _flat(part)] if isinstance(nested, list | tuple) else [nested]
+def flat(nested: Any) -> list:
+    """One thing, or a (nested) list of things, as a flat list."""
+    return [one for part in nested for one in flat(part)] if isinstance(nested, list | tuple) else [nested]
 
 
 def stack_rows(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -476,10 +476,9 @@ class VideoSource:
         return end
 
     def _last_packet_end(self) -> int | None:
-        ends: list[int] = []
+        end: int | None = None
         for packet in self._packets():
-            if packet is not None:
-                time = packet.dts if packet.pts is None else packet.pts
-                if time is not None:
-                    ends = [max([*ends, time + (packet.duration or self.frame_ticks)])]
-        return ends[0] if ends else None
+            time = None if packet is None else packet.dts if packet.pts is None else packet.pts
+            if packet is not None and time is not None:
+                end = max(end or time, time + (packet.duration or self.frame_ticks))
+        return end

@@ -63,5 +63,18 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield value
 
 
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, grid: bool = True, **shared: Any
+) -> tuple["Figure", list[Any]]:
+    """An empty picture, its sides in inches, and its panels, row by row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, **shared).flatten().tolist()
+    for panel in panels if grid else ():
+        panel.grid(alpha=0.3)
+    return figure, panels
+
+
 def write_png(path: Path, figure: "Figure") -> None:
     write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))

@@ -1,12 +1,13 @@
-"""Finding and loading a model for someone who typed its name: errors say what to do."""
+"""What someone typed: options are checked, a model is found and loaded by its name; errors say what to do."""
 
 import functools
 import json
+import math
 import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,25 @@ TINY_MODEL = next(
 )
 TINY = "tiny"  # its name, where a command needs one
 HUB_TIMEOUT_S = 5
+
+
+def named(names: Iterable[str]) -> str:
+    """Options as one types them: "--max-frames, --fps"."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def check_positive(args: Any, *names: str) -> None:
+    """Refuse numbers that are not above zero, alone or in lists; None says nothing.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for name in names:
+        value = getattr(args, name)
+        given = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
+        if not all(one > 0 and math.isfinite(one) for one in given):
+            least = "a positive number" if any(isinstance(one, float) for one in given) else "at least 1"
+            raise ValueError(f"{named([name])} must be {least}, got {value}")
 
 
 def named_model(name: str) -> str:

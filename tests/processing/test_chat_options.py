@@ -179,7 +179,7 @@ def test_the_forms_of_a_video(processor, video, form):
         ({"type": "image", "base64": "&&&"}, "base64 of the image entry cannot be decoded"),
         ({"type": "image", "base64": "aaaa", "path": "a.png"}, "base64 and another source"),
         ({"type": "image", "image": {"file": "a.png"}}, 'needs "path" or "bytes"'),
-        ({"type": "image", "image": b""}, "given as bytes is empty"),
+        ({"type": "image", "image": b""}, "not one byte in it"),
         ({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, "'detail' of the image entry"),
         ({"type": "image", "path": "a.png", "max_pixels": 99}, "'max_pixels' of the image entry"),
         ({"type": "image", "image": np.zeros((28, 28, 3))}, "uint8|do_rescale=False"),

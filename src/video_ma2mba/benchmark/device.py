@@ -19,12 +19,10 @@ from typing import Any
 
 import torch
 
-from ..loading import TINY_MODEL, choose_device, choose_dtype
-from ..modeling import VideoMa2mbaForConditionalGeneration
+from ..loading import TINY_MODEL, check_positive, choose_device
 from ..modeling.checkpoint_costs import LAUNCHES
-from ..modeling.configuration_video_ma2mba import PRESETS
 from .machine import clock, describe
-from .train import backbone_config, training_step
+from .train import add_model_arguments, backbone_config, make_model, random_text, training_step
 
 WHAT = ("launches", "decode", "watch", "offload")
 MAMBA_SSM = "mamba_ssm.models.mixer_seq_simple"
@@ -32,8 +30,7 @@ MAMBA_SSM = "mamba_ssm.models.mixer_seq_simple"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=WHAT)
-    parser.add_argument("--model", choices=["small", *PRESETS], default="small", help="small: for a CPU")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_model_arguments(parser)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 24576], help="of launches and offload")
     parser.add_argument("--new-tokens", type=int, default=100, help="of decode (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=256, help="of watch (default: %(default)s)")
@@ -41,20 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if min(*args.tokens, args.new_tokens, args.frames, args.repeats) < 1:
-        raise ValueError("--tokens, --new-tokens, --frames and --repeats must be at least 1")
+    check_positive(args, "tokens", "new_tokens", "frames", "repeats")
     device = choose_device(args.device)
     measured = {"launches": _launches, "decode": _decode, "watch": _watch, "offload": _offload}[args.what](args, device)
     return {"benchmark": "device", "what": args.what, "model": args.model, **measured, "machine": describe(device.type)}
-
-
-def _model(args: argparse.Namespace, device: torch.device, **changes: Any) -> Any:
-    config = backbone_config(args.model)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    torch.manual_seed(0)
-    with torch.device(device):
-        return VideoMa2mbaForConditionalGeneration._from_config(config, dtype=choose_dtype(None, device))
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -71,7 +58,7 @@ def _count(work: Callable[[], Any], device: torch.device) -> int:
 
 
 def _launches(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    layer = _model(args, device).train().model.language_model.layers[0]
+    layer = make_model(args).model.language_model.layers[0]
     width, rows = layer.mixer.in_proj.in_features, []
     for tokens in (1, *args.tokens):
         hidden = torch.randn(1, tokens, width, device=device, dtype=torch.float32)
@@ -100,10 +87,11 @@ def _launches(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 @torch.no_grad()
 def _decode(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    model = _model(args, device).eval()
+    model = make_model(args).eval()
     token = torch.full((1, 1), 3, device=device)
     past = torch.randint(2, 500, (1, 64), device=device)
-    ways: dict[str, Callable[[], Any]] = {"step by step": _stepper(model, past, token)}
+    cache = model(past, use_cache=True, logits_to_keep=1).cache
+    ways: dict[str, Callable[[], Any]] = {"step by step": lambda: model(token, cache=cache, use_cache=True)}
     failures: dict[str, str] = {}
     for name, make in (("captured graph", _captured), ("mamba_ssm", _mamba_ssm)):
         try:
@@ -117,11 +105,6 @@ def _decode(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         times = [clock(step, device.type).seconds for _ in range(args.new_tokens)]
         rows.append({"way": name, "tokens_per_s": 1 / statistics.median(times)})
     return {"rows": rows, "failures": failures}
-
-
-def _stepper(model: Any, past: torch.Tensor, token: torch.Tensor) -> Callable[[], Any]:
-    cache = model(past, use_cache=True, logits_to_keep=1).cache
-    return lambda: model(token, cache=cache, use_cache=True)
 
 
 def _captured(model: Any, past: torch.Tensor, token: torch.Tensor) -> Callable[[], Any]:
@@ -184,7 +167,7 @@ def _watch(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         tokenizer, VideoMa2mbaVideoProcessor(size=vision.image_size), patch_size=vision.patch_size
     )
     ids = {"video_token_id": processor.video_token_id, "image_token_id": processor.image_token_id}
-    model, rows = _model(args, device, **ids).eval(), []
+    model, rows = make_model(args, **ids).eval(), []
     frames = torch.randint(0, 256, (args.frames, 3, *2 * [vision.image_size]), dtype=torch.uint8)
     VideoMemory(model, processor).push_frames(frames[:16])
     for chunk in (8, 32, 64):
@@ -199,12 +182,9 @@ def _watch(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def _offload(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    model, rows = _model(args, device).train(), []
-    model.model.vision_tower.requires_grad_(False)
+    model, rows = make_model(args), []
     for tokens in args.tokens:
-        ids = torch.randint(2, 500, (1, tokens), device=device)
-        labels = ids.clone()
-        labels[:, :-64] = -100
+        ids, labels = random_text(tokens, 64, device)
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for turn in range(args.repeats + 1):
             for offload in seconds:

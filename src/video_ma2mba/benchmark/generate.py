@@ -12,17 +12,13 @@ from typing import Any
 
 import torch
 
-from ..loading import choose_device, choose_dtype
-from ..modeling import VideoMa2mbaForConditionalGeneration
-from ..modeling.configuration_video_ma2mba import PRESETS
+from ..loading import check_positive
 from .machine import clock, describe
-from .train import backbone_config
+from .train import add_model_arguments, make_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=["small", *PRESETS], default="small", help="small: for a CPU")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+    add_model_arguments(parser)
     parser.add_argument("--contexts", type=int, nargs="+", default=[2**10, 2**14], metavar="TOKENS")
     parser.add_argument("--new-tokens", type=int, default=50, help="timed after each context (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=16, help="through the tower (default: %(default)s)")
@@ -30,13 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if min(*args.contexts, args.new_tokens, args.frames) < 1:
-        raise ValueError("--contexts, --new-tokens and --frames must be at least 1")
-    dtype = choose_dtype(args.dtype, choose_device(args.device))
-    torch.manual_seed(0)
-    config = backbone_config(args.model)
-    model = VideoMa2mbaForConditionalGeneration._from_config(config, dtype=dtype).to(args.device).eval()
-
+    check_positive(args, "contexts", "new_tokens", "frames")
+    model = make_model(args).eval()
     rows, caches = [], {}
     for context in args.contexts:
         ids = torch.randint(2, 500, (1, context), device=args.device)
@@ -54,15 +45,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for row in rows:
         row["s_per_new_token"] = statistics.median(times[row["context_tokens"]])
         row["cache_bytes"] = caches[row["context_tokens"]].num_bytes
-    pixels = torch.randint(
-        0, 256, (1, args.frames, 3, *2 * [config.vision_config.image_size]), dtype=torch.uint8, device=args.device
-    )
+    size = 1, args.frames, 3, *2 * [model.config.vision_config.image_size]
+    pixels = torch.randint(0, 256, size, dtype=torch.uint8, device=args.device)
     model.get_video_features(pixels[:, :1])
     seconds = clock(partial(model.get_video_features, pixels), args.device).seconds
     return {
         "benchmark": "generate",
         "model": args.model,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "rows": rows,
         "longest_over_shortest_context": rows[-1]["s_per_new_token"] / rows[0]["s_per_new_token"],
         "frames_per_s": args.frames / seconds,

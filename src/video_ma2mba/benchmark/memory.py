@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ..files import write_json, write_png
+from ..files import new_figure, write_json, write_png
+from ..loading import check_positive
 from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
 from ..modeling.checkpointing import run_checkpointed
@@ -73,13 +74,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     output = getattr(args, "output", None)
     if args.resume and output is None:
         raise ValueError("--resume needs the file to go on with: name it with -o")
-    if args.lengths and min(args.lengths) < 1:
-        raise ValueError("--lengths must be at least 1")
+    check_positive(args, "lengths")
     if args.device != "meta":
         from . import resident
 
-        result = resident.measure(args.device, args.lengths or [2**n for n in range(13, 17)])
-        return result
+        return resident.measure(args.device, args.lengths or [2**n for n in range(13, 17)])
     if args.plot is not None and not args.plot.parent.is_dir():
         raise ValueError(f"cannot write {args.plot}: create the folder {args.plot.parent} first")
     rows = json.loads(output.read_text())["rows"] if args.resume and output is not None and output.is_file() else []
@@ -235,11 +234,8 @@ def _pass(
 
 def draw(result: dict[str, Any]) -> Any:
     """Device memory over weights and gradients against length, a panel for each model; the paper's table 3 dashed."""
-    from matplotlib.figure import Figure
-
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
-    figure = Figure(figsize=(5.2 * len(models), 5.4), layout="constrained")
-    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    figure, panels = new_figure(5.2 * len(models), 5.4, 1, len(models), sharey=True)
     for panel, model in zip(panels, models, strict=True):
         for method in METHODS:
             rows = [row for row in result["rows"] if (row["model"], row["method"]) == (model, method)]
@@ -252,7 +248,6 @@ def draw(result: dict[str, Any]) -> Any:
         panel.annotate("80 GB", (2**10, 80), (0, 2), textcoords="offset points", color="#888888", fontsize=8)
         panel.set(xscale="log", yscale="log", title=f"Mamba-2 {BACKBONES[model]}", xlabel="tokens", ylim=(0.2, 6000))
         panel.set_xscale("log", base=2)
-        panel.grid(alpha=0.25)
     panels[0].set_ylabel("GB over weights and gradients")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)

@@ -17,20 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, Mamba2Config
 
-from .. import (
-    VideoMa2mbaConfig,
-    VideoMa2mbaForConditionalGeneration,
-    VideoMa2mbaProcessor,
-    VideoMa2mbaVideoProcessor,
-    VideoMemory,
-)
+from .. import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor, VideoMemory
 from ..data.synthetic import make_story
-from ..files import write_png
-from ..loading import TINY_MODEL
+from ..files import new_figure, write_png
+from ..loading import TINY_MODEL, check_positive
 from ..planning.measured import peak_bytes, restart_peak
 from .machine import clock, describe, in_measured_process, one_thread
+from .train import small_config
 
 QUESTION = "What colour was the circle?"
 NEW_TOKENS = 8
@@ -46,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.repeats < 1 or min(args.minutes) < 1:
-        raise ValueError("--repeats and --minutes must be at least 1")
+    check_positive(args, "repeats", "minutes")
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(args.model).eval()
     processor = VideoMa2mbaProcessor.from_pretrained(args.model)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +94,7 @@ def _ask(model: Any, processor: Any, videos: dict[int, Path], repeats: int) -> l
             "minutes": minutes,
             "num_tokens": memories[minutes].num_tokens,
             "memory_bytes": memories[minutes].num_bytes,
-            "attention_bytes": _cache_bytes(caches[minutes][0]),
+            "attention_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[minutes][0].layers),
             "question_s": statistics.median(times["ours", minutes]),
             "attention_question_s": statistics.median(times["attention", minutes]),
         }
@@ -148,31 +141,18 @@ def _ask_attention(attention: Any, processor: Any, cache: Any, num_tokens: int) 
     cache.crop(num_tokens - cache.get_seq_length())
 
 
-def _cache_bytes(cache: Any) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
 def _larger(tiny: Any) -> tuple[Any, Any]:
     """A model with random weights that takes about as long to read a frame as the decoder takes to give it."""
     torch.manual_seed(0)
     processor = VideoMa2mbaProcessor(tiny.tokenizer, VideoMa2mbaVideoProcessor(size=112), patch_size=14)
-    vision = CLIPVisionConfig(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        image_size=112,
-        patch_size=14,
-    )
-    text = Mamba2Config(
-        hidden_size=192, num_hidden_layers=4, num_heads=6, head_dim=64, state_size=64, n_groups=1,
-        vocab_size=len(processor.tokenizer), pad_token_id=processor.tokenizer.pad_token_id, bos_token_id=0,
-        eos_token_id=0, tie_word_embeddings=True,
+    tower = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
+    tokenizer = processor.tokenizer
+    config = small_config(
+        192, tower | {"image_size": 112, "patch_size": 14}, 4,
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    config = VideoMa2mbaConfig(
-        vision_config=vision, text_config=text, video_token_id=processor.video_token_id,
-        image_token_id=processor.image_token_id, vision_chunk_size=32,
-    )  # fmt: skip
+    config.video_token_id, config.image_token_id = processor.video_token_id, processor.image_token_id
+    config.vision_chunk_size = 32
     return VideoMa2mbaForConditionalGeneration(config).eval(), processor
 
 
@@ -191,10 +171,7 @@ def _overlap(tiny: Any, video: Path) -> dict[str, Any]:
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_figure(10, 4, 1, 2)
     minutes = [row["minutes"] for row in rows]
     for axes, ours, theirs, label, scale in (
         (left, "memory_bytes", "attention_bytes", "MiB kept", 2**20),
@@ -202,10 +179,8 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     ):
         axes.plot(minutes, [row[ours] / scale for row in rows], "o-", label="Mamba-2, video memory")
         axes.plot(minutes, [row[theirs] / scale for row in rows], "s--", label="attention of equal size")
-        axes.set_xlabel("minutes of video")
-        axes.set_ylabel(label)
+        axes.set(xlabel="minutes of video", ylabel=label)
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
         axes.legend()
     write_png(path, figure)
 

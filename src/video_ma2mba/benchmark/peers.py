@@ -93,21 +93,20 @@ def make_pair(
     if row == "decode":
         return _decode_pair(ours, peers, hidden)
     hidden.requires_grad_()
-    if row == "block":
-        state = ours.layers[0].mixer.new_state(1)
+    state = ours.layers[0].mixer.new_state(1)
 
-        @keeping_activations()
-        def block(x):
-            return (ours.layers[0](x, state)[0],)
+    @keeping_activations()
+    def block(x):
+        return (ours.layers[0](x, state)[0],)
 
-        return Pair(
-            block,
-            {chunk: (lambda x, block=peer.layers[0]: (block(x),)) for chunk, peer in peers.items()},
-            [hidden], ["out", "grad_hidden_states"], weights=list(ours.layers.parameters()),
-        )  # fmt: skip
+    def their_way(peer: Any) -> Callable:
+        if row == "block":
+            return lambda x: (peer.layers[0](x),)
+        return lambda x: (peer(inputs_embeds=x, use_cache=False)[0],)
+
     return Pair(
-        lambda x: (ours(x, ours.new_cache(1)),),
-        {chunk: (lambda x, peer=peer: (peer(inputs_embeds=x, use_cache=False)[0],)) for chunk, peer in peers.items()},
+        block if row == "block" else lambda x: (ours(x, ours.new_cache(1)),),
+        {chunk: their_way(peer) for chunk, peer in peers.items()},
         [hidden], ["out", "grad_hidden_states"], weights=list(ours.layers.parameters()),
     )  # fmt: skip
 

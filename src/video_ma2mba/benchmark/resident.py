@@ -37,18 +37,16 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
 
     from ..modeling.checkpoint_plan import peak_bytes_without
     from ..modeling.modeling_video_ma2mba import VideoMa2mbaForConditionalGeneration
-    from .train import small_config
+    from .train import random_text, small_config
 
     torch.manual_seed(0)
-    config = small_config(128, hidden_size=16, intermediate_size=32, image_size=28, patch_size=14)
+    config = small_config(128, {"hidden_size": 16, "intermediate_size": 32, "image_size": 28, "patch_size": 14})
     with torch.device(device):
         model = VideoMa2mbaForConditionalGeneration(config).train()
     model.model.vision_tower.requires_grad_(False)
     if METHODS[method] is not None:
         model.gradient_checkpointing_enable()
-    samples = torch.randint(2, 500, (NUM_STEPS, num_tokens))
-    labels = samples.clone()
-    labels[:, :-NUM_SUPERVISED] = -100
+    samples = [random_text(num_tokens, NUM_SUPERVISED) for _ in range(NUM_STEPS)]
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -57,9 +55,7 @@ def train(device: str, num_tokens: int, method: str) -> dict[str, Any]:
     def run(first: int, learning_rate: float) -> tuple[Trainer, Watch]:
         """Train on what comes after the token `first`."""
         watch = Watch()
-        data = [
-            {"input_ids": ids[first:], "labels": wanted[first:]} for ids, wanted in zip(samples, labels, strict=True)
-        ]
+        data = [{"input_ids": ids[0, first:], "labels": labels[0, first:]} for ids, labels in samples]
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder, max_steps=NUM_STEPS, per_device_train_batch_size=1, learning_rate=learning_rate, seed=0,

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..loading import choose_device
+from ..loading import check_positive, choose_device
 from ..modeling.segment_sizes import SCAN_CHUNK, SEGMENT
 from ..planning.measured import peak_bytes, restart_peak
 from .machine import allocated_peak_bytes, clock, describe, resident_peak_bytes
@@ -50,10 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    for name in ("tokens", "layers", "their_chunks", "repeats"):
-        value = getattr(args, name)
-        if min(value if isinstance(value, list) else [value]) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_positive(args, "tokens", "layers", "their_chunks", "repeats")
     device = choose_device(args.device).type
     if args.threads is not None:
         torch.set_num_threads(args.threads)

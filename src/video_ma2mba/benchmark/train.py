@@ -14,7 +14,7 @@ import torch
 from transformers import CLIPVisionConfig, Mamba2Config
 
 from ..files import write_json
-from ..loading import choose_device, choose_dtype
+from ..loading import check_positive, choose_device, choose_dtype
 from ..modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from ..modeling.checkpoint_plan import peak_bytes_without
 from ..modeling.configuration_video_ma2mba import PRESETS
@@ -26,9 +26,7 @@ NUM_SUPERVISED = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=["small", *PRESETS], default="small", help="small: a CPU can train it")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+    add_model_arguments(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192], metavar="TOKENS")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument(
@@ -38,22 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if args.repeats < 1 or min(args.lengths) < 1:
-        raise ValueError("--repeats and --lengths must be at least 1")
-    device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
-    torch.manual_seed(0)
-    config = backbone_config(args.model)
-    with torch.device(device):
-        model = VideoMa2mbaForConditionalGeneration._from_config(config, dtype=dtype).train()
-    model.model.vision_tower.requires_grad_(False)
+    check_positive(args, "repeats", "lengths")
+    model = make_model(args)
     result: dict[str, Any] = {
         "benchmark": "train",
         "model": args.model,
         "num_backbone_parameters": sum(p.numel() for p in model.model.language_model.parameters()),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "rows": [],
-        "machine": describe(device.type),
+        "machine": describe(model.device.type),
     }
     for length in args.lengths:
         result["rows"] += _measure(model, length, args)
@@ -62,29 +53,52 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `make_model` reads."""
+    parser.add_argument("--model", choices=["small", *PRESETS], default="small", help="small: for a CPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+
+
+def make_model(args: argparse.Namespace, **changes: Any) -> VideoMa2mbaForConditionalGeneration:
+    """The model of the options with random weights, of which the tower is frozen; `changes` are of its config."""
+    device, config = choose_device(args.device), backbone_config(args.model)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = VideoMa2mbaForConditionalGeneration._from_config(config, dtype=choose_dtype(args.dtype, device))
+    model.model.vision_tower.requires_grad_(False)
+    return model.train()
+
+
 def backbone_config(name: str) -> VideoMa2mbaConfig:
     """The preset of that name, or for "small" a backbone that a CPU can train."""
     if name != "small":
         return VideoMa2mbaConfig.from_preset(name)
-    return small_config(256, hidden_size=64, intermediate_size=128)
+    return small_config(256, {"hidden_size": 64, "intermediate_size": 128})
 
 
-def small_config(width: int, **tower: Any) -> VideoMa2mbaConfig:
-    """Eight layers of that width, and a tower that is next to nothing: activations are what takes memory."""
-    text = Mamba2Config(
-        hidden_size=width, num_hidden_layers=8, num_heads=width // 32, head_dim=64, state_size=64, n_groups=1,
-        vocab_size=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(num_hidden_layers=2, num_attention_heads=2, **tower)
-    return VideoMa2mbaConfig(vision_config=vision, text_config=text, image_token_id=510, video_token_id=511)
+def small_config(width: int, tower: dict[str, Any], num_layers: int = 8, **text: Any) -> VideoMa2mbaConfig:
+    """A backbone of that width; its last two tokens are the placeholders. Of the tower two layers, unless it says."""
+    given = {
+        "num_heads": width // 32, "head_dim": 64, "state_size": 64, "vocab_size": 512, "bos_token_id": 0,
+        "eos_token_id": 0, "pad_token_id": 1, **text,
+    }  # fmt: skip
+    return VideoMa2mbaConfig(
+        text_config=Mamba2Config(
+            hidden_size=width, num_hidden_layers=num_layers, n_groups=1, tie_word_embeddings=True, **given
+        ),
+        vision_config=CLIPVisionConfig(**{"num_hidden_layers": 2, "num_attention_heads": 2, **tower}),
+        image_token_id=given["vocab_size"] - 2,
+        video_token_id=given["vocab_size"] - 1,
+    )
 
 
 def _measure(model: VideoMa2mbaForConditionalGeneration, length: int, args: argparse.Namespace) -> list[dict]:
     """The rows of one length. One that ran has `step_s`, `tokens_per_s`, its ratio to off; on a GPU `peak_bytes`."""
     methods, untimed = args.methods, 0 if args.once else 1
-    input_ids = torch.randint(2, 500, (1, length), device=model.device)
-    labels = input_ids.clone()
-    labels[:, :-NUM_SUPERVISED] = -100
+    input_ids, labels = random_text(length, NUM_SUPERVISED, model.device)
     times: dict[str, list[float]] = {name: [] for name in methods}
     peaks: dict[str, int] = {}
     for turn in range(args.repeats + untimed):
@@ -140,6 +154,12 @@ def _enable(model: VideoMa2mbaForConditionalGeneration, options: dict | None) ->
         model.gradient_checkpointing_disable()
     else:
         model.gradient_checkpointing_enable(**options)
+
+
+def random_text(length: int, num_supervised: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
+    """ids and labels (1, length), -100 but for the last ones."""
+    ids = torch.randint(2, 500, (1, length), device=device)
+    return ids, torch.where(torch.arange(length, device=device) < length - num_supervised, -100, ids)
 
 
 def training_step(

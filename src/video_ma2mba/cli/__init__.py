@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _print_warning  # type: ignore[assignment]  # where it arose is left out
+            # where it arose is left out
+            warnings.showwarning = lambda message, *place, **more: print(f"warning: {message}", file=sys.stderr)
             silence_other_libraries()
             import_module("video_ma2mba.registration")  # `__init__` leaves it to us, so that --help is instant
             code = COMMANDS[args.command].run(args)
@@ -74,7 +75,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
-
-
-def _print_warning(message: Warning | str, *place: object) -> None:
-    print(f"warning: {message}", file=sys.stderr)

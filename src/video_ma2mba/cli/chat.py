@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a memory, or path or URL of a video; with --server also a memory's id",
     )
     watching.add_arguments(parser)
-    watching.add_server_arguments(parser)
+    parser.add_argument("--server", metavar="URL", help="let a `video-ma2mba serve` watch and answer")
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key of the server, in its first line")
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens of an answer (default: 128)"
     )

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from ..loading import check_positive
 from ..processes import Share
 from .parser import parse_share
 from .progress import progress_bars
@@ -72,18 +73,13 @@ def run(args: argparse.Namespace) -> None:
             "data prepare uses all cores of a machine by itself: start it without torchrun, with --workers N; several "
             "machines share the work by --shard I/N"
         )
-    for name in ("workers", "rows_per_file"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_positive(args, "workers", "rows_per_file", "max_hours", "fps")
     if args.rows_per_file and not args.parquet:
         raise ValueError("--rows-per-file is for --parquet: JSON lines are one file")
     for name in ("fps", "model"):
         if getattr(args, name) is not None and not args.cache_frames:
             raise ValueError(f"--{name} is for --cache-frames: leave it out, or store the frames")
     share = args.shard or Share()
-    fps = 1.0 if args.fps is None else args.fps
-    if not args.max_hours > 0 or not fps > 0:
-        raise ValueError("--max-hours and --fps must be positive")
     cache = None
     if args.cache_frames:
         from .. import VideoMa2mbaVideoProcessor
@@ -92,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         processor = (
             load(VideoMa2mbaVideoProcessor, find_model(args.model)) if args.model else VideoMa2mbaVideoProcessor()
         )
-        cache = {"processor": processor, "fps": fps, "encoding": args.cache_frames}
+        cache = {"processor": processor, "fps": args.fps or 1.0, "encoding": args.cache_frames}
 
     try:
         with progress_bars() as show:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_json, write_text
-from ..loading import find_model
+from ..loading import check_positive, find_model, named
 from ..processes import Ranks, Share, files_of, launched
 from . import watching
 from .parser import parse_share
@@ -100,9 +100,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"one model at a time: what is {args.folders[0]}? Folders follow `eval merge` alone")
     if args.task is None:
         raise ValueError(f"--task must be given; there are {', '.join(TASK_NAMES)}")
-    for name in ("limit", "batch_size", "frames"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_positive(args, "limit", "batch_size", "frames")
     if args.task == "own" and args.data is None:
         raise ValueError("--task own: name the file of your questions with --data")
     share = args.shard or Share()
@@ -230,7 +228,7 @@ def _merge(args: argparse.Namespace) -> None:
 
     for name in ("task", "data", "media_root", "adapter", "fps", "frames", "limit", "by_likelihood", "resume", "shard"):
         if getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} is for the runs of the shards, which are over; leave it out")
+            raise ValueError(f"{named([name])} is for the runs of the shards, which are over; leave it out")
     places = args.folders or ([args.output] if args.output else [])
     shards = [shard for place in places for shard in sorted(place.glob("shard-*-of-*"))]
     if not shards:

@@ -9,6 +9,7 @@ import json
 import math
 from typing import Any
 
+from ..loading import check_positive, named
 from ..planning.fitting import (
     ENGINES,
     FRAGMENTATION,
@@ -103,13 +104,9 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: names the option.
     """
-    for name in ("hours", "frames", "tokens", "fps", "batch", "gradient_horizon", "accumulation", "devices"):
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
+    check_positive(args, "hours", "frames", "tokens", "fps", "batch", "gradient_horizon", "accumulation", "devices")
+    check_positive(args, "sequence_parallel")
     ranks = args.sequence_parallel
-    if ranks < 1:
-        raise ValueError(f"--sequence-parallel must be at least 1, got {ranks}")
     if ranks > 1 and args.gradient_horizon is not None:
         raise ValueError(
             "--gradient-horizon and --sequence-parallel do not go together: with a horizon the memory does not grow "
@@ -120,12 +117,10 @@ def check(args: argparse.Namespace) -> None:
     if args.engine is not None and (args.devices or ranks) == 1:
         raise ValueError(f"--engine {args.engine} is for several devices: say how many with --devices")
     if args.inference:
-        training = ("optimizer", "accumulation", "devices", "engine", "gradient_horizon", "offload", "compare")
-        given = [name for name in training if getattr(args, name) not in (None, False, 1)] + ["sequence_parallel"] * (
-            ranks > 1
-        )
-        if given:
-            raise ValueError(f"--{given[0].replace('_', '-')} is of training; leave it out, or leave out --inference")
+        training = ("optimizer", "accumulation", "devices", "engine", "gradient_horizon", "offload", "compare",
+                    "sequence_parallel")  # fmt: skip
+        if given := [name for name in training if getattr(args, name) not in (None, False, 1)]:
+            raise ValueError(f"{named(given[:1])} is of training; leave it out, or leave out --inference")
     elif args.dtype == "nf4" and args.optimizer != "qlora":
         raise ValueError("--dtype nf4: weights of four bits do not train; take --optimizer qlora, or --inference")
 

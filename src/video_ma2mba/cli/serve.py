@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..loading import find_model
+from ..loading import check_positive, find_model, named
 from . import watching
 from .parser import parse_bytes
 
@@ -81,8 +81,7 @@ def vllm_command(args: argparse.Namespace) -> list[str]:
         ValueError: there are options that vLLM's server has no place for.
     """
     if given := [name for name, default in OWN.items() if getattr(args, name) != default]:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{options}: for the memory server alone; vLLM's server has its own: --engine-options")
+        raise ValueError(f"{named(given)}: for the memory server alone; vLLM's server has its own: --engine-options")
     if len(args.allow_media) > 1:
         raise ValueError("--allow-media: vLLM's server takes one folder")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", find_model(args.model)]
@@ -102,9 +101,7 @@ def run(args: argparse.Namespace) -> None:
         os.execv(command[0], command)
     if args.engine_options:
         raise ValueError("--engine-options: they are for --engine vllm")
-    for option in ("slots", "max_waiting", "timeout", "max_duration"):
-        if not getattr(args, option) > 0:
-            raise ValueError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option)}")
+    check_positive(args, "slots", "max_waiting", "timeout", "max_duration")
     for folder in args.allow_media:
         if not folder.is_dir():
             raise ValueError(f"--allow-media {folder}: there is no such folder")

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..loading import named
+
 LICENCE = "apache-2.0"
 HELP = "write a model's card and upload the model to the Hub"
 
@@ -58,8 +60,9 @@ def run(args: argparse.Namespace) -> None:
         if given := [
             name for name in ("license", "base_model", "training", "evaluation") if getattr(args, name) is not None
         ]:
-            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"{named}: {card} is written already and stays as it is; --card-only writes it anew")
+            raise ValueError(
+                f"{named(given)}: {card} is written already and stays as it is; --card-only writes it anew"
+            )
         text = card.read_text(encoding="utf-8")
     else:
         options: dict[str, Any] = {

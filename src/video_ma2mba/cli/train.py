@@ -157,25 +157,22 @@ def dry_run(recipe: "Recipe", gpu_bytes: int | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..training.run import describe_groups, make_trainable
+    from ..training.parameters import parameter_groups
+    from ..training.run import make_trainable
 
     gpu_bytes = gpu_bytes or gpu_at_hand_bytes()
     config = _config(recipe.model)
     recipe, choices, data_lines, num_tokens = _with_data(recipe, config)
     model = make_trainable(on_meta(config, str(recipe.dtype)), recipe)
-    groups = describe_groups(model, recipe)
+    assert recipe.learning_rate is not None
+    groups = parameter_groups(model, recipe.learning_rate, recipe.vision_learning_rate, recipe.weight_decay)
     console = Console(highlight=False, width=100)
     table = Table(title="what trains")
     for name in ("group", "tensors", "parameters", "learning rate", "weight decay"):
         table.add_column(name, justify="left" if name == "group" else "right")
     for group in groups:
-        table.add_row(
-            group["name"],
-            str(group["tensors"]),
-            f"{group['parameters']:,}",
-            f"{group['lr']:g}",
-            f"{group['weight_decay']:g}",
-        )
+        rates, size = (f"{group[key]:g}" for key in ("lr", "weight_decay")), sum(p.numel() for p in group["params"])
+        table.add_row(group["name"], str(len(group["params"])), f"{size:,}", *rates)
     console.print(table)
     console.print(
         f"AdamW, betas {recipe.adam_beta1:g} and {recipe.adam_beta2:g}; cosine after {recipe.warmup_ratio:.0%} of "

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..loading import TINY, check_weights, choose_device, choose_dtype, find_model, load, load_model
+from ..loading import TINY, check_weights, choose_device, choose_dtype, find_model, load, load_model, named
 from .progress import progress_bars
 
 if TYPE_CHECKING:
@@ -60,12 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser, snapshots: bool = True) -> No
         )  # fmt: skip
 
 
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of commands that a server can answer."""
-    parser.add_argument("--server", metavar="URL", help="let a `video-ma2mba serve` watch and answer")
-    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key of the server, in its first line")
-
-
 def open_server(args: argparse.Namespace) -> "Server":
     """The server of the options.
 
@@ -74,11 +68,9 @@ def open_server(args: argparse.Namespace) -> "Server":
     """
     from ..serving.client import Server
 
-    elsewhere = ("model", "adapter", "max_frames", "end", "max_duration", "snapshots")
-    given = [name for name in elsewhere if getattr(args, name, None)] + ["start"] * bool(getattr(args, "start", 0))
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{options}: with --server the server's model watches whole videos; leave it out")
+    elsewhere = ("model", "adapter", "max_frames", "end", "max_duration", "snapshots", "start")
+    if given := [name for name in elsewhere if getattr(args, name, None)]:
+        raise ValueError(f"{named(given)}: with --server the server's model watches whole videos; leave it out")
     key = None
     if args.api_key_file is not None:
         key = next(iter(args.api_key_file.read_text(encoding="utf-8").split()), None)
@@ -141,8 +133,7 @@ def open_memory(args: argparse.Namespace) -> tuple["VideoMemory", dict[str, Any]
     if is_memory(args.video):
         for name in ("fps", "max_frames", "start", "end", "max_duration", "snapshots"):
             if getattr(args, name, None):
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option}: {args.video} is a memory, watched already; leave the option out")
+                raise ValueError(f"{named([name])}: {args.video} is a memory, watched already; leave the option out")
         model, processor = load_model_and_processor(args)
         return VideoMemory.from_pretrained(args.video, model, processor), {"decode_s": 0.0, "encode_s": 0.0}
     memory = VideoMemory(*load_model_and_processor(args, args.video))

@@ -11,8 +11,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..processing.video_processing_video_ma2mba import stack_rows
+from .holding_out import videos_of
 from .manifest import clean_messages
 from .media_loader import MediaLoader
+from .records import media_of
 
 if TYPE_CHECKING:
     from ..processing import VideoMa2mbaProcessor
@@ -67,7 +69,7 @@ class VideoChatCollator:
         """
         samples, infos = [], []
         for row in rows:
-            info = {"id": row["id"], "videos": _paths(row)}
+            info = {"id": row["id"], "videos": list(dict.fromkeys(path for _, path in videos_of(row)))}
             try:
                 # alone: what is wrong with one row must not take the others with it
                 sample = self._encode(self._load(row, info))
@@ -112,8 +114,7 @@ class VideoChatCollator:
     def _load(self, row: dict[str, Any], info: dict[str, Any]) -> list[dict[str, Any]]:
         """The conversation of a row with its frames in memory, within the limits."""
         messages = clean_messages(row["messages"])
-        entries = [entry for message in messages for entry in message["content"] if entry["type"] != "text"]
-        wanted = [self.loader.num_frames(entry) for entry in entries]
+        wanted = [self.loader.num_frames(entry) for entry in media_of(messages)]
         given, changed = self._room(messages, wanted)
         info["frames"] = sum(given)
         if changed:
@@ -173,8 +174,3 @@ class VideoChatCollator:
     def _black_frame(self) -> dict[str, Any]:
         side = self.processor.video_processor.side
         return {"type": "video", "video": torch.zeros((1, 3, side, side), dtype=torch.uint8)}
-
-
-def _paths(row: dict[str, Any]) -> list[str]:
-    paths = [entry.get("path") for message in row["messages"] for entry in message["content"]]
-    return list(dict.fromkeys(path for path in paths if path))

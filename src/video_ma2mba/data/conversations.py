@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .records import Problem, Record
+from .records import Problem, Record, media_of
 
 KIND_ORDER = ("caption", "open_ended", "multiple_choice", "chat")  # of the turns about one video
 _TABLES = """
@@ -92,13 +92,13 @@ class Conversations:
 
 def _row(parts: list[Part], broken: dict[str, str]) -> dict[str, Any] | list[Problem]:
     conversations = [json.loads(content) for *_, content in parts]
-    media = [e for messages in conversations for message in messages for e in message["content"] if e["type"] != "text"]
+    media = [entry for messages in conversations for entry in media_of(messages)]
     if broken and (paths := [entry["path"] for entry in media if entry["path"] in broken]):
         said = broken[paths[0]]
         return [Problem(place, "unreadable medium", said, identity) for _, _, identity, _, place, _ in parts]
     _, _, identity, num, *_ = min(parts, key=lambda part: part[1])  # the first that came
     messages = _merged(conversations)
-    media = [entry for message in messages for entry in message["content"] if entry["type"] != "text"]
+    media = list(media_of(messages))
     return {
         "id": identity if num == 1 else f"{identity}#{num}",
         "messages": messages,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .question_sets import multiple_choice, number_of_answer
+from .question_sets import multiple_choice, number_of_answer, options_of
 from .records import Item, Malformed, Problem, Record, assistant, each, medium, named_media, text_of, user
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -187,10 +187,8 @@ def _from_plain(item: Item) -> Record:
     if any(record.get(name) for name in MEDIA_KEYS["video"]) == any(record.get(name) for name in MEDIA_KEYS["image"]):
         raise Malformed("a record needs the path of either a 'video' or an 'image'")
     kind = "chat"
-    if options := record.get("options"):
-        if not isinstance(options, list) or not 2 <= len(options) <= 26:
-            raise Malformed(f"'options' must be a list of two to 26, got {str(options)[:60]!r}")
-        options, kind = [str(option) for option in options], "multiple_choice"
+    if record.get("options"):
+        options, kind = options_of(record), "multiple_choice"
         question, answer = multiple_choice(question, options, number_of_answer(answer, options))
     messages = [user(*_media(record), question), assistant(answer)]
     return Record(str(record.get("id", item.where)), item.where, messages, kind)

@@ -136,7 +136,11 @@ class MediaIndex:
         if known is not None and known[:2] == (stat.st_size, stat.st_mtime_ns):
             return known
         try:
-            duration_s = probe_video(path).duration_s if kind == "video" else _check_picture(path)
+            duration_s = 0.0
+            if kind == "video":
+                duration_s = probe_video(path).duration_s
+            else:
+                check_picture(locate(path))
             return stat.st_size, stat.st_mtime_ns, duration_s, ""
         except (ValueError, OSError) as error:
             return stat.st_size, stat.st_mtime_ns, 0.0, str(error) or type(error).__name__
@@ -150,8 +154,3 @@ class MediaIndex:
         entry = {"kind": key[0], **asdict(Medium(key[1], duration_s, num_bytes, modified_ns))}
         self._file.write(json.dumps(entry | ({"error": error} if error else {})) + "\n")
         self._file.flush()
-
-
-def _check_picture(path: Path) -> float:
-    check_picture(locate(path))
-    return 0.0

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from zlib import crc32
@@ -184,18 +185,18 @@ def prepare(
     sources = [(file, name or detect(file)) for file in source_files(source, output)]
     output.mkdir(parents=True, exist_ok=True)
     share = share or Share()
-    store = _FrameStore(media_root, output / FRAMES, cache, num_workers, progress)
+    store = partial(_store_frames, media_root, output / FRAMES, cache, num_workers, progress)
     with closing(MediaIndex(media_root, output / MEDIA, max_duration_s, share, num_workers)) as index:
         if share.count > 1:
             return _look_at_share(index, share, sources, store, progress)
         report: dict[str, Any] = {}
         with closing(Conversations(output / ".conversations.sqlite")) as conversations:
 
-            def write(partial: Path) -> None:
-                with partial.open("w", encoding="utf-8") as left_out:
+            def write(file: Path) -> None:
+                with file.open("w", encoding="utf-8") as left_out:
                     run = Preparation(index, conversations, left_out)
-                    for file, form in sources:
-                        _read(file, form, run, progress)
+                    for source_file, form in sources:
+                        _read(source_file, form, run, progress)
                     num_frames, broken = store(conversations.videos(), conversations.num_videos)
                     counts = _write_manifest(output, run.rows(broken), parquet, rows_per_file)
                     report.update(run.report())
@@ -234,7 +235,7 @@ def _media(records: Iterable[Record | Problem]) -> Iterator[tuple[str, list[str]
 
 
 def _look_at_share(
-    index: MediaIndex, share: Share, sources: list[tuple[Path, str]], store: "_FrameStore", progress: Progress
+    index: MediaIndex, share: Share, sources: list[tuple[Path, str]], store: Callable, progress: Progress
 ) -> dict[str, Any]:
     videos: set[str] = set()
     num = 0
@@ -252,34 +253,31 @@ def _look_at_share(
     return {"media": num, "cached_frames": num_frames}
 
 
-class _FrameStore:
-    """Stores the frames of videos beside the manifest, if that is wanted (`cache`)."""
+def _store_frames(
+    root: Path, folder: Path, cache: dict[str, Any] | None, num_workers: int, progress: Progress,
+    videos: Iterable[str], total: int,
+) -> tuple[int, dict[str, str]]:  # fmt: skip
+    """Stores the frames of videos beside the manifest; returns their number, and what is wrong with some videos."""
+    if cache is None:
+        return 0, {}
+    stop = threading.Event()
+    # alone, a decoder takes all cores; of several, each has its part of them
+    num_threads = None if num_workers == 1 else max((os.cpu_count() or 1) // num_workers, 1)
 
-    def __init__(self, root: Path, folder: Path, cache: dict[str, Any] | None, num_workers: int, progress: Progress):
-        self.root, self.folder, self.cache, self.num_workers, self.progress = root, folder, cache, num_workers, progress
+    def write(video: str) -> int | str:
+        try:
+            return write_frames(root, video, folder, **cache, num_threads=num_threads, stop=stop.is_set)
+        except (ValueError, OSError) as error:
+            return str(error)
 
-    def __call__(self, videos: Iterable[str], total: int) -> tuple[int, dict[str, str]]:
-        """The number of frames, and what is wrong with videos that do not decode."""
-        if (cache := self.cache) is None:
-            return 0, {}
-        stop = threading.Event()
-        # alone, a decoder takes all cores; of several, each has its part of them
-        num_threads = None if self.num_workers == 1 else max((os.cpu_count() or 1) // self.num_workers, 1)
-
-        def write(video: str) -> int | str:
-            try:
-                return write_frames(self.root, video, self.folder, **cache, num_threads=num_threads, stop=stop.is_set)
-            except (ValueError, OSError) as error:
-                return str(error)
-
-        num_frames, broken = 0, {}
-        for number, (video, result) in enumerate(in_threads(write, videos, self.num_workers, stop), 1):
-            if isinstance(result, int):
-                num_frames += result
-            else:
-                broken[video] = result
-            self.progress("storing frames", number, total)
-        return num_frames, broken
+    num_frames, broken = 0, {}
+    for number, (video, result) in enumerate(in_threads(write, videos, num_workers, stop), 1):
+        if isinstance(result, int):
+            num_frames += result
+        else:
+            broken[video] = result
+        progress("storing frames", number, total)
+    return num_frames, broken
 
 
 def _write_manifest(

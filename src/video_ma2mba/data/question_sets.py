@@ -111,6 +111,18 @@ def multiple_choice(question: str, options: list[str], answer: Any) -> tuple[str
     return f"{question}\n{lettered(options)}\n{ONLY_THE_LETTER}", f"{letter_of(answer, options)}."
 
 
+def options_of(row: dict[str, Any], key: str = "options", most: int = 26) -> list[str]:
+    """The options of a multiple choice.
+
+    Raises:
+        Malformed: They are no list, or too few or too many.
+    """
+    options = row.get(key)
+    if not isinstance(options, list) or not 2 <= len(options) <= most:
+        raise Malformed(f"{key!r} must be a list of two to {most} options, got {str(options)[:60]!r}")
+    return [str(option) for option in options]
+
+
 def lettered(options: list[str], form: str = "{}. {}") -> str:
     """A line for each option, with its letter before it."""
     return "\n".join(form.format(letter, option) for letter, option in zip(ascii_uppercase, options, strict=False))

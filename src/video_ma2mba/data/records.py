@@ -36,7 +36,7 @@ class Record:
 
     def media(self) -> Iterator[dict[str, Any]]:
         """The video and image entries, in order."""
-        return (entry for message in self.messages for entry in message["content"] if entry["type"] != "text")
+        return media_of(self.messages)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class Item:
 
 class Malformed(ValueError):
     """An item that is not what its format says; the message says how."""
+
+
+def media_of(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (entry for message in messages for entry in message["content"] if entry["type"] != "text")
 
 
 def medium(kind: str, *candidates: str, start_s: float | None = None, end_s: float | None = None) -> dict[str, Any]:

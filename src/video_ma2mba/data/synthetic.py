@@ -112,10 +112,6 @@ class Story:
 
     # --- pictures ---
 
-    def num_frames(self, fps: float = 1.0) -> int:
-        """Number of frames that sampling at `fps` yields."""
-        return math.ceil(self.duration_s * fps)
-
     def iter_frames(self, fps: float | None = None) -> Iterator[np.ndarray]:
         """Yield uint8 frames (height, width, 3), one at a time.
 
@@ -155,9 +151,7 @@ class Story:
             stream = container.add_stream("libx264", rate=self.source_fps)
             stream.width = stream.height = self.size
             stream.pix_fmt = "yuv420p"
-            stream.thread_count = (
-                1  # frames this small gain nothing from more, and bytes stay the same on every machine
-            )
+            stream.thread_count = 1  # frames this small gain nothing from more; and bytes are the same everywhere
             stream.options = {"preset": "veryfast", "crf": "20", "g": str(10 * self.source_fps)}
             for picture in self.iter_frames():
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

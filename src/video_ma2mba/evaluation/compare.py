@@ -1,14 +1,14 @@
 """Two runs over the same questions side by side: before and after a fine-tuning, for instance."""
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import read_lines
 from .metrics import clustered_mean
-from .report import ALL, flat
+from .questions import Question
+from .report import by_group, flat
 from .run import ANSWERS, read_found
 
 NUM_SHOWN = 5  # questions of each kind
@@ -28,14 +28,10 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         raise ValueError(f"{before} and {after} share no question with an answer to compare with")
     questions = {identity: runs[1]["questions"][identity] for identity in shared}
     scores = [{identity: float(run["right"][identity]) for identity in shared} for run in runs]
-    groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for identity, (question, _) in questions.items():
-        for name, value in question.groups.items():
-            groups[name][value].append(identity)
 
-    def row(identities: Sequence[str]) -> dict[str, Any]:
-        values = [[score[identity] for identity in identities] for score in scores]
-        videos = [questions[identity][1] for identity in identities]
+    def row(pairs: Sequence[tuple[Question, str]]) -> dict[str, Any]:
+        values = [[score[question.id] for question, _ in pairs] for score in scores]
+        videos = [video for _, video in pairs]
         difference = clustered_mean([b - a for a, b in zip(*values, strict=True)], videos)
         means = {name: sum(one) / len(one) for name, one in zip(("before", "after"), values, strict=True)}
         return {**difference, **means}
@@ -60,10 +56,7 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         "after": runs[1]["settings"],
         "num_questions": len(shared),
         "num_in_one_alone": sum(len(run["right"]) for run in runs) - 2 * len(shared),
-        "scores": {
-            ALL: row(shared),
-            **{name: {value: row(part) for value, part in sorted(parts.items())} for name, parts in groups.items()},
-        },
+        "scores": by_group(list(questions.values()), row),
         **changed,
     }
 
@@ -94,7 +87,10 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The comparison as a page."""
-    names = [_name(report[which]) for which in ("before", "after")]
+    names = [
+        f"{of['model']} with {of['adapter']}" if of.get("adapter") else str(of["model"])
+        for of in (report["before"], report["after"])
+    ]
     lines = [f"# {names[0]} and {names[1]}, {report['num_questions']} questions", ""]
     if report["num_in_one_alone"]:
         lines += [f"{report['num_in_one_alone']} questions stand in one of the two alone and are left out.", ""]
@@ -112,7 +108,3 @@ def markdown(report: dict[str, Any]) -> str:
             said = f'"{one["before"]}", then "{one["after"]}"; right is "{one["right"]}"'
             lines.append(f'- {one["video"]}, "{one["question"]}": {said}')
     return "\n".join(lines) + "\n"
-
-
-def _name(settings: dict[str, Any]) -> str:
-    return f"{settings['model']} with {settings['adapter']}" if settings.get("adapter") else str(settings["model"])

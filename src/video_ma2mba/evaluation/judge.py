@@ -213,8 +213,3 @@ def _words(text: str) -> list[str]:
 def _f1(said: list[str], true: list[str]) -> float:
     common = sum((Counter(said) & Counter(true)).values())
     return 2 * common / (len(said) + len(true)) if common else 0.0
-
-
-def describe(judge: Judge) -> dict[str, Any]:
-    """For a report."""
-    return {"name": judge.name, "published": judge.published}

@@ -71,16 +71,18 @@ class _Model(lmms):
     def answer(self, messages: list[dict[str, Any]], generation: dict[str, Any]) -> GenerationResult:
         """Answer a chat; one question about one video is asked of its memory, anything else goes in whole."""
         options = _options(generation)
-        paths = [part["video"] for message in messages for part in message["content"] if part["type"] == "video"]
+        parts = [part for message in messages for part in message["content"]]
+        if any(part["type"] == "audio" for part in parts):
+            raise ValueError(f"{NAME} hears nothing: this task has audio")
+        paths = [part["video"] for part in parts if part["type"] == "video"]
         only_texts = all(part["type"] in ("text", "video") for part in messages[0]["content"])
         if len(messages) == 1 and len(paths) == 1 and isinstance(paths[0], str) and only_texts:
             text = "".join(part["text"] for part in messages[0]["content"] if part["type"] == "text")
             (ids,) = self.watched(paths[0]).generate([text], **options)
         else:
             inputs = self.processor.apply_chat_template(
-                [{**message, "content": [self._part(part) for part in message["content"]]} for message in messages],
-                fps=self.fps, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-            ).to(self.device)  # fmt: skip
+                messages, fps=self.fps, add_generation_prompt=True, tokenize=True
+            ).to(self.device)
             ids = self.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         for stop in generation.get("until") or ():
@@ -97,12 +99,6 @@ class _Model(lmms):
             results[i] = self.answer(messages, generation)
             self.cache_hook.add_partial("generate_until", (requests[i].args[0], generation), results[i].text)
         return [results[i] for i in range(len(requests))]
-
-    def _part(self, part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] == "audio":
-            raise ValueError(f"{NAME} hears nothing: this task has audio")
-        key = "path" if isinstance(part.get(part["type"]), str) else part["type"]
-        return part if part["type"] == "text" else {"type": part["type"], key: part[part["type"]]}
 
 
 class Chat(_Model):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..data.synthetic import COLOURS, make_story
-from ..files import read_lines, write_png, write_text
+from ..files import new_figure, read_lines, write_png, write_text
 from ..modeling.video_memory import VideoMemory
 from ..processes import Ranks, files_of, remove_shares
 
@@ -54,16 +54,10 @@ def synthetic_haystack(processor: Any, number: int, num_frames: int) -> torch.Te
     """Distractors at 1 FPS without a circle, others for each number and length: uint8 (frames, 3, side, side)."""
     story = make_story(10**9 + number, num_frames + 8)
     circle = story.circle
-    parts = []
-    batch: list[np.ndarray] = []
-    for second, frame in enumerate(story.iter_frames(1.0)):
-        if not circle.start_s <= second < circle.end_s:
-            batch.append(frame)
-        if len(batch) == FRAMES_PER_PUSH:
-            parts.append(processor.video_processor.load(np.stack(batch)).frames)
-            batch = []
-    parts.append(processor.video_processor.load(np.stack(batch)).frames) if batch else None
-    return torch.cat(parts)[:num_frames]
+    seconds = enumerate(story.iter_frames(1.0))
+    frames = (frame for second, frame in seconds if not circle.start_s <= second < circle.end_s)
+    batches = iter(lambda: list(itertools.islice(frames, FRAMES_PER_PUSH)), [])
+    return torch.cat([processor.video_processor.load(np.stack(batch)).frames for batch in batches])[:num_frames]
 
 
 def read_needles(folder: Path, processor: Any) -> list[Needle]:
@@ -200,25 +194,17 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """The heat map of depth over length."""
-    from matplotlib.figure import Figure
-
     lengths, depths = sorted({row["num_frames"] for row in rows}), sorted({row["depth"] for row in rows})
     values = np.full((len(depths), len(lengths)), np.nan)
     for row in rows:
         values[depths.index(row["depth"]), lengths.index(row["num_frames"])] = row["found"]
-    figure = Figure(figsize=(1.5 + 0.9 * len(lengths), 1.5 + 0.5 * len(depths)), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(1.5 + 0.9 * len(lengths), 1.5 + 0.5 * len(depths), grid=False)
     picture = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
         axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=9)
-    axes.set_xticks(range(len(lengths)), [_duration(length) for length in lengths])
+    hours = [f"{n / 3600:g} h" if n >= 3600 else f"{n / 60:g} min" for n in lengths]
+    axes.set_xticks(range(len(lengths)), hours)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set_xlabel("length of the video at 1 FPS")
-    axes.set_ylabel("depth of the needle")
-    axes.set_title(title)
+    axes.set(xlabel="length of the video at 1 FPS", ylabel="depth of the needle", title=title)
     figure.colorbar(picture, label="needles found")
     write_png(path, figure)
-
-
-def _duration(num_frames: int) -> str:
-    return f"{num_frames / 3600:g} h" if num_frames >= 3600 else f"{num_frames / 60:g} min"

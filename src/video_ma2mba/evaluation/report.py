@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json, write_png, write_text
-from .judge import Judge, Verdict, describe
+from ..files import new_figure, write_json, write_png, write_text
+from .judge import Judge, Verdict
 from .metrics import JudgedScore, MultipleChoiceAccuracy
 from .questions import Question
 from .run import Answer, Found, count_reasons
@@ -30,7 +30,7 @@ def make_report(
     free = [(question, answer) for question, answer in pairs if question.dimension and question.answer]
     if task.read_answer is not None:
         known = [(q, a) for q, a in pairs if q.answer and a.parsed is not None]
-        report["metric"], report["scores"] = "accuracy", _by_group(known, _accuracy) if known else {}
+        report["metric"], report["scores"] = "accuracy", by_group(known, _accuracy) if known else {}
         report["num_without_answer_key"] = sum(not q.answer for q, _ in pairs)
         report["num_left_out_of_score"] = sum(a.parsed is None for _, a in pairs)
     else:
@@ -38,13 +38,13 @@ def make_report(
         assert judge is not None
     if judge is not None:
         judged = _judged(free, judge)
-        report["judge"] = describe(judge)
+        report["judge"] = {"name": judge.name, "published": judge.published}
         report["num_not_understood"] = sum(not verdict.understood for _, (_, verdict) in judged)
-        scores = _by_group(judged, _mean(lambda verdict: verdict.score)) if judged else {}
+        scores = by_group(judged, _mean(lambda verdict: verdict.score)) if judged else {}
         report["scores" if task.read_answer is None else "judged_score"] = scores
         if any(verdict.correct is not None for _, (_, verdict) in judged):
             name = "accuracy" if task.read_answer is None else "judged_accuracy"
-            report[name] = _by_group(judged, _mean(lambda verdict: float(bool(verdict.correct))))
+            report[name] = by_group(judged, _mean(lambda verdict: float(bool(verdict.correct))))
     videos = {answer.video: answer for answer in answers}
     report["num_videos"] = len(videos)
     report["num_problems"] = len(found.problems)
@@ -69,7 +69,7 @@ def _judged(pairs: Sequence[tuple[Question, Answer]], judge: Judge) -> list[tupl
     ]
 
 
-def _by_group(pairs: Sequence[tuple[Question, Any]], score: Any) -> dict[str, Any]:
+def by_group(pairs: Sequence[tuple[Question, Any]], score: Any) -> dict[str, Any]:
     """{"all": ..., "duration": {"short": ...}, ...}."""
     groups: dict[str, dict[str, list[tuple[Question, Any]]]] = defaultdict(lambda: defaultdict(list))
     for question, answer in pairs:
@@ -140,18 +140,15 @@ def _row(name: str, one: dict[str, Any]) -> str:
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
     rows = flat(report["scores"])[::-1]
-    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(8, 1.2 + 0.3 * len(rows), grid=False)
     for y, (_, one) in enumerate(rows):
         if one["low"] is not None:
             axes.plot([one["low"], one["high"]], [y, y], color="0.6", linewidth=2)
         axes.plot(one["mean"], y, "o", color="tab:blue")
     axes.set_yticks(range(len(rows)), [f"{name} ({one['num_questions']})" for name, one in rows])
     axes.set_xlim(0, 1 if report["metric"] == "accuracy" else 5)
-    axes.set_xlabel(f"{report['metric']}, with 95 % intervals over videos")
-    axes.set_title(f"{report['task']}: {report['model']}")
+    axes.set(xlabel=f"{report['metric']}, with 95 % intervals over videos")
+    axes.set(title=f"{report['task']}: {report['model']}")
     axes.grid(axis="x", alpha=0.3)
     write_png(path, figure)

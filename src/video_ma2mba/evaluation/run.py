@@ -291,11 +291,8 @@ def _spoken(memory: VideoMemory, questions: Sequence[Question], max_new_tokens: 
 
 
 def _likeliest(memory: VideoMemory, questions: Sequence[Question]) -> list[tuple[str, int]]:
-    answers = []
-    for question in questions:
-        scores = memory.log_likelihoods(question.prompt, list(question.letters))
-        answers.append((LETTERS[int(scores.argmax())], 0))
-    return answers
+    scores = (memory.log_likelihoods(question.prompt, list(question.letters)) for question in questions)
+    return [(LETTERS[int(one.argmax())], 0) for one in scores]
 
 
 def count_reasons(problems: Iterable[Problem]) -> dict[str, int]:

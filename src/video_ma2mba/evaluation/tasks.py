@@ -17,6 +17,7 @@ from ..data.question_sets import (
     multiple_choice,
     nextqa_videos,
     number_of_answer,
+    options_of,
 )  # fmt: skip
 from ..data.records import SUFFIXES, Item, Malformed, Problem, convert_all, read_items, text_of
 from ..loading import not_from_the_hub
@@ -94,64 +95,56 @@ def read_questions(task: Task, data: str) -> Iterator[Question | Problem]:
 # --- multiple choice ----------------------------------------------------------------------------------------------
 
 
-def video_mme(source: Path | None) -> Convert:
+def video_mme(item: Item) -> Iterator[Question]:
     """Options come lettered, "A. ..."; the answer is a letter."""
-
-    def convert(item: Item) -> Iterator[Question]:
-        row = item.value
-        options = [str(option) for option in _list(row, "options")]
-        answer = text_of(row, "answer")
-        if answer not in LETTERS[: len(options)]:
-            raise Malformed(f"answer {answer!r} of {len(options)} options")
-        video = text_of(row, "videoID")
-        prompt = "\n".join(
-            [
-                "Select the best answer to the following multiple-choice question based on the video and the "
-                "subtitles. Respond with only the letter (A, B, C, or D) of the correct option.",
-                text_of(row, "question"),
-                *options,
-                "",
-                ONLY_THE_LETTER,
-            ]
-        )
-        yield Question(
-            id=text_of(row, "question_id"),
-            where=item.where,
-            videos=tuple(f"{f}{video}.{s}" for f in ("data/", "", "videomme/data/") for s in ("mp4", "MP4", "mkv")),
-            prompt=prompt,
-            answer=answer,
-            options=tuple(re.sub(r"^[A-E]\.\s*", "", option) for option in options),
-            groups=_groups(row, "duration", "domain", "sub_category", "task_type"),
-        )
-
-    return convert
+    row = item.value
+    options = options_of(row, most=5)
+    answer = text_of(row, "answer")
+    if answer not in LETTERS[: len(options)]:
+        raise Malformed(f"answer {answer!r} of {len(options)} options")
+    video = text_of(row, "videoID")
+    prompt = "\n".join(
+        [
+            "Select the best answer to the following multiple-choice question based on the video and the "
+            "subtitles. Respond with only the letter (A, B, C, or D) of the correct option.",
+            text_of(row, "question"),
+            *options,
+            "",
+            ONLY_THE_LETTER,
+        ]
+    )
+    yield Question(
+        id=text_of(row, "question_id"),
+        where=item.where,
+        videos=tuple(f"{f}{video}.{s}" for f in ("data/", "", "videomme/data/") for s in ("mp4", "MP4", "mkv")),
+        prompt=prompt,
+        answer=answer,
+        options=tuple(re.sub(r"^[A-E]\.\s*", "", option) for option in options),
+        groups=_groups(row, "duration", "domain", "sub_category", "task_type"),
+    )
 
 
-def long_video_bench(source: Path | None) -> Convert:
+def long_video_bench(item: Item) -> Iterator[Question]:
     """`option0` to `option4` or `candidates`; `correct_choice` is a number, and absent from the test split."""
-
-    def convert(item: Item) -> Iterator[Question]:
-        row = item.value
-        if "candidates" in row:
-            options = [str(option) for option in _list(row, "candidates")]
-        else:
-            options = [str(row[f"option{i}"]) for i in range(5) if row.get(f"option{i}") not in (None, "", "N/A")]
-        if not options:
-            raise Malformed("it has no options")
-        choice = row.get("correct_choice")
-        answer = "" if choice in (None, -1) else letter_of(choice, options)
-        video = text_of(row, "video_path")
-        yield Question(
-            id=text_of(row, "id"),
-            where=item.where,
-            videos=(f"videos/{video}", video),
-            prompt=f"{text_of(row, 'question')}\n{lettered(options)}\n{ONLY_THE_LETTER}\n",
-            answer=answer,
-            options=tuple(options),
-            groups=_groups(row, "duration_group", "question_category"),
-        )
-
-    return convert
+    row = item.value
+    if "candidates" in row:
+        options = options_of(row, "candidates", 5)
+    else:
+        options = [str(row[f"option{i}"]) for i in range(5) if row.get(f"option{i}") not in (None, "", "N/A")]
+    if not options:
+        raise Malformed("it has no options")
+    choice = row.get("correct_choice")
+    answer = "" if choice in (None, -1) else letter_of(choice, options)
+    video = text_of(row, "video_path")
+    yield Question(
+        id=text_of(row, "id"),
+        where=item.where,
+        videos=(f"videos/{video}", video),
+        prompt=f"{text_of(row, 'question')}\n{lettered(options)}\n{ONLY_THE_LETTER}\n",
+        answer=answer,
+        options=tuple(options),
+        groups=_groups(row, "duration_group", "question_category"),
+    )
 
 
 MVBENCH_FOLDERS = {
@@ -187,7 +180,7 @@ def mv_bench(source: Path | None) -> Convert:
 
     def convert(item: Item) -> Iterator[Question]:
         row, identity = item.value, f"{subtask} {next(number)}"
-        options, answer = [str(option) for option in _list(row, "candidates")], text_of(row, "answer")
+        options, answer = options_of(row, "candidates", 5), text_of(row, "answer")
         if answer not in options:
             raise Malformed(f"answer {answer!r} is not among the candidates")
         video = text_of(row, "video")
@@ -310,51 +303,47 @@ def video_chatgpt(source: Path | None) -> Convert:
 KNOWN = {"id", "video", "question", "answer", "options"}
 
 
-def own(source: Path | None) -> Convert:
+def own(item: Item) -> Iterator[Question]:
     """A line of one's own training data: video and question; answer and options may be absent.
 
     An answer to options is one of them, its letter or its number, from 0; and the model is asked as training asks, in
     `question_sets.multiple_choice`. A free answer is compared as a text. Every other text or number is a category.
     """
-
-    def convert(item: Item) -> Iterator[Question]:
-        row = item.value
-        other = [key for names in MEDIA_KEYS.values() for key in names if key != "video" and row.get(key)]
-        other += [key for span in SPANS for key in span if row.get(key) is not None]
-        if other:
-            raise Malformed(f"{', '.join(other)}: a question is about one whole video, under 'video'")
-        video, asked = text_of(row, "video"), text_of(row, "question")
-        options = [str(option) for option in _list(row, "options", len(LETTERS))] if row.get("options") else []
-        answer = "" if row.get("answer") in (None, "") else str(row["answer"]).strip()
-        prompt = asked
-        if options:
-            number = number_of_answer(answer, options) if answer else 0
-            prompt, letter = multiple_choice(asked, options, number)
-            answer = letter.rstrip(".") if answer else ""
-        groups = {key: str(value) for key, value in row.items()
-                  if key not in KNOWN and isinstance(value, str | int | float) and value != ""}  # fmt: skip
-        yield Question(
-            id=str(row.get("id") or item.where),
-            where=item.where,
-            videos=(video, f"videos/{video}"),
-            prompt=prompt,
-            answer=answer if options else plain_text(answer),
-            options=tuple(options),
-            groups={**groups, "kind": "multiple choice" if options else "free answer"},
-            asked=asked,
-            dimension="" if options else "match",
-        )
-
-    return convert
+    row = item.value
+    other = [key for names in MEDIA_KEYS.values() for key in names if key != "video" and row.get(key)]
+    other += [key for span in SPANS for key in span if row.get(key) is not None]
+    if other:
+        raise Malformed(f"{', '.join(other)}: a question is about one whole video, under 'video'")
+    video, asked = text_of(row, "video"), text_of(row, "question")
+    options = options_of(row) if row.get("options") else []
+    answer = "" if row.get("answer") in (None, "") else str(row["answer"]).strip()
+    prompt = asked
+    if options:
+        number = number_of_answer(answer, options) if answer else 0
+        prompt, letter = multiple_choice(asked, options, number)
+        answer = letter.rstrip(".") if answer else ""
+    groups = {key: str(value) for key, value in row.items()
+              if key not in KNOWN and isinstance(value, str | int | float) and value != ""}  # fmt: skip
+    yield Question(
+        id=str(row.get("id") or item.where),
+        where=item.where,
+        videos=(video, f"videos/{video}"),
+        prompt=prompt,
+        answer=answer if options else plain_text(answer),
+        options=tuple(options),
+        groups={**groups, "kind": "multiple choice" if options else "free answer"},
+        asked=asked,
+        dimension="" if options else "match",
+    )
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("own", None, own, own_answer, 64),
-        Task("videomme", ("lmms-eval/Video-MME", "videomme", "test"), video_mme, marked_letter, 16),
+        Task("own", None, lambda source: own, own_answer, 64),
+        Task("videomme", ("lmms-eval/Video-MME", "videomme", "test"), lambda source: video_mme, marked_letter, 16),
         Task(
-            "longvideobench", ("longvideobench/LongVideoBench", None, "validation"), long_video_bench,
+            "longvideobench", ("longvideobench/LongVideoBench", None, "validation"), lambda source: long_video_bench,
             first_capital, 32, r"(lvb_(val|test_wo_gt)\.json)|(.*\.parquet)",
         ),
         Task("mvbench", ("OpenGVLab/MVBench", None, "train"), mv_bench, leading_letter, 16, r".*\.(json|parquet)"),
@@ -369,13 +358,6 @@ TASKS = {
         ),
     )
 }  # fmt: skip
-
-
-def _list(row: dict[str, Any], key: str, most: int = 5) -> list[Any]:
-    value = row.get(key)
-    if not isinstance(value, list) or not 2 <= len(value) <= most:
-        raise Malformed(f"{key!r} must be a list of two to {most} options, got {str(value)[:60]!r}")
-    return value
 
 
 def _groups(row: dict[str, Any], *keys: str) -> dict[str, str]:

@@ -52,10 +52,8 @@ def choose(
         if by_epochs < MIN_STEPS:
             epochs = f"{epochs} would be {by_epochs}, too few to learn from"
         take("max_steps", max(by_epochs, MIN_STEPS), epochs)
-    rate, why = (
-        RATE_TIMES_WIDTH / hidden_size,
-        f"{RATE_TIMES_WIDTH:g} / width {hidden_size:,}, the paper's at its width",
-    )
+    rate = RATE_TIMES_WIDTH / hidden_size
+    why = f"{RATE_TIMES_WIDTH:g} / width {hidden_size:,}, the paper's at its width"
     if recipe.lora is not None:
         rate, why = LORA_TIMES * rate, f"{LORA_TIMES * RATE_TIMES_WIDTH:g} / width {hidden_size:,}, for adapters"
     take("learning_rate", rate, why)

@@ -64,18 +64,15 @@ class InitialStates:
             zeros = cache.layers[layer]
             states = []
             for number, zero in enumerate(zeros):
-                one = (
-                    kept[number][torch.arange(batch) % len(kept[number])]
-                    if self.options.kind == "passed"
-                    else self._noise(kept[2 * number], kept[2 * number + 1], zero.shape, draw)
-                ).to(zero)
-                states.append(torch.where(begins_so.to(zero.device).view(-1, *[1] * (zero.ndim - 1)), one, zero))
+                if self.options.kind == "passed":
+                    one = kept[number][torch.arange(batch) % len(kept[number])]
+                else:
+                    mean, variance = kept[2 * number], kept[2 * number + 1]
+                    one = mean + variance.sqrt() * torch.randn(zero.shape, generator=draw).to(mean.device)
+                where = begins_so.to(zero.device).view(-1, *[1] * (zero.ndim - 1))
+                states.append(torch.where(where, one.to(zero), zero))
             cache.layers[layer] = type(zeros)(*states)
         return cache
-
-    @staticmethod
-    def _noise(mean: torch.Tensor, variance: torch.Tensor, shape: Any, draw: torch.Generator) -> torch.Tensor:
-        return mean + variance.sqrt() * torch.randn(shape, generator=draw).to(mean.device)
 
     def end(self, cache: Any) -> None:
         """Take what a batch left: the `Mamba2Cache` that `begin` gave, moved on by the model."""

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json, write_png
+from ..files import new_figure, write_json, write_png
 from ..planning.measured import peak_bytes
 from .choices import Choice
 from .recipe import Recipe
@@ -59,10 +59,7 @@ def plot_losses(
     losses: list[dict[str, Any]], evaluations: list[dict[str, Any]], kept: dict[str, Any] | None, path: Path
 ) -> None:
     """Both curves with their points, and which of the held-out ones the model is."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(7, 4)
     for name, entries, colour in (("training", losses, "tab:blue"), ("held out", evaluations, "tab:orange")):
         if entries:
             steps, values = ([entry[key] for entry in entries] for key in ("step", "loss"))
@@ -72,9 +69,7 @@ def plot_losses(
         said = f", {kept['exact']:.0%} of held-out answers exact" if "exact" in kept else ""
         axes.set_title(f"model/ is step {kept['step']}: held-out loss {kept['loss']:.3g}{said}", fontsize=10)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="step", ylabel="loss")
     if losses or evaluations:
         axes.legend()
     write_png(path, figure)

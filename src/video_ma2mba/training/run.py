@@ -27,7 +27,7 @@ from ..processing import VideoMa2mbaProcessor
 from .choices import Choice, choose, keeps_best
 from .engines import check_engine, check_shared, engine_arguments
 from .held_out import HeldOut, Lines, advice, answer_metrics
-from .parameters import parameter_groups, set_trainable
+from .parameters import set_trainable
 from .recipe import Recipe
 from .report import write_report
 from .sequence_parallel import SequenceParallelTrainer
@@ -141,8 +141,9 @@ def read_all(recipe: Recipe, processor: VideoMa2mbaProcessor) -> tuple[Any, Any 
     if recipe.evaluation_data or not recipe.held_out:
         held = None
         if recipe.evaluation_data:  # a stream has no end, an evaluation must have one
-            held = read_data(recipe.evaluation_data, replace(recipe, streaming=False), processor)
-        return read_data(recipe.data, recipe, processor), held, []
+            whole = replace(recipe, streaming=False)
+            held = complete(read_rows(recipe.evaluation_data, whole), whole, processor)
+        return complete(read_rows(recipe.data, recipe), recipe, processor), held, []
     rows = read_rows(recipe.data, recipe)
     trained, kept = hold_out(rows, recipe.held_out, recipe.seed)
     if not kept:
@@ -152,11 +153,6 @@ def read_all(recipe: Recipe, processor: VideoMa2mbaProcessor) -> tuple[Any, Any 
     said = f"of {len(rows)} samples, drawn by video: {len(videos)} are not trained on; --set held_out=0 trains on all"
     parts = (complete(rows.select(indices), recipe, processor) for indices in (trained, kept))
     return *parts, [Choice("held_out", len(kept), said)]
-
-
-def read_data(folders: tuple[str, ...], recipe: Recipe, processor: VideoMa2mbaProcessor) -> Any:
-    """All folders as one data set, with `num_tokens`, an estimate by which samples are grouped."""
-    return complete(read_rows(folders, recipe), recipe, processor)
 
 
 def read_rows(folders: tuple[str, ...], recipe: Recipe) -> Any:
@@ -176,7 +172,7 @@ def read_rows(folders: tuple[str, ...], recipe: Recipe) -> Any:
 
 
 def complete(rows: Any, recipe: Recipe, processor: VideoMa2mbaProcessor) -> Any:
-    """Rows joined where the recipe asks for it, with their `num_tokens`."""
+    """Rows joined where the recipe asks for it, with `num_tokens`, an estimate by which samples are grouped."""
     if recipe.streaming:
         return rows
     per_frame = processor.tokens_per_frame
@@ -377,20 +373,3 @@ def _save_model(trainer: VideoMa2mbaTrainer, folder: Path) -> None:
         (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to who loads the model
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-
-
-def describe_groups(prepared_model: torch.nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """The parameter groups as numbers: name, tensors, parameters, lr, weight_decay."""
-    assert recipe.learning_rate is not None
-    groups = parameter_groups(prepared_model, recipe.learning_rate, recipe.vision_learning_rate, recipe.weight_decay)
-    return [
-        {
-            "name": group["name"],
-            "tensors": len(group["params"]),
-            "parameters": sum(parameter.numel() for parameter in group["params"]),
-            "bytes": sum(parameter.numel() * parameter.element_size() for parameter in group["params"]),
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
-        }
-        for group in groups
-    ]

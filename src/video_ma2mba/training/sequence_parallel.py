@@ -79,13 +79,8 @@ class SequenceParallelTrainer(VideoMa2mbaTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return Repeated(super()._get_train_sampler(train_dataset), self.ranks)
 
-    def get_train_dataloader(self) -> Any:
-        whole = self.data_collator
-        self.data_collator = SpanCollator(whole, self.neighbours.rank, self.ranks)  # type: ignore[arg-type]
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = whole
+    def _train_collator(self) -> Any:
+        return SpanCollator(super()._train_collator(), self.neighbours.rank, self.ranks)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         place = inputs.pop(PLACE, None)

@@ -94,10 +94,8 @@ class VideoMa2mbaTrainer(Trainer):
                     f"{make} groups the parameters itself: leave out vision_learning_rate, or take another"
                 )
         else:
-            rate, decay = (
-                options.get("lr", self.args.learning_rate),
-                options.get("weight_decay", self.args.weight_decay),
-            )
+            rate = options.get("lr", self.args.learning_rate)
+            decay = options.get("weight_decay", self.args.weight_decay)
             options = {**options, "params": parameter_groups(model, rate, self.vision_learning_rate, decay)}
         self.optimizer_cls_and_kwargs = make, options  # which the stock Trainer reads, with all else it does for it
         try:
@@ -119,10 +117,12 @@ class VideoMa2mbaTrainer(Trainer):
             self._batches_done = state.global_step * self.args.gradient_accumulation_steps
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def get_train_dataloader(self) -> Any:
+    def _train_collator(self) -> Any:
         """Of a stream that is gone on with, the batches that were trained pass by without being decoded."""
-        whole = self.data_collator
-        self.data_collator = _AfterBatches(whole, self._batches_done) if self._batches_done else whole
+        return _AfterBatches(self.data_collator, self._batches_done) if self._batches_done else self.data_collator
+
+    def get_train_dataloader(self) -> Any:
+        whole, self.data_collator = self.data_collator, self._train_collator()
         try:
             return super().get_train_dataloader()
         finally:

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from ..loading import fetch_adapter, is_hub_id, load, load_model, reading
 from ..processing import VideoMa2mbaProcessor
 from .checkpoint_reader import read_json
 from .conversion import answer_to_a_frame
-from .model_card import requirements
+from .model_card import TAGS, make_card
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What PEFT leaves where it has nothing to say: its own card is no card.
@@ -92,22 +92,8 @@ def render_adapter_card(
         raise ValueError(f"{folder}: the adapters name {base}, a folder here; say its Hub id with --base-model")
     config = read_json(folder, CONFIG)
     facts = {"rank": config.get("r"), "alpha": config.get("lora_alpha"), **(training or {})}
-    return ModelCard.from_template(
-        ModelCardData(
-            license=licence,
-            library_name="peft",
-            pipeline_tag="video-text-to-text",
-            tags=["video", "mamba2", "video-ma2mba", "lora"],
-            base_model=base,
-        ),
-        template_str=_TEMPLATE,
-        title=repo.rpartition("/")[2],
-        repo=repo,
-        base=base,
-        torch=requirements("torch"),
-        requirements=requirements("transformers", "av", "pillow"),
-        facts=facts,
-    )
+    data = {"license": licence, "library_name": "peft", "tags": [*TAGS, "lora"], "base_model": base}
+    return make_card(_TEMPLATE, repo, data, base=base, facts=facts)
 
 
 def has_card(folder: Path) -> bool:

@@ -5,7 +5,6 @@ import math
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,12 +31,11 @@ class CheckpointReader:
         self.dtypes: dict[str, torch.dtype] = {}
         files, indexed = _find_files(folder)
         for file in files:
-            with _Opened(file) as tensors:
-                for name in tensors.names():
-                    if name in self._files:
-                        raise ValueError(f"{file}: holds {name}, which {self._files[name].name} holds too")
-                    self._files[name] = file
-                    self.shapes[name], self.dtypes[name] = tensors.describe(name)
+            for name, tensor in _tensors_of(file).items():
+                if name in self._files:
+                    raise ValueError(f"{file}: holds {name}, which {self._files[name].name} holds too")
+                self._files[name] = file
+                self.shapes[name], self.dtypes[name] = tuple(tensor.shape), tensor.dtype
         if indexed is not None and indexed != {name: file.name for name, file in self._files.items()}:
             wrong = sorted(set(indexed.items()) ^ {(name, file.name) for name, file in self._files.items()})
             raise ValueError(f"{folder}: the index and the shards disagree about {list_names([n for n, _ in wrong])}")
@@ -59,59 +57,32 @@ class CheckpointReader:
         for name in names:
             by_file.setdefault(self._files[name], []).append(name)
         for file, wanted in by_file.items():
-            with _Opened(file) as tensors:
-                for name in wanted:
-                    yield name, tensors.get(name)
+            tensors = _tensors_of(file)
+            yield from ((name, tensors[name]) for name in wanted)
 
 
-class _Opened:
-    """One file, whichever of the two kinds it is."""
-
-    def __init__(self, file: Path):
-        self._is_safetensors = file.suffix == ".safetensors"
-        self._file: Any = None
-        self._tensors: Any = None
-        try:
-            if self._is_safetensors:
-                self._file = safe_open(file, framework="pt")
-            else:
-                # only the zip layout can be mapped; files of before torch 1.6 are read whole
-                self._tensors = torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))
-        except SafetensorError as error:
-            raise ValueError(f"{file}: truncated, or not a safetensors file ({error}); download it again") from error
-        except Exception as error:  # the kinds of ways in which bytes are no pickle of tensors are without number
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(
-                f"{file}: truncated, or a pickle of more than plain tensors, which could run code: it is not loaded "
-                f"({type(error).__name__}: {reason[:200]})"
-            ) from error
-        if not self._is_safetensors:
-            if not isinstance(self._tensors, dict):
-                raise ValueError(f"{file}: holds a {type(self._tensors).__name__}, not a dict of tensors")
-            for name, value in self._tensors.items():
-                if not isinstance(value, torch.Tensor):
-                    raise ValueError(f"{file}: {name} is a {type(value).__name__}, not a tensor")
-
-    def __enter__(self) -> "_Opened":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._file = self._tensors = None
-
-    def names(self) -> list[str]:
-        return list(self._file.keys() if self._is_safetensors else self._tensors)
-
-    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        if self._is_safetensors:
-            part = self._file.get_slice(name)
-            return tuple(part.get_shape()), _DTYPES[part.get_dtype()]
-        return tuple(self._tensors[name].shape), self._tensors[name].dtype
-
-    def get(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name) if self._is_safetensors else self._tensors[name]
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+def _tensors_of(file: Path) -> dict[str, torch.Tensor]:
+    """What a file holds, mapped: of tensors that nobody looks at nothing is read."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+        # only the zip layout can be mapped; files of before torch 1.6 are read whole
+        tensors = torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated, or not a safetensors file ({error}); download it again") from error
+    except Exception as error:  # the kinds of ways in which bytes are no pickle of tensors are without number
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{file}: truncated, or a pickle of more than plain tensors, which could run code: it is not loaded "
+            f"({type(error).__name__}: {reason[:200]})"
+        ) from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file}: holds a {type(tensors).__name__}, not a dict of tensors")
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{file}: {name} is a {type(value).__name__}, not a tensor")
+    return tensors
 
 
 def read_json(folder: Path, name: str) -> dict:

@@ -68,20 +68,16 @@ def read_llava_mamba(source: str, tokenizer: str | None = None, vision_model: st
         raise ValueError(
             f"{folder / 'config.json'}: mm_hidden_size={stated_width}, but its tower is {tower.hidden_size} wide"
         )
-    statistics = parts.image_statistics(tower, tower_folder)
     tokens = parts.load_tokenizer(tokenizer, folder)
-    processor = parts.build_processor(tokens, tower, statistics, config.get("mm_spatial_pool_stride", 2))
     reader = CheckpointReader(folder)
     prefix = _wrapper(list(reader.shapes))
     table = f"{prefix}backbone.embedding.weight"
     if table not in reader.shapes:
         raise ValueError(f"{folder}: there is no {table}")
-    ours = parts.build_config(
-        parts.state_spaces_config(config, reader.shapes[table][0], folder),
-        tower,
-        processor,
-        statistics,
-        **_features(config, tower, folder),
+    language = parts.state_spaces_config(config, reader.shapes[table][0], folder)
+    stride = config.get("mm_spatial_pool_stride", 2)
+    ours, processor = parts.put_together(
+        language, tower, tower_folder, tokens, stride, **_features(config, tower, folder)
     )
     drops = [
         *((_TOWER + pattern, reason) for pattern, reason in tower_drops(ours.num_vision_layers)),

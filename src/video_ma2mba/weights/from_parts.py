@@ -32,10 +32,8 @@ def read_parts(language_model: str, vision_model: str, tokenizer: str | None = N
     text_config = parts.language_config(language_folder, language.reader.shapes[table][0])
 
     tower = parts.vision_config(vision_folder)
-    statistics = parts.image_statistics(tower, vision_folder)
     tokens = parts.load_tokenizer(tokenizer, language_folder)
-    processor = parts.build_processor(tokens, tower, statistics, pool_stride=2)
-    config = parts.build_config(text_config, tower, processor, statistics)
+    config, processor = parts.put_together(text_config, tower, vision_folder, tokens)
 
     drops = (*tower_drops(config.num_vision_layers), *TEXT_SIDE_DROPS)
     vision = map_tensors(CheckpointReader(vision_folder), TOWER_RENAMES, drops)

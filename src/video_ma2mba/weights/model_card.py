@@ -14,6 +14,7 @@ from ..modeling.checkpoint_plan import format_bytes, plan_checkpoints
 from ..registration import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from .checkpoint_reader import read_json
 
+TAGS = ["video", "mamba2", "video-ma2mba"]
 _TEMPLATE = """---
 {{ card_data }}
 ---
@@ -113,30 +114,24 @@ def render_card(
     if not isinstance(stated, list):
         raise ValueError(f"the results of the evaluation must be a list, got {stated!r}")
     results = [_checked(row) for row in stated]
-    name = repo.rpartition("/")[2]
-    has_weights = any(folder.glob("*.safetensors"))
-    data = ModelCardData(
-        license=licence,
-        library_name="transformers",
-        pipeline_tag="video-text-to-text",
-        tags=["video", "mamba2", "video-ma2mba"],
-        base_model=base_models or None,
-        model_name=name if results else None,
-        eval_results=[_eval_result(row) for row in results] or None,
-    )
+    data = {
+        "license": licence, "library_name": "transformers", "tags": TAGS, "base_model": base_models or None,
+        "model_name": repo.rpartition("/")[2] if results else None,
+        "eval_results": [_eval_result(row) for row in results] or None,
+    }  # fmt: skip
+    return make_card(
+        _TEMPLATE, repo, data, facts=_facts(config), has_weights=any(folder.glob("*.safetensors")),
+        base_models=base_models, training=training, results=results,
+    )  # fmt: skip
+
+
+def make_card(template: str, repo: str, data: dict[str, Any], **values: Any) -> ModelCard:
+    """A card of these metadata; its text, in Jinja, is given the packages that are needed, and `values`."""
     return ModelCard.from_template(
-        data,
-        template_str=_TEMPLATE,
-        title=name,
-        repo=repo,
-        torch=requirements("torch"),
-        requirements=requirements("transformers", "av", "pillow"),
-        facts=_facts(config),
-        has_weights=has_weights,
-        base_models=base_models,
-        training=training,
-        results=results,
-    )
+        ModelCardData(pipeline_tag="video-text-to-text", **data),
+        template_str=template, title=repo.rpartition("/")[2], repo=repo, torch=requirements("torch"),
+        requirements=requirements("transformers", "av", "pillow"), **values,
+    )  # fmt: skip
 
 
 def requirements(*names: str) -> str:

@@ -101,13 +101,14 @@ def state_spaces_config(config: dict, num_embeddings: int, folder: Path) -> Mamb
 
 def language_config(folder: Path, num_embeddings: int) -> Mamba2Config:
     """The config of a Mamba-2 language model in the format of state-spaces or of transformers."""
-    model_type = read_json(folder, "config.json").get("model_type")
+    config = read_json(folder, "config.json")
+    model_type = config.get("model_type")
     if model_type == "mamba2":
         with reading(folder, "Mamba2Config"):
             return Mamba2Config.from_pretrained(folder)
     if model_type is not None:
         raise ValueError(f"{folder}: a model of type {model_type!r}, not a Mamba-2 language model")
-    return state_spaces_config(read_json(folder, "config.json"), num_embeddings, folder)
+    return state_spaces_config(config, num_embeddings, folder)
 
 
 def vision_config(folder: Path) -> CLIPVisionConfig | SiglipVisionConfig:
@@ -121,7 +122,7 @@ def vision_config(folder: Path) -> CLIPVisionConfig | SiglipVisionConfig:
     raise ValueError(f"{folder}: a model of type {model_type!r}; a tower must be CLIP or SigLIP")
 
 
-def image_statistics(tower: PreTrainedConfig, folder: Path | None) -> dict[str, list[float]]:
+def image_statistics(tower: PreTrainedConfig, folder: Path | None) -> dict[str, Any]:
     """image_mean and image_std: those of the tower's folder, or else of its family."""
     mean, std = _IMAGE_STATISTICS[tower.model_type]
     if folder is not None and (folder / "preprocessor_config.json").is_file():
@@ -143,31 +144,20 @@ def load_tokenizer(name: str | None, language_model: Path) -> PreTrainedTokenize
         return tokenizer
 
 
-def build_processor(
-    tokenizer: PreTrainedTokenizerFast, tower: PreTrainedConfig, statistics: dict[str, Any], pool_stride: int
-) -> VideoMa2mbaProcessor:
-    """A processor that prepares frames as the tower was trained on them."""
-    video_processor = VideoMa2mbaVideoProcessor(
-        size=tower.image_size, resize_mode=_RESIZE_MODES[tower.model_type], **statistics
-    )
-    return VideoMa2mbaProcessor(
-        tokenizer, video_processor, patch_size=tower.patch_size, spatial_pool_stride=pool_stride
-    )
-
-
-def build_config(
-    language: Mamba2Config,
-    tower: PreTrainedConfig,
-    processor: VideoMa2mbaProcessor,
-    statistics: dict[str, Any],
-    **fields: Any,
-) -> VideoMa2mbaConfig:
-    """One config of the parts; ids come from the tokenizer.
+def put_together(
+    language: Mamba2Config, tower: PreTrainedConfig, tower_folder: Path | None, tokenizer: PreTrainedTokenizerFast,
+    pool_stride: int = 2, **fields: Any,
+) -> tuple[VideoMa2mbaConfig, VideoMa2mbaProcessor]:  # fmt: skip
+    """One config of the parts, whose ids come from the tokenizer; and a processor of frames as the tower saw them.
 
     Raises:
         ValueError: the tokenizer, with its placeholders, has more tokens than the vocabulary has rows.
     """
-    tokenizer = processor.tokenizer
+    statistics = image_statistics(tower, tower_folder)
+    video_processor = VideoMa2mbaVideoProcessor(
+        size=tower.image_size, resize_mode=_RESIZE_MODES[tower.model_type], **statistics
+    )
+    processor = VideoMa2mbaProcessor(tokenizer, video_processor, tower.patch_size, pool_stride)
     if len(tokenizer) > language.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens with the placeholders, the language model "
@@ -175,13 +165,9 @@ def build_config(
         )
     for name in ("bos", "eos", "pad"):
         setattr(language, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-    return VideoMa2mbaConfig(
-        text_config=language,
-        vision_config=tower,
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-        spatial_pool_stride=processor.spatial_pool_stride,
-        tie_word_embeddings=language.tie_word_embeddings,
-        **statistics,
-        **fields,
-    )
+    config = VideoMa2mbaConfig(
+        text_config=language, vision_config=tower, image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id, spatial_pool_stride=pool_stride,
+        tie_word_embeddings=language.tie_word_embeddings, **statistics, **fields,
+    )  # fmt: skip
+    return config, processor

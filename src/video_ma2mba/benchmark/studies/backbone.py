@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ...files import new_figure
 from ..machine import allocated_peak_bytes, clock
 from .side_by_side import train_side_by_side
 from .stories import Stories
@@ -74,7 +75,7 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "steps": max(40, round(STEPS * scale)),
         "trained_on_s": [CURRICULUM[0][1], CURRICULUM[-1][2]],
-        "num_parameters": {name: _size(models[name]) for name in NAMES},
+        "num_parameters": {n: sum(p.numel() for p in models[n].parameters() if p.requires_grad) for n in NAMES},
         "accuracy": [
             {"video_s": s, **{name: stories.accuracy(models[name], s, num_stories) for name in NAMES}} for s in tested
         ],
@@ -87,8 +88,12 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
     return result
 
 
-def _size(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def memory_bytes(model: Any, name: str, num_tokens: int) -> int:
+    """What a backbone keeps of so many tokens: states, or keys and values in float32."""
+    config = model.config
+    if name == "attention":
+        return 8 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * num_tokens
+    return model.model.language_model.new_cache(1).num_bytes
 
 
 def _training(models: dict[str, Any], num_tokens: int) -> dict[str, Any]:
@@ -148,10 +153,7 @@ def _answering(models: dict[str, Any], num_tokens: int) -> dict[str, Any]:
 
 
 def draw(result: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
-    panels = figure.subplots(2, 3).flatten()
+    figure, panels = new_figure(12, 6.4, 2, 3)
     labels = {**NAMES, "mamba2 with MA-GC": "Mamba-2 with MA-GC"}
     styles = {
         "mamba2": {"color": "tab:blue", "marker": "o"},
@@ -176,7 +178,6 @@ def draw(result: dict[str, Any]) -> Any:
             panel.plot([row["tokens"] for row in rows], values, label=labels[name] if rows else None, **style)
         panel.set(title=title, xlabel="tokens", ylabel="MiB" if key == "bytes" else "s", xscale="log", yscale="log")
     for panel in panels[:5]:
-        panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     panels[5].axis("off")
     sizes = ", ".join(f"{NAMES[name]} {size:,}" for name, size in result["num_parameters"].items())

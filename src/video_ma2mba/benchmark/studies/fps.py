@@ -5,15 +5,17 @@ them is its memory: states of one size for Mamba-2, keys and values of every fra
 than they were trained for, the published tiny model, which was trained to remember, stands for Mamba-2.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...data.synthetic import QUESTION_KINDS, Story, make_story
+from ...files import new_figure
 from ...modeling.video_memory import VideoMemory
-from .backbone import NAMES, trained
-from .stories import SEEDS, Stories
+from .backbone import NAMES, memory_bytes, trained
+from .stories import SEEDS, Stories, shares
 
 LENGTHS_S, HOUR_S = (48, 120), 3600
 RATES = (0.5, 1.0, 2.0)
@@ -26,13 +28,13 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
     num_stories = max(2, round(40 * scale))
     rows = []
     for video_s in LENGTHS_S:
-        samples = {f"{rate:g} FPS": (lambda story, rate=rate: story.frames(rate)) for rate in RATES}
-        samples |= {f"{count} frames": (lambda story, count=count: spread(story, count)) for count in SPREAD}
+        samples = {f"{rate:g} FPS": partial(Story.frames, fps=rate) for rate in RATES}
+        samples |= {f"{count} frames": partial(spread, count=count) for count in SPREAD}
         for label, sample in samples.items():
             count = int(label.split()[0]) if label.endswith("frames") else round(video_s * float(label.split()[0]))
             for name in NAMES:
                 accuracy = stories.accuracy(models[name], video_s, num_stories, sample)
-                num_bytes = _memory_bytes(models[name], name, count)
+                num_bytes = memory_bytes(models[name], name, count)
                 rows.append({
                     "video_s": video_s, "sample": label, "num_frames": count, "backbone": name,
                     "memory_bytes": num_bytes, "accuracy": accuracy,
@@ -51,7 +53,7 @@ def _hour(stories: Stories, attention: Any, video_s: int, num_stories: int) -> d
     bytes hold."""
     memory = VideoMemory(stories.tiny, stories.processor)
     num_bytes = memory.num_bytes
-    count = min(num_bytes // _memory_bytes(attention, "attention", 1), video_s)
+    count = min(num_bytes // memory_bytes(attention, "attention", 1), video_s)
     right: dict[str, list[list[bool]]] = {"every second": [], "few frames": []}
     rng = np.random.default_rng([2, video_s])
     for i in range(num_stories):
@@ -62,15 +64,9 @@ def _hour(stories: Stories, attention: Any, video_s: int, num_stories: int) -> d
             seen.push_frames(frames)
             answers = seen.ask([question.text for question in asked])
             right[name].append([a == q.answer for a, q in zip(answers, asked, strict=True)])
-    accuracy = {
-        name: {**dict(zip(QUESTION_KINDS, np.mean(table, axis=0).tolist(), strict=True)), "all": float(np.mean(table))}
-        for name, table in right.items()
-    }
-
-    def sample(story: Story) -> np.ndarray:
-        return spread(story, count)
-
-    accuracy["attention, few frames"] = stories.accuracy(attention, video_s, num_stories, sample)
+    accuracy = {name: shares(table) for name, table in right.items()}
+    few = partial(spread, count=count)
+    accuracy["attention, few frames"] = stories.accuracy(attention, video_s, num_stories, few)
     return {"video_s": video_s, "memory_bytes": num_bytes, "num_few_frames": count, "accuracy": accuracy}
 
 
@@ -81,41 +77,21 @@ def spread(story: Story, count: int) -> np.ndarray:
     return np.stack([frames[place] for place in places])
 
 
-def _memory_bytes(model: Any, name: str, num_tokens: int) -> int:
-    config = model.config
-    if name == "attention":
-        per_token = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-        return 4 * per_token * num_tokens
-    return model.model.language_model.new_cache(1).num_bytes
-
-
 def _same_memory(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every length: Mamba-2 on every second, against the most frames that attention keeps in as many bytes."""
     result = []
     for video_s in LENGTHS_S:
         ours = next(r for r in rows if (r["video_s"], r["backbone"], r["sample"]) == (video_s, "mamba2", "1 FPS"))
-        within = [
-            row
-            for row in rows
-            if (row["video_s"], row["backbone"]) == (video_s, "attention")
-            and row["memory_bytes"] <= ours["memory_bytes"]
-        ]
-        theirs = max(within, key=lambda row: row["accuracy"]["all"])
-        result.append(
-            {
-                "video_s": video_s,
-                "mamba2": {key: ours[key] for key in ("sample", "memory_bytes", "accuracy")},
-                "attention": {key: theirs[key] for key in ("sample", "memory_bytes", "accuracy")},
-            }
-        )
+        attention = [r for r in rows if (r["video_s"], r["backbone"]) == (video_s, "attention")]
+        within = [row for row in attention if row["memory_bytes"] <= ours["memory_bytes"]]
+        best = {"mamba2": ours, "attention": max(within, key=lambda row: row["accuracy"]["all"])}
+        kept = ("sample", "memory_bytes", "accuracy")
+        result.append({"video_s": video_s, **{name: {key: row[key] for key in kept} for name, row in best.items()}})
     return result
 
 
 def draw(result: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    panels = figure.subplots(1, len(LENGTHS_S), sharey=True)
+    figure, panels = new_figure(11, 4.6, 1, len(LENGTHS_S), sharey=True)
     for panel, video_s in zip(panels, LENGTHS_S, strict=True):
         for name, marker, color in (("mamba2", "o", "tab:blue"), ("attention", "s", "tab:orange")):
             rows = [row for row in result["rows"] if (row["video_s"], row["backbone"]) == (video_s, name)]
@@ -128,7 +104,6 @@ def draw(result: dict[str, Any]) -> Any:
         sizes = sorted({row["memory_bytes"] / 2**10 for row in result["rows"] if row["video_s"] == video_s})
         panel.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
         panel.minorticks_off()
-        panel.grid(alpha=0.3)
         panel.legend()
     panels[0].set_ylabel("accuracy")
     return figure

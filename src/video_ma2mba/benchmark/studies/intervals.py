@@ -1,14 +1,15 @@
 """MA-GC over its intervals: bytes counted on the meta device, seconds measured, the planner's choice among them."""
 
 import statistics
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...modeling import VideoMa2mbaForConditionalGeneration
+from ...files import new_figure
 from ..memory import count
-from ..train import backbone_config, training_step
+from ..train import make_model, random_text, training_step
 
 NUM_TOKENS = 4096
 LAYER_INTERVALS, SEQUENCE_INTERVALS = (1, 2, 4, 8), (256, 512, 1024, 2048)
@@ -16,13 +17,10 @@ ORDERS = ("layer_major", "sequence_major")
 
 
 def run(scale: float, keep: Path) -> dict[str, Any]:
-    torch.manual_seed(0)
-    config = backbone_config("small")
-    model = VideoMa2mbaForConditionalGeneration(config).train()
-    model.model.vision_tower.requires_grad_(False)
+    model = make_model(Namespace(model="small", device="cpu", dtype="float32"))
+    config = model.config
     tokens, repeats = (NUM_TOKENS, 2) if scale == 1 else (512, 1)
-    ids = torch.randint(2, 500, (1, tokens))
-    labels = torch.where(torch.arange(tokens) < tokens - 64, -100, ids)
+    ids, labels = random_text(tokens, 64)
     intervals = [s for s in SEQUENCE_INTERVALS if s <= tokens]
     layer_intervals = LAYER_INTERVALS if scale == 1 else LAYER_INTERVALS[1::2]
 
@@ -63,10 +61,7 @@ def _row(model: Any, config: Any, tokens: int, options: dict[str, Any], measured
 
 
 def draw(result: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    panels = figure.subplots(1, 3)
+    figure, panels = new_figure(12, 4.6, 1, 3, grid=False)
     intervals = sorted({row["sequence_interval"] for row in result["rows"]})
     layers = sorted({row["layer_interval"] for row in result["rows"]})
     chosen, off = result["chosen"], result["off"]

@@ -11,7 +11,8 @@ and asks about fewer videos; their begin, the lengths and the number of training
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from ...data.synthetic import QUESTION_KINDS, make_story
-from ...files import write_json
+from ...files import new_figure, write_json
+from ...modeling import VideoMa2mbaForConditionalGeneration
 from ...training.initial_states import InitialStates, InitialStatesOptions
-from .backbone import BATCH_SIZE, NAMES, build, trained
-from .stories import SEEDS, Stories
+from ..train import small_config
+from .backbone import BATCH_SIZE, NAMES, build, memory_bytes, trained
+from .stories import SEEDS, Stories, are_right, shares
 
 TESTED_S = (8, 32, 128, 512, 2048, 14400)
 TRAININGS = 3
@@ -90,11 +93,10 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
         "trained_on_s": SHORT_S,
         "arms": {name: _summary(runs) for name, runs in arms.items()},
         "attention": {s: stories.accuracy(base["attention"], s, num_stories) for s in attention_s},
-        "state_bytes": base["mamba2"].model.language_model.new_cache(1).num_bytes,
-        "attention_bytes_per_frame": 8 * base["attention"].config.num_key_value_heads
-        * base["attention"].config.head_dim * base["attention"].config.num_hidden_layers,
+        "state_bytes": memory_bytes(base["mamba2"], "mamba2", 1),
+        "attention_bytes_per_frame": memory_bytes(base["attention"], "attention", 1),
         "facts": _facts(scale, folder),
-    }  # fmt: skip
+    }
 
 
 # --- the arms ---------------------------------------------------------------------------------------------------------
@@ -181,17 +183,13 @@ def _accuracies(stories: Stories, model: Any, videos: dict[int, list], file: Pat
     model.eval()
     found: dict[str, Any] = {}
     for video_s, watched in videos.items():
-        right: dict[str, list[bool]] = {kind: [] for kind in QUESTION_KINDS}
+        right = []
         for features, questions in watched:
             cache = model(inputs_embeds=features, use_cache=True, logits_to_keep=1).cache
             cache.batch_repeat_interleave(len(questions))
             ids, labels = stories._padded([stories._dialogue([question]) for question in questions])
-            logits = model(input_ids=ids, cache=cache).logits[:, :-1]
-            agrees = (logits.argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)
-            for question, row in zip(questions, agrees.all(dim=1).tolist(), strict=True):
-                right[question.kind].append(row)
-        scores = {kind: float(np.mean(values)) for kind, values in right.items()}
-        found[str(video_s)] = {**scores, "all": float(np.mean(list(scores.values())))}
+            right.append(are_right(model(input_ids=ids, cache=cache).logits[:, :-1], labels[:, 1:]))
+        found[str(video_s)] = shares(right)
     write_json(measured, found)
     return found
 
@@ -221,8 +219,7 @@ def _facts(scale: float, folder: Path) -> list[dict[str, Any]]:
         file = folder / f"facts-{state_size}.json"
         if not file.is_file():
             model = _facts_model(state_size)
-            rng = np.random.default_rng(6)
-            draw: Callable = lambda rng=rng, model=model: _fact_loss(model, rng)  # noqa: E731
+            draw = partial(_fact_loss, model, np.random.default_rng(6))
             _train(model, iter(draw, None), round(FACT_PASSES * scale), f"state {state_size}: ")
             write_json(file, [_recalled(model, count, max(2, round(16 * scale))) for count in FACTS_TESTED])
         num_bytes = _facts_model(state_size).model.language_model.new_cache(1).num_bytes
@@ -232,23 +229,12 @@ def _facts(scale: float, folder: Path) -> list[dict[str, Any]]:
 
 
 def _facts_model(state_size: int) -> Any:
-    from transformers import CLIPVisionConfig, Mamba2Config
-
-    from ...modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
-
     torch.manual_seed(0)
-    vocabulary = KEYS + VALUES + 3  # a filler, and the two placeholders
-    text = Mamba2Config(
-        hidden_size=64, num_hidden_layers=2, num_heads=4, head_dim=32, n_groups=1, expand=2, state_size=state_size,
-        chunk_size=64, vocab_size=vocabulary, tie_word_embeddings=True,
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "image_size": 4, "patch_size": 4}
+    config = small_config(
+        64, tower, 2, num_heads=4, head_dim=32, state_size=state_size, chunk_size=64,
+        vocab_size=KEYS + VALUES + 3,  # a filler, and the two placeholders
     )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=4, patch_size=4,
-        projection_dim=8,
-    )  # fmt: skip
-    config = VideoMa2mbaConfig(
-        text_config=text, vision_config=vision, video_token_id=vocabulary - 1, image_token_id=vocabulary - 2
-    )
     model = VideoMa2mbaForConditionalGeneration(config)
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
@@ -294,10 +280,8 @@ def _recalled(model: Any, count: int, batch: int) -> dict[str, Any]:
 
 
 def draw(result: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure, panels = new_figure(13, 4.6, 1, 3)
+    left, middle, right = panels
     for name in ("as it was", *ARMS):
         rows = {int(video_s): row for video_s, row in result["arms"][name].items()}
         (line,) = left.plot(list(rows), [row["all"] for row in rows.values()], "o-", markersize=3, label=name)
@@ -318,7 +302,6 @@ def draw(result: dict[str, Any]) -> Any:
         right.plot([row["facts"] for row in facts], [row["recalled"] for row in facts], "o-", markersize=3, label=label)
     right.axvline(FACTS_TRAINED[1], color="0.6", linewidth=0.8)
     right.set(title="facts recalled, by state size", xlabel="facts, one in 16 tokens", xscale="log", ylim=(0, 1.03))
-    for panel in (left, middle, right):
-        panel.grid(alpha=0.3)
+    for panel in panels:
         panel.legend(fontsize=7)
     return figure

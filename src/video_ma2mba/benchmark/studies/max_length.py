@@ -1,8 +1,10 @@
 """The longest video that trains: by GPU memory, size, method and optimizer, as the planner has it."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+from ...files import new_figure
 from ...planning.fitting import METHODS, Case, load_config, longest_frames
 
 GIB = 2**30
@@ -29,27 +31,17 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
 
 
 def draw(result: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
     models = list(dict.fromkeys(row["model"] for row in result["rows"]))
-    figure = Figure(figsize=(4.2 * len(models), 7), layout="constrained")
-    panels = figure.subplots(len(OPTIMIZERS), len(models), sharex=True, sharey=True, squeeze=False)
-    for line, optimizer in zip(panels, OPTIMIZERS, strict=True):
-        for panel, model in zip(line, models, strict=True):
-            for method in METHODS:
-                rows = [
-                    row
-                    for row in result["rows"]
-                    if (row["model"], row["optimizer"], row["method"]) == (model, optimizer, method)
-                    and row["hours"] > 0
-                ]
-                panel.plot([row["gpu_gib"] for row in rows], [row["hours"] for row in rows], "o-", label=method)
-            panel.set(title=f"{model}, {optimizer}", xscale="log", yscale="log")
-            panel.set_xticks(GPU_GIB, GPU_GIB)
-            panel.minorticks_off()
-            panel.grid(alpha=0.3)
-        line[0].set_ylabel("hours of video at 1 FPS")
-    for panel in panels[-1]:
-        panel.set_xlabel("GiB of GPU memory")
-    panels[0][0].legend(fontsize=7)
+    figure, panels = new_figure(4.2 * len(models), 7, len(OPTIMIZERS), len(models), sharex=True, sharey=True)
+    for panel, (optimizer, model) in zip(panels, itertools.product(OPTIMIZERS, models), strict=True):
+        for method in METHODS:
+            where = model, optimizer, method
+            rows = [r for r in result["rows"] if (r["model"], r["optimizer"], r["method"]) == where and r["hours"] > 0]
+            panel.plot([row["gpu_gib"] for row in rows], [row["hours"] for row in rows], "o-", label=method)
+        panel.set(title=f"{model}, {optimizer}", xscale="log", yscale="log")
+        panel.set(xlabel="GiB of GPU memory", ylabel="hours of video at 1 FPS")
+        panel.set_xticks(GPU_GIB, GPU_GIB)
+        panel.minorticks_off()
+        panel.label_outer()
+    panels[0].legend(fontsize=7)
     return figure

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...files import new_figure
 from .backbone import build
 from .side_by_side import train_side_by_side
 from .stories import Stories
@@ -70,10 +71,7 @@ def _distance(one: torch.nn.Module, other: torch.nn.Module) -> float:
 
 
 def draw(result: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    panels = figure.subplots(1, 3)
+    figure, panels = new_figure(12, 3.8, 1, 3)
     labels = {"off": "checkpointing off", "on": "checkpointing on", "nudged": "off, begun one rounding away"}
     colors = {"off": "tab:blue", "on": "tab:orange", "nudged": "tab:green"}
     for panel, key in zip(panels, ("loss", "gradient_norm"), strict=False):
@@ -89,6 +87,4 @@ def draw(result: dict[str, Any]) -> Any:
         panels[2].plot([r["step"] for r in rows], [r[name] for r in rows], label=labels[name], color=colors[name])
     panels[2].set(title="weights: distance from off, relative", xlabel="step", yscale="log")
     panels[2].legend(fontsize=7)
-    for panel in panels:
-        panel.grid(alpha=0.3)
     return figure

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ...data.synthetic import QUESTION_KINDS, Question, Story, make_story
 from ...loading import find_model
@@ -61,10 +62,11 @@ class Stories:
         return Batch(features, ids, torch.cat([nothing, labels], dim=1))
 
     def _padded(self, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-        longest = max(len(ids) for ids, _ in rows)
-        ids = [tokens + [self.tokenizer.pad_token_id] * (longest - len(tokens)) for tokens, _ in rows]
-        labels = [answers + [-100] * (longest - len(answers)) for _, answers in rows]
-        return torch.tensor(ids), torch.tensor(labels)
+        (ids, labels), pad = zip(*rows, strict=True), self.tokenizer.pad_token_id
+        return (
+            pad_sequence([torch.tensor(row) for row in ids], batch_first=True, padding_value=pad),
+            pad_sequence([torch.tensor(row) for row in labels], batch_first=True, padding_value=-100),
+        )
 
     def training_batch(self, step: int, shortest_s: int, longest_s: int, size: int) -> Batch:
         """Fresh stories of one length, as many short ones as long; the same for the same step."""
@@ -95,7 +97,7 @@ class Stories:
         """
         model.eval()
         rng = np.random.default_rng([2, duration_s])
-        right: dict[str, list[bool]] = {kind: [] for kind in QUESTION_KINDS}
+        right = []
         for i in range(num_stories):
             story = make_story(SEEDS["test"] + i, duration_s)
             asked = [story.question(kind, rng) for kind in QUESTION_KINDS]
@@ -104,8 +106,15 @@ class Stories:
             ids, labels = self._padded([self._dialogue([question]) for question in asked])
             logits = model(inputs_embeds=Batch(features, ids, labels).embedded(model)).logits
             logits = logits[:, -ids.shape[1] - 1 : -1]  # the predictions of `ids`
-            agrees = (logits.argmax(-1) == labels) | (labels == -100)
-            for question, row in zip(asked, agrees.all(dim=1).tolist(), strict=True):
-                right[question.kind].append(row)
-        scores = {kind: float(np.mean(values)) for kind, values in right.items()}
-        return {**scores, "all": float(np.mean(list(scores.values())))}
+            right.append(are_right(logits, labels))
+        return shares(right)
+
+
+def are_right(logits: torch.Tensor, labels: torch.Tensor) -> list[bool]:
+    """Of each row, whether the likeliest tokens are its labels wherever it has some."""
+    return ((logits.argmax(-1) == labels) | (labels == -100)).all(dim=1).tolist()
+
+
+def shares(right: Sequence[Sequence[bool]]) -> dict[str, float]:
+    """How many are right by kind and of all, where each row is of one question of each kind."""
+    return {**dict(zip(QUESTION_KINDS, np.mean(right, axis=0).tolist(), strict=True)), "all": float(np.mean(right))}
