@@ -21,12 +21,16 @@ def modes(engine):
 
 
 def cover(engine):
-    """A cell of an engine per mode; over all engines every mode meets all that trains, and both numbers."""
-    turn = list(ENGINES).index(engine)
+    """A cell of an engine per mode; over all engines every mode, and both numbers, meet all that trains.
+
+    One cell of each engine accumulates: three times the batches, here and in what they are measured by.
+    """
+    turn, chosen = list(ENGINES).index(engine), modes(engine)
     return [
-        {"engine": engine, "mode": mode, "trains": TRAINS[(i + turn) % 3], "accumulated": (1, 3)[(i + turn // 3) % 2]}
-        for i, mode in enumerate(modes(engine))
-    ]
+        {"engine": engine, "mode": mode, "trains": TRAINS[(i + 2 * turn) % 3],
+         "accumulated": 3 if i == (7 - turn) % len(chosen) else 1}
+        for i, mode in enumerate(chosen)
+    ]  # fmt: skip
 
 
 def all_cells(engine):
