@@ -1,8 +1,6 @@
-"""A command in a process of its own that is killed at a chosen moment: the same one on a fast and on a slow machine."""
+"""What kills a command at a chosen moment: the same one on a fast and on a slow machine."""
 
-import subprocess
-import sys
-
+# arguments: so many calls pass; of these places, "module:name" or "module:Class.method"; and those of the command
 CODE = """
 import importlib, os, signal, sys
 from video_ma2mba.cli import main
@@ -28,13 +26,3 @@ for place in places.split(","):
     setattr(owner, name, deadly(getattr(owner, name)))
 sys.exit(main(arguments))
 """
-
-
-def run_killed(arguments, *places, after):
-    """Run `video-ma2mba` with `arguments`; the call after the first `after` calls of `places` kills it.
-
-    A place is "module:name" or "module:Class.method".
-    """
-    command = [sys.executable, "-c", CODE, str(after), ",".join(places), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr

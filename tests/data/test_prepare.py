@@ -12,7 +12,7 @@ from video_ma2mba.data.collator import INFO, VideoChatCollator
 from video_ma2mba.data.manifest import load_manifest
 from video_ma2mba.data.prepare import prepare
 
-from ..killed import run_killed
+from ..forked import run_killed
 
 VIDEO = {"type": "video", "path": "good.mp4"}
 
@@ -212,8 +212,8 @@ def test_the_command_stores_frames_that_training_then_reads(tmp_path, media, mod
     ("options", "message"),
     [
         (["--format", "webvids"], "--format webvids: known are llava, messages"),
-        (["--max-hours", "0"], "must be positive"),
-        (["--cache-frames", "raw", "--fps", "-1"], "must be positive"),
+        (["--max-hours", "0"], "--max-hours must be a positive number"),
+        (["--cache-frames", "raw", "--fps", "-1"], "--fps must be a positive number"),
         (["--workers", "0"], "--workers must be at least 1, got 0"),
         (["--rows-per-file", "5"], "--rows-per-file is for --parquet"),
     ],

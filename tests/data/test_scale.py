@@ -18,7 +18,7 @@ from video_ma2mba.data.prepare import prepare
 from video_ma2mba.data.records import read_items
 from video_ma2mba.processes import Share, deal, files_of, in_threads
 
-from ..killed import run_killed
+from ..forked import run_killed
 from .test_prepare import VIDEO, chat, text, write
 
 

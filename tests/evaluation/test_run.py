@@ -15,7 +15,7 @@ from video_ma2mba.evaluation.tasks import TASKS, read_questions
 from video_ma2mba.loading import TINY_MODEL
 from video_ma2mba.processing.video_source import VideoSource
 
-from ..killed import run_killed
+from ..forked import run_killed
 from .conftest import write
 from .test_tasks import mme
 

@@ -15,7 +15,7 @@ from video_ma2mba import VideoMemory
 from video_ma2mba.cli import main, watch
 from video_ma2mba.data.synthetic import make_story
 
-from ..killed import run_killed
+from ..forked import run_killed
 
 COMMAND = [sys.executable, "-m", "video_ma2mba.cli"]
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -89,13 +90,32 @@ def run(line, monkeypatch):
     for much, little in LESS.items():
         line = line.replace(much, little)
     words = shlex.split(line)
-    if words[0] != "video-ma2mba":
+    if words[0] == "python":
+        run_python(words[1:], monkeypatch)
+    elif words[0] != "video-ma2mba":
         where = ROOT if words[0] == "make" else None
-        words[0] = sys.executable if words[0] == "python" else words[0]
         subprocess.run(words, cwd=where, check=True, env={**os.environ, "PYTHON": sys.executable, "SEED": "7"})
     else:
         monkeypatch.setattr("sys.stdin", io.StringIO("What colour was the circle?\n/quit\n"))
         assert cli.main(words[1:]) == 0, line
+
+
+def run_python(words, monkeypatch):
+    """A script, or code after -c; what it starts of the library's commands runs in this process too."""
+    start = subprocess.run
+
+    def started(command, **options):
+        if command[1:3] != ["-m", "video_ma2mba.cli"]:
+            return start(command, **options)
+        return subprocess.CompletedProcess(command, cli.main(command[3:]))
+
+    if words[0] == "-c":
+        exec(words[1], {})
+        return
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", words)
+        patched.setattr(subprocess, "run", started)
+        runpy.run_path(words[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -9,8 +9,9 @@ from video_ma2mba.training.initial_states import InitialStates, InitialStatesOpt
 from video_ma2mba.training.recipe import read_recipe
 from video_ma2mba.training.run import make_trainer, prepare_run
 
+from ..forked import run_well
 from ..tiny import tiny_model
-from .test_trainer import LAUNCHER, command, run_alone, weights_of
+from .test_trainer import command, weights_of
 
 
 def backbone():
@@ -137,11 +138,11 @@ def test_two_processes_resume_bit_for_bit(changes, tmp_path):
     more = {"max_steps": 4, "save_steps": 2, "global_batch_size": 2, "initial_states": {"kind": "passed"}}
     more["gradient_checkpointing"] = {"gradient_horizon": 4}
     whole, cut = (changes(output=str(tmp_path / name), **more) for name in ("whole", "cut"))
-    run_alone(command(whole), LAUNCHER)
+    run_well(command(whole), 2)
     kept = "checkpoints/checkpoint-2"
     names = {path.name for path in (tmp_path / "whole" / kept).glob("initial_*")}
     assert names == {"initial_states_0.safetensors", "initial_states_1.safetensors"}
     shutil.copytree(tmp_path / "whole" / kept, tmp_path / "cut" / kept)
-    run_alone(command(cut, "--resume"), LAUNCHER)
+    run_well(command(cut, "--resume"), 2)
     expected, got = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
     assert all(torch.equal(expected[name], got[name]) for name in expected)

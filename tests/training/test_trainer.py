@@ -21,7 +21,7 @@ from video_ma2mba.training.recipe import read_recipe
 from video_ma2mba.training.run import make_trainer, prepare_run
 from video_ma2mba.training.trainer import NonFiniteLoss, VideoMa2mbaTrainer, last_checkpoint
 
-from ..killed import run_killed
+from ..forked import run_killed, run_well
 
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
@@ -30,10 +30,10 @@ def command(changes, *more):
     return ["train", "finetune", *(word for change in changes for word in ("--set", change)), *more]
 
 
-def run_alone(arguments, launcher=()):
-    """The command in a process of its own, which must succeed."""
+def run_launched(arguments):
+    """The command in two processes as `torchrun` starts them, which must succeed."""
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "video_ma2mba.cli", *arguments],
+        [sys.executable, *LAUNCHER, "-m", "video_ma2mba.cli", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -137,13 +137,13 @@ def test_resume_after_a_kill_within_a_save_equals_the_uninterrupted_run(changes,
     more = {"max_steps": 9, "save_steps": 3, "evaluation_steps": 3, "evaluation_data": str(stories)}
     more["global_batch_size"] = 2
     whole, cut = (changes(output=str(tmp_path / name), **more) for name in ("whole", "cut"))
-    run_alone(command(whole))
+    run_well(command(whole))
     save = "video_ma2mba.training.trainer:VideoMa2mbaTrainer._save_optimizer_and_scheduler"
     run_killed(command(cut), save, after=1)
     half_written = tmp_path / "cut" / "checkpoints" / "checkpoint-6"
     assert (half_written / "model.safetensors").is_file()
     assert not (tmp_path / "cut" / "model").exists()
-    run_alone(command(cut, "--resume"))
+    run_well(command(cut, "--resume"))
     expected, got = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
@@ -163,10 +163,10 @@ def test_a_checkpoint_that_is_not_whole_is_removed(tmp_path):
 
 
 def test_two_processes_equal_one(changes, stories, tmp_path):
-    for name, launch in (("one", ()), ("two", LAUNCHER)):
+    for name, start in (("one", run_well), ("two", run_launched)):
         # with nothing to go on from, --resume begins
         more = {"output": str(tmp_path / name), "evaluation_data": str(stories)}
-        run_alone(command(changes(**more), "--resume"), launch)
+        start(command(changes(**more), "--resume"))
     one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
     assert (one["devices"], two["devices"]) == (1, 2)
     assert one["samples"] == two["samples"] == 16
@@ -185,7 +185,7 @@ def test_two_processes_go_on_where_one_has_only_text_or_only_bad_samples(changes
     rows = [json.loads(lines[0]), bad, only_text, json.loads(lines[1])]
     (damaged / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = changes(data=str(damaged), max_steps=3, global_batch_size=2, gradient_checkpointing=None)
-    run_alone(command(options), LAUNCHER)
+    run_well(command(options), 2)
     report = report_of(tmp_path / "run")
     assert report["samples"] + report["skipped_samples"] == 6
     assert report["skipped_samples"] >= 1
