@@ -164,6 +164,8 @@ def test_a_video_is_watched_asked_about_sought_in_and_kept(tiny, served, visit, 
 
 @pytest.mark.parametrize(("width", "fps", "frames"), [(390, 2, 114), (1280, 3, 171)])
 def test_watching_can_be_asked_about_and_cancelled(served, visit, film, width, fps, frames):
+    from playwright.sync_api import expect
+
     page, go_on, memories = visit(served.url, width), threading.Event(), served.memories
     real, memories.wait_for_turn = memories.wait_for_turn, lambda timeout_s: go_on.wait(60)
     try:
@@ -181,7 +183,7 @@ def test_watching_can_be_asked_about_and_cancelled(served, visit, film, width, f
         assert page.evaluate(LOOK) == []
         assert ask(page, "Which shape came first of all?") == STORY.scenes[1].shape
         assert re.fullmatch(r"seen up to 0:\d\d", page.locator(".notes").inner_text())
-        assert re.search(r"\d+\u00a0% watched", page.locator("#list li.current").inner_text())
+        expect(page.locator("#list li.current")).to_have_text(re.compile(r"\d+\s% watched"))
         page.locator("#cancel").click()
         is_view(page, "chosen")
     finally:

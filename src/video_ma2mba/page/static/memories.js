@@ -6,12 +6,13 @@ import { clock } from "./times.js";
 
 export class MemoryList {
   constructor({ onOpen, onRenamed, onDeleted }) {
-    Object.assign(this, { onOpen, onRenamed, onDeleted, current: null, items: [], failed: false });
+    Object.assign(this, { onOpen, onRenamed, onDeleted, current: null, items: [], told: new Map(), failed: false });
   }
 
   async refresh() {
+    this.told.clear(); // what is said of one of them while the list is on its way is newer
     try {
-      this.items = await server.memories();
+      this.items = (await server.memories()).map((item) => ({ ...item, ...this.told.get(item.id) }));
     } catch (error) {
       this.failed = true;
       return complain("list", error.message);
@@ -28,6 +29,8 @@ export class MemoryList {
 
   // What the server said of one of them last.
   update(memory) {
+    this.told.set(memory.id, memory);
+    this.items = this.items.map((item) => (item.id === memory.id ? { ...item, ...memory } : item));
     const entry = this.facts?.get(memory.id);
     if (entry) entry.textContent = facts(memory);
   }
