@@ -247,7 +247,7 @@ def _facts_model(state_size: int) -> Any:
 
 
 def fact_sequences(rng: np.random.Generator, count: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row shows `count` pairs of a key and its value, each somewhere in four tokens, and then asks for all of them.
+    """Each row shows `count` pairs of a key and its value, each somewhere in four tokens, then asks for all of them.
 
     Returns:
         ids and labels, int64 (batch, 6 * count): a value is supervised where its key is shown again.
