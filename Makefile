@@ -214,7 +214,8 @@ clean:
 	grep -v '^transformers==' $< > $@
 	echo 'transformers==$(BEFORE_TRANSFORMERS)' >> $@
 
-# Several processes on a CPU, with gloo. DeepSpeed is built without its ops for GPUs; it pins nothing that others need.
+# Several processes on a CPU, with gloo. DeepSpeed is built without its ops for GPUs; it pins nothing that others need. The
+# one that it needs here is built with it: built in a test, a run that is cut off leaves a lock, and the next ones wait for it.
 DEEPSPEED := deepspeed==0.19.8
 test-distributed: .venv-distributed/.ready
 	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -n 2 --dist loadgroup -p no:randomly tests/distributed
@@ -226,5 +227,5 @@ test-distributed-slice: .venv-distributed/.ready
 	$(PYTHON) -m venv .venv-distributed
 	.venv-distributed/bin/python -m pip install --quiet $(TORCH)
 	.venv-distributed/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' setuptools wheel ninja
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-distributed/bin/python -m pip install --quiet --no-build-isolation $(DEEPSPEED)
+	DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 DS_ACCELERATOR=cpu .venv-distributed/bin/python -m pip install --quiet --no-cache-dir --no-build-isolation $(DEEPSPEED)
 	touch $@

@@ -98,7 +98,8 @@ class Mamba2Mixer(nn.Module):
         self.intermediate_size = self.num_heads * self.head_dim
         self.conv_dim = self.intermediate_size + 2 * self.n_groups * self.state_size
         self.time_step_limit = tuple(config.time_step_limit)
-        self.activation = ACT2FN[config.hidden_act]
+        # Not as a module: it runs once per segment, and engines count on every process calling the same modules.
+        self.activation = ACT2FN[config.hidden_act].forward
 
         projection_size = self.intermediate_size + self.conv_dim + self.num_heads  # gate, (x, B, C), dt
         self.in_proj = nn.Linear(config.hidden_size, projection_size, bias=config.use_bias)
@@ -338,13 +339,16 @@ class Mamba2Backbone(nn.Module):
         """Whether autograd may keep all that the layers compute: on a CPU, where computing it again costs most.
 
         Only where it takes at most half of the memory that is free, and in float32, in which alone autograd sums the
-        gradients of parameters without loss. Per token and layer it keeps in float32: what in_proj gave, three tensors
-        as wide as the convolution, nine as wide as the scan, two rows of scores per head, two states per block of the
-        scan, and two tensors as wide as the stream besides that itself.
+        gradients of parameters without loss. Not where several processes train: each would decide for itself, and
+        DeepSpeed adds up gradients in the order in which they come. Per token and layer it keeps in float32: what
+        in_proj gave, three tensors as wide as the convolution, nine as wide as the scan, two rows of scores per head,
+        two states per block of the scan, and two tensors as wide as the stream besides that itself.
         """
-        mixer = self.layers[0].mixer
         dtype, device_type = inputs_embeds.dtype, inputs_embeds.device.type
-        if device_type != "cpu" or autocast_dtype("cpu") or dtype != mixer.D.dtype or dtype.itemsize < 4:
+        if several_processes() or device_type != "cpu":
+            return False
+        mixer = self.layers[0].mixer
+        if autocast_dtype("cpu") or dtype != mixer.D.dtype or dtype.itemsize < 4:
             return False
         shape, hidden_size = mixer.shape, inputs_embeds.shape[2]
         numbers = shape.projection + 3 * shape.conv_dim + 9 * shape.inner + 2 * shape.num_heads * SCAN_CHUNK
@@ -396,10 +400,9 @@ class Mamba2Backbone(nn.Module):
 
 
 def free_bytes():
-    """Memory of the machine that nobody uses, for each of the processes that train; 0 where the system does not say."""
-    sharers = torch.distributed.get_world_size() if several_processes() else 1
+    """Memory of the machine that nobody uses; 0 where the system does not say."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // sharers
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on Windows
         return 0
 

@@ -51,3 +51,20 @@ def test_what_it_keeps_is_what_is_counted(monkeypatch):
     monkeypatch.setattr(mamba2, "free_bytes", lambda: 2**40)
     held, _, _ = step(model, ids)
     assert high / 2 == pytest.approx(held, rel=0.1)
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_modules_are_called_as_often_whatever_the_length(free, monkeypatch):
+    """ZeRO-3 follows the calls of each process and gathers by them: another number of calls hangs all of them."""
+    monkeypatch.setattr(mamba2, "free_bytes", lambda: free)
+    model = tiny_model().train()
+    called = []
+    for name, module in model.model.language_model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    seen = []
+    for length in (5, 64, 3000):
+        ids = torch.randint(2, 40, (1, length), generator=torch.Generator().manual_seed(0))
+        step(model, ids)
+        seen.append(list(called))
+        called.clear()
+    assert seen[0] == seen[1] == seen[2]
