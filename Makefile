@@ -218,10 +218,10 @@ clean:
 # one that it needs here is built with it: built in a test, a run that is cut off leaves a lock, and the next ones wait for it.
 DEEPSPEED := deepspeed==0.19.8
 test-distributed: .venv-distributed/.ready
-	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -n 2 --dist loadgroup -p no:randomly tests/distributed
+	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -n 2 --dist loadfile -p no:randomly tests/distributed
 
 test-distributed-slice: .venv-distributed/.ready
-	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -n 2 --dist loadgroup -p no:randomly -m slice tests/distributed
+	DS_ACCELERATOR=cpu .venv-distributed/bin/pytest -n 2 --dist loadfile -p no:randomly -m slice tests/distributed
 
 .venv-distributed/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-distributed

@@ -17,7 +17,6 @@ from video_ma2mba.data.synthetic import make_story
 WATCHED = Path(__file__).with_name("watched.py")
 LENGTHS_S = (4, 9, 5, 14, 6, 7)
 NOBODY = ("0", "-1")  # dies
-pytestmark = pytest.mark.xdist_group("evaluation")
 
 
 @pytest.fixture(scope="module")

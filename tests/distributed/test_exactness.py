@@ -11,14 +11,12 @@ SLICE = ("zero3", "fsdp2", "sequence 2")
 
 
 def of(engine):
-    """A case of a test; those with as many processes run in one launch, so on one worker."""
-    marks = [pytest.mark.slice] if engine in SLICE else []
-    return pytest.param(engine, marks=[*marks, pytest.mark.xdist_group(f"exactness {num_processes(engine)}")])
+    return pytest.param(engine, marks=[pytest.mark.slice] * (engine in SLICE))
 
 
 @pytest.fixture(scope="module")
 def cells_of(request):
-    """What was measured of an engine. The processes start once for all engines that these tests are run for."""
+    """What was measured of an engine. The processes, two or four, start once for all engines that are run."""
     items = [item for item in request.session.items if item.path == request.path]
     asked = dict.fromkeys(item.callspec.params["engine"] for item in items)
 

@@ -9,8 +9,6 @@ from video_ma2mba.modeling.checkpoint_plan import CheckpointPlan, pipeline_idle
 from .launch import launch, lines
 from .spans import LAYERS
 
-pytestmark = pytest.mark.xdist_group("spans")
-
 
 @pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slice), 4])
 def spans(request):

@@ -18,8 +18,7 @@ SLICE = ("fsdp2", "sequence")
 
 
 def of(name):
-    """A case of a test; those of an engine are for one worker, which starts its processes once."""
-    return pytest.param(name, marks=[pytest.mark.xdist_group(name), *[pytest.mark.slice] * (name in SLICE)])
+    return pytest.param(name, marks=[pytest.mark.slice] * (name in SLICE))
 
 
 @pytest.fixture(scope="module")

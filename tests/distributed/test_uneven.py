@@ -8,7 +8,6 @@ import pytest
 from .commands import RUNS, Command
 
 NAMES = ("ddp", "fsdp2", "sequence", "zero3")
-pytestmark = pytest.mark.xdist_group("uneven")
 
 
 @pytest.fixture(scope="module")
