@@ -5,7 +5,6 @@ Parameter names are those of transformers' Mamba2, so that its checkpoints load.
 """
 
 import math
-import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -400,10 +399,11 @@ class Mamba2Backbone(nn.Module):
 
 
 def free_bytes():
-    """Memory of the machine that nobody uses; 0 where the system does not say."""
+    """Memory that Linux can give at once, what it holds of files among it; 0 on other systems."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
         return 0
 
 

@@ -1,5 +1,6 @@
 """Without checkpointing a CPU keeps what autograd needs, where it fits, and computes nothing twice."""
 
+import psutil
 import pytest
 import torch
 
@@ -51,6 +52,10 @@ def test_what_it_keeps_is_what_is_counted(monkeypatch):
     monkeypatch.setattr(mamba2, "free_bytes", lambda: 2**40)
     held, _, _ = step(model, ids)
     assert high / 2 == pytest.approx(held, rel=0.1)
+
+
+def test_memory_that_only_remembers_files_is_free():
+    assert mamba2.free_bytes() == pytest.approx(psutil.virtual_memory().available, rel=0.1)
 
 
 @pytest.mark.parametrize("free", [0, 2**40])
