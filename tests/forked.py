@@ -1,7 +1,7 @@
-"""Commands in processes of their own, forked from one that has imported what they need: that spares seconds of each.
+"""Commands and modules in processes of their own, forked from one that has imported what they need: seconds less each.
 
-That one has done nothing else, so no command meets what another left behind. `tests/distributed` and
-`test_two_processes_equal_one` start theirs as users do.
+That one has done nothing else, so no command meets what another left behind. Where it matters who ends the others of a
+process, in `tests/distributed`, and in `test_two_processes_equal_one`, they are started as users do.
 """
 
 import multiprocessing
@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import tempfile
+import time
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .killed import CODE
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["video_ma2mba.training.run", "video_ma2mba.evaluation.run", "video_ma2mba.data.prepare"]
+    ["video_ma2mba.training.run", "video_ma2mba.evaluation.run", "video_ma2mba.data.prepare", "deepspeed"]
 )
 
 
@@ -25,55 +26,59 @@ COMMAND = """
 import os, sys
 
 os.chdir(where)
+sys.path.insert(0, where)
 os.environ.clear()
 os.environ.update(environment)
-file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-for stream in (1, 2):
-    os.dup2(file, stream)
+for stream, path in enumerate(said, start=1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
 sys.argv[1:] = words
 exec(code, {})
 """
-WELL = "import sys; from video_ma2mba.cli import main; sys.exit(main(sys.argv[3:]))"
+WELL = "import sys; from video_ma2mba.cli import main; sys.exit(main(sys.argv[1:]))"
+MODULE = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
 
-def run(arguments, count=1, places=(), after=0):
-    """`video-ma2mba` with `arguments`, in `count` processes that reach each other; ends all where one fails.
-
-    The call after the first `after` calls of `places`, each "module:name" or "module:Class.method", kills a process.
+def run(code, words, count=1, timeout_s=None, where=None, **environment):
+    """`code` with `words` as arguments, in `count` processes that reach each other; ends all where one fails.
 
     Returns:
-        The exit codes, and what was printed.
+        The exit codes, and what was printed, on the two streams.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         together = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
         together["MASTER_PORT"] = free.getsockname()[1]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
+    until = None if timeout_s is None else time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "said"
+        said = [str(Path(folder) / name) for name in ("out", "err")]
+        given = {"where": str(where or Path.cwd()), "said": said, "words": list(map(str, words)), "code": code}
         started = []
         for rank in range(count):
             own = {**together, "RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **{key: str(value) for key, value in own.items()}}
-            words = [str(after), ",".join(places), *map(str, arguments)]
-            given = {"where": Path.cwd(), "environment": environment, "said": said, "words": words}
-            process = CONTEXT.Process(target=exec, args=(COMMAND, {**given, "code": CODE if places else WELL}))
+            given["environment"] = {**environment, **{key: str(value) for key, value in own.items()}}
+            process = CONTEXT.Process(target=exec, args=(COMMAND, dict(given)))
             process.start()
             started.append(process)
         while alive := [process for process in started if process.exitcode is None]:
-            wait([process.sentinel for process in alive])
-            if any(process.exitcode for process in started):
+            late = not wait([process.sentinel for process in alive], until and max(0, until - time.monotonic()))
+            if late or any(process.exitcode for process in started):
                 for process in alive:
                     process.terminate()
-        return [process.exitcode for process in started], said.read_text(errors="replace")
+        return [process.exitcode for process in started], *(Path(path).read_text(errors="replace") for path in said)
 
 
 def run_killed(arguments, *places, after):
-    """As `run`, of a command that is killed there: at the same moment on a fast and on a slow machine."""
-    codes, said = run(arguments, places=places, after=after)
-    assert codes == [-signal.SIGKILL], said
+    """A command that the call after the first `after` calls of `places` kills, on a fast and on a slow machine.
+
+    Args:
+        places: each "module:name" or "module:Class.method".
+    """
+    codes, _, said = run(CODE, [after, ",".join(places), *arguments])
+    assert codes == [-signal.SIGKILL], said[-3000:]
 
 
 def run_well(arguments, count=1):
-    """As `run`, of a command that must succeed."""
-    codes, said = run(arguments, count)
+    """A command that must succeed, in `count` processes."""
+    codes, _, said = run(WELL, arguments, count)
     assert codes == [0] * count, said[-3000:]

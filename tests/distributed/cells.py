@@ -3,7 +3,7 @@
 import json
 
 from .engines import ENGINES, MODES, TRAINS
-from .launch import launch, lines
+from .launch import fork, lines
 
 FOUR = ("hsdp", "sequence 4", "sequence 2, fsdp2")
 # Two processes and one batch or span each: the sum of two numbers, whoever adds them, is one process's to the bit.
@@ -44,7 +44,7 @@ def all_cells(engine):
 
 def measured(cells, timeout_s=3600):
     """What `engines` found for cells of as many processes, as far as it came, and what it said."""
-    done = launch(
+    done = fork(
         "tests.distributed.engines", json.dumps(cells), processes=num_processes(cells[0]["engine"]), timeout_s=timeout_s
     )
     return lines(done, "CELL"), done.stderr[-4000:]

@@ -5,11 +5,11 @@ import time
 
 from video_ma2mba.training.engines import DISTRIBUTED
 
-from .launch import launch, lines
+from .launch import fork, launch, lines
 
 # name: what the recipe is told, and how many processes
 RUNS = {
-    "ddp": ({}, 2),
+    "ddp": ({"num_workers": None}, 2),
     "fsdp2": ({"fsdp_config": "fsdp2"}, 2),
     "sequence": ({"sequence_parallel": 2, "gradient_checkpointing": {"order": "layer_major", "layer_interval": 1}}, 2),
     "zero1": ({"deepspeed": "zero1"}, 2),
@@ -35,7 +35,7 @@ class Command:
         self.values = {
             "model": str(model), "data": str(data), "global_batch_size": 4, "max_steps": 4, "save_steps": 2,
             "logging_steps": 1, "learning_rate": 1e-3, "vision_learning_rate": 1e-4, "held_out": 0,
-            "evaluation_steps": 0,
+            "evaluation_steps": 0, "num_workers": 0,  # each would import everything anew; DDP has what the recipe says
         }  # fmt: skip
         shards = json.loads((DISTRIBUTED / "hsdp.json").read_text())
         (root / "hsdp.json").write_text(json.dumps({**shards, "dp_shard_size": 2}))  # here all are on one node
@@ -50,7 +50,8 @@ class Command:
 
     def start(self, processes, *wanted, fails=False):
         """Run them in the same processes; the last one `fails` or not. What is known of each, and what they said."""
-        done = launch("tests.distributed.train", json.dumps(wanted), processes=processes, timeout_s=600)
+        start = launch if fails else fork
+        done = start("tests.distributed.train", json.dumps(wanted), processes=processes, timeout_s=600)
         assert (done.returncode != 0) == fails, done.stderr[-20000:]
         found = {one["name"]: one for one in lines(done, "RUN")}
         assert all(found[one["name"]]["code"] == 0 for one in wanted[: len(wanted) - fails]), done.stderr[-20000:]

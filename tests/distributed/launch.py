@@ -1,4 +1,4 @@
-"""Start a module of the tests in several processes."""
+"""Start a module of the tests in several processes: by torch's launcher, or forked, which spares each its imports."""
 
 import json
 import os
@@ -6,19 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .. import forked
+
 ROOT = Path(__file__).resolve().parents[2]
+FIXED = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
-def launch(module, *arguments, processes=2, timeout_s=300, **environment):
+def fork(module, *arguments, processes=2, timeout_s=300):
+    """`launch`, where it is not asked who ends the processes of one that failed."""
+    codes, out, err = forked.run(forked.MODULE, [module, *arguments], processes, timeout_s, ROOT, **FIXED)
+    return subprocess.CompletedProcess([module, *arguments], max(map(abs, codes)), out, err)
+
+
+def launch(module, *arguments, processes=2, timeout_s=300):
     """`python -m torch.distributed.run ... -m module arguments`: the `CompletedProcess`, its output as text."""
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    fixed = {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
     command += ["-m", module, *map(str, arguments)]
     with subprocess.Popen(
-        command, env={**os.environ, **fixed, **environment}, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        command, env={**os.environ, **FIXED, "PYTHONPATH": str(ROOT)}, cwd=ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as started:  # fmt: skip
         try:

@@ -69,7 +69,10 @@ def looked_at(order, tokens=1024):
     model.gradient_checkpointing_enable(order=order, layer_interval=1, sequence_interval=CHUNK)
     whole, trace = long_batch(tokens), []
     neighbours = SequenceGroup(trace=trace)
-    alone, share = peak_bytes(model, whole), peak_bytes(model, long_batch(tokens // neighbours.size))
+    # the first rank measures what one process holds alone, the last one what it holds with a share
+    before = None
+    if neighbours.rank in (0, neighbours.size - 1):
+        before = peak_bytes(model, whole if neighbours.rank == 0 else long_batch(tokens // neighbours.size))
     set_sequence_group(model, neighbours)
     span, _ = cut_span(whole, neighbours.rank, neighbours.size, 4, PLACEHOLDERS)
     span["num_items_in_batch"] = 9
@@ -78,9 +81,10 @@ def looked_at(order, tokens=1024):
     dist.barrier()
     model(**span).loss.backward()
     everyones = [None] * neighbours.size
-    dist.all_gather_object(everyones, (trace, mine))
-    trace = [entry for of_one, _ in everyones for entry in of_one]
-    held = {"alone_bytes": alone, "share_bytes": share, "ranks_bytes": [peak for _, peak in everyones]}
+    dist.all_gather_object(everyones, (trace, mine, before))
+    traces, peaks, befores = zip(*everyones, strict=True)
+    trace = [entry for of_one in traces for entry in of_one]
+    held = {"alone_bytes": befores[0], "share_bytes": befores[-1], "ranks_bytes": list(peaks)}
     return {"order": order, **held, **idle(trace), "trace": trace}
 
 

@@ -6,14 +6,14 @@ import pytest
 
 from video_ma2mba.modeling.checkpoint_plan import CheckpointPlan, pipeline_idle
 
-from .launch import launch, lines
+from .launch import fork, lines
 from .spans import LAYERS
 
 
 @pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slice), 4])
 def spans(request):
     """One long sample shared by so many ranks: what was found of each order."""
-    done = launch("tests.distributed.spans", "layer_major", "sequence_major", processes=request.param)
+    done = fork("tests.distributed.spans", "layer_major", "sequence_major", processes=request.param)
     assert done.returncode == 0, done.stderr[-3000:]
     return lines(done, "SPANS")
 

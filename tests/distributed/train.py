@@ -95,7 +95,7 @@ def run_all(runs):
         except Exception:
             traceback.print_exc()
             code = 1
-        if os.environ["RANK"] == "0":
+        if os.environ.get("RANK", "0") == "0":
             result = {"name": one["name"], "code": code, "seen": sorted(seen)}
             print("RUN " + json.dumps({**result, "wall_s": round(time.perf_counter() - start, 1)}), flush=True)
         if code:

@@ -1,9 +1,6 @@
 """`gradient_checkpointing_enable` as people call it: bare, by the Trainer, with PEFT, autocast, in two processes."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from transformers import PreTrainedModel
 
 from video_ma2mba.modeling import modeling_video_ma2mba
 
+from .. import forked
 from ..tiny import tiny_model
 from .train_two_processes import Clips, train
 
@@ -219,20 +217,12 @@ def test_stock_trainer_with_accumulation(tmp_path, key):
 
 
 def test_two_processes_equal_one(tmp_path):
-    script = ["-m", "tests.modeling.train_two_processes"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     results = []
-    for command, batch_size in (([sys.executable], 2), (launch, 1)):
-        out = tmp_path / f"batch{batch_size}.json"
-        done = subprocess.run(
-            [*command, *script, str(out), str(batch_size)],
-            env=environment,
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    for count in (1, 2):
+        out = tmp_path / f"{count}.json"
+        words = ["tests.modeling.train_two_processes", out, 2 // count]
+        codes, _, said = forked.run(forked.MODULE, words, count, where=Path(__file__).parents[2])
+        assert codes == [0] * count, said[-3000:]
         results.append(json.loads(out.read_text()))
     one, two = results
     assert len(one["losses"]) == 4
