@@ -25,10 +25,10 @@ def parse(*arguments):
     return parser.parse_args(arguments)
 
 
-def run(name, folder):
+def run(name, folder, scale="0.01"):
     """A study whose trained backbones are in `folder`."""
     plot = folder / f"{name}.png"
-    result = study.run(parse(name, "--scale", "0.01", "--keep", str(folder / "kept"), "--plot", str(plot)))
+    result = study.run(parse(name, "--scale", scale, "--keep", str(folder / "kept"), "--plot", str(plot)))
     assert plot.read_bytes().startswith(b"\x89PNG")
     json.dumps(result)
     return result
@@ -112,11 +112,11 @@ def test_fps_takes_the_backbones_that_were_trained(backbone):
 
 def test_length_trains_every_arm_for_as_many_token_passes_and_goes_on_where_it_was(backbone, capsys):
     _, folder = backbone
-    result = run("length", folder)
+    result = run("length", folder, "0.004")
     assert set(result["arms"]) == {"as it was", *length.ARMS}
-    files = {path: path.stat().st_mtime_ns for path in (folder / "kept" / "length-0.01").iterdir()}
-    assert run("length", folder) == result
-    assert files == {path: path.stat().st_mtime_ns for path in (folder / "kept" / "length-0.01").iterdir()}
+    files = {path: path.stat().st_mtime_ns for path in (folder / "kept" / "length-0.004").iterdir()}
+    assert run("length", folder, "0.004") == result
+    assert files == {path: path.stat().st_mtime_ns for path in (folder / "kept" / "length-0.004").iterdir()}
     weights = [load_file(path) for path in files if path.suffix == ".safetensors"]
     assert len(weights) == len(length.ARMS)
     name = "model.language_model.layers.0.mixer.A_log"
@@ -168,7 +168,7 @@ def test_max_length_is_what_the_plan_command_says(tmp_path, capsys):
 def test_stability_compares_two_runs_of_one_beginning(tmp_path):
     result = run("stability", tmp_path)
     losses = result["loss"]
-    assert len(losses["on"]) == len(losses["off"]) == 40
+    assert len(losses["on"]) == len(losses["off"]) == 30
     assert losses["on"][0] == pytest.approx(losses["off"][0], rel=1e-5)
     assert losses["off"][0] > losses["off"][-1]
     # the first step apart by rounding alone, and never by nothing: otherwise checkpointing was not on

@@ -48,7 +48,7 @@ def trained(stories: Stories, scale: float, keep: Path) -> dict[str, Any]:
         models by name.
     """
     models = {name: build(name, stories) for name in NAMES}
-    steps = max(40, round(STEPS * scale))
+    steps = max(30, round(STEPS * scale))
     files = {name: keep / f"{name}-{steps}.safetensors" for name in NAMES}
     if all(file.is_file() for file in files.values()):
         for name, model in models.items():
@@ -73,7 +73,7 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
     tested = TESTED_S if scale == 1 else TESTED_S[:2]
     timed = TIMED_TOKENS if scale == 1 else TIMED_TOKENS[:2]
     result: dict[str, Any] = {
-        "steps": max(40, round(STEPS * scale)),
+        "steps": max(30, round(STEPS * scale)),
         "trained_on_s": [CURRICULUM[0][1], CURRICULUM[-1][2]],
         "num_parameters": {n: sum(p.numel() for p in models[n].parameters() if p.requires_grad) for n in NAMES},
         "accuracy": [

@@ -19,7 +19,7 @@ ORDERS = ("layer_major", "sequence_major")
 def run(scale: float, keep: Path) -> dict[str, Any]:
     model = make_model(Namespace(model="small", device="cpu", dtype="float32"))
     config = model.config
-    tokens, repeats = (NUM_TOKENS, 2) if scale == 1 else (512, 1)
+    tokens, repeats = (NUM_TOKENS, 2) if scale == 1 else (256, 1)
     ids, labels = random_text(tokens, 64)
     intervals = [s for s in SEQUENCE_INTERVALS if s <= tokens]
     layer_intervals = LAYER_INTERVALS if scale == 1 else LAYER_INTERVALS[1::2]

@@ -22,7 +22,7 @@ CHECKPOINTING = {"layer_interval": 2, "sequence_interval": 64, "order": "layer_m
 
 def run(scale: float, keep: Path) -> dict[str, Any]:
     stories = Stories()
-    steps = max(40, round(STEPS * scale))
+    steps = max(30, round(STEPS * scale))
     models = {"off": build("mamba2", stories)}
     models["on"] = copy.deepcopy(models["off"])
     models["on"].gradient_checkpointing_enable(**CHECKPOINTING)
