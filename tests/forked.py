@@ -1,7 +1,7 @@
 """Commands and modules in processes of their own, forked from one that has imported what they need: seconds less each.
 
 That one has done nothing else, so no command meets what another left behind. Where it matters who ends the others of a
-process, in `tests/distributed`, and in `test_two_processes_equal_one`, they are started as users do.
+process, in `tests/distributed`, and once in `tests/training/test_trainer.py`, they are started as users do.
 """
 
 import multiprocessing
@@ -39,7 +39,7 @@ MODULE = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main_
 
 
 def run(code, words, count=1, timeout_s=None, where=None, **environment):
-    """`code` with `words` as arguments, in `count` processes that reach each other; ends all where one fails.
+    """`code` with `words` as arguments, in `count` processes that reach each other; one that fails or is late ends all.
 
     Returns:
         The exit codes, and what was printed, on the two streams.
@@ -53,7 +53,7 @@ def run(code, words, count=1, timeout_s=None, where=None, **environment):
     with tempfile.TemporaryDirectory() as folder:
         said = [str(Path(folder) / name) for name in ("out", "err")]
         given = {"where": str(where or Path.cwd()), "said": said, "words": list(map(str, words)), "code": code}
-        started = []
+        started, late = [], False
         for rank in range(count):
             own = {**together, "RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
             given["environment"] = {**environment, **{key: str(value) for key, value in own.items()}}
@@ -61,11 +61,13 @@ def run(code, words, count=1, timeout_s=None, where=None, **environment):
             process.start()
             started.append(process)
         while alive := [process for process in started if process.exitcode is None]:
-            late = not wait([process.sentinel for process in alive], until and max(0, until - time.monotonic()))
+            late |= not wait([process.sentinel for process in alive], until and max(0, until - time.monotonic()))
             if late or any(process.exitcode for process in started):
                 for process in alive:
-                    process.terminate()
-        return [process.exitcode for process in started], *(Path(path).read_text(errors="replace") for path in said)
+                    process.kill() if late else process.terminate()
+        codes = [process.exitcode for process in started]
+        out, err = (Path(path).read_text(errors="replace") for path in said)
+        return codes, out, f"{err}\nstill running after {timeout_s} s" if late else err
 
 
 def run_killed(arguments, *places, after):

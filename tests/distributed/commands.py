@@ -50,8 +50,8 @@ class Command:
 
     def start(self, processes, *wanted, fails=False):
         """Run them in the same processes; the last one `fails` or not. What is known of each, and what they said."""
-        start = launch if fails else fork
-        done = start("tests.distributed.train", json.dumps(wanted), processes=processes, timeout_s=600)
+        run = launch if fails else fork
+        done = run("tests.distributed.train", json.dumps(wanted), processes=processes, timeout_s=600)
         assert (done.returncode != 0) == fails, done.stderr[-20000:]
         found = {one["name"]: one for one in lines(done, "RUN")}
         assert all(found[one["name"]]["code"] == 0 for one in wanted[: len(wanted) - fails]), done.stderr[-20000:]

@@ -1,4 +1,4 @@
-"""One training step's worth of every engine, against one process: run by `launch` in several processes.
+"""One training step's worth of every engine, against one process: run by `fork` in several processes.
 
 Each cell (an engine, a way of checkpointing, all weights or adapters, batches accumulated) trains a tiny model for
 three steps of SGD. What is reported is the worst relative error of any tensor's gradient and weight over the steps: of

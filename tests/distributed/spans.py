@@ -1,4 +1,4 @@
-"""One long sample over several processes, looked at from inside: started by `launch`, or by hand to see the figures.
+"""One long sample over several processes, looked at from inside: started by `fork`, or by hand to see the figures.
 
     .venv-distributed/bin/python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distributed.spans \\
         layer_major sequence_major

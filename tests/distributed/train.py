@@ -1,4 +1,4 @@
-"""Run `video-ma2mba train` several times in the same processes: started by `launch`, under `torch.distributed.run`.
+"""Run `video-ma2mba train` several times in the same processes: started by `fork`, or by `launch` under torchrun.
 
 The runs are JSON on the command line, each {"name", "arguments"}, maybe "bf16", and "dies" of the last one. One line of
 JSON per run comes out of rank 0: its exit code, and the dtypes in which the mixers saw their parameters.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ...files import new_figure
 from ..machine import allocated_peak_bytes, clock
-from .side_by_side import train_side_by_side
+from .side_by_side import shortened, train_side_by_side
 from .stories import Stories
 
 NAMES = {"mamba2": "Mamba-2", "attention": "attention"}
@@ -48,7 +48,7 @@ def trained(stories: Stories, scale: float, keep: Path) -> dict[str, Any]:
         models by name.
     """
     models = {name: build(name, stories) for name in NAMES}
-    steps = max(30, round(STEPS * scale))
+    steps = shortened(STEPS, scale)
     files = {name: keep / f"{name}-{steps}.safetensors" for name in NAMES}
     if all(file.is_file() for file in files.values()):
         for name, model in models.items():
@@ -73,7 +73,7 @@ def run(scale: float, keep: Path) -> dict[str, Any]:
     tested = TESTED_S if scale == 1 else TESTED_S[:2]
     timed = TIMED_TOKENS if scale == 1 else TIMED_TOKENS[:2]
     result: dict[str, Any] = {
-        "steps": max(30, round(STEPS * scale)),
+        "steps": shortened(STEPS, scale),
         "trained_on_s": [CURRICULUM[0][1], CURRICULUM[-1][2]],
         "num_parameters": {n: sum(p.numel() for p in models[n].parameters() if p.requires_grad) for n in NAMES},
         "accuracy": [

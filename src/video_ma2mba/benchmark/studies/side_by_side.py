@@ -10,6 +10,11 @@ from .stories import Batch
 LEARNING_RATE = 2e-3
 
 
+def shortened(steps: int, scale: float) -> int:
+    """A share of the steps of a study; not fewer than let the rate rise and fall."""
+    return max(30, round(steps * scale))
+
+
 def train_side_by_side(
     models: dict[str, Any], steps: int, batches: Iterator[Batch]
 ) -> Iterator[dict[str, tuple[float, float]]]:

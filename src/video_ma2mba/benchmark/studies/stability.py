@@ -13,7 +13,7 @@ import torch
 
 from ...files import new_figure
 from .backbone import build
-from .side_by_side import train_side_by_side
+from .side_by_side import shortened, train_side_by_side
 from .stories import Stories
 
 STEPS, BATCH_SIZE, EVERY = 2000, 4, 20
@@ -22,7 +22,7 @@ CHECKPOINTING = {"layer_interval": 2, "sequence_interval": 64, "order": "layer_m
 
 def run(scale: float, keep: Path) -> dict[str, Any]:
     stories = Stories()
-    steps = max(30, round(STEPS * scale))
+    steps = shortened(STEPS, scale)
     models = {"off": build("mamba2", stories)}
     models["on"] = copy.deepcopy(models["off"])
     models["on"].gradient_checkpointing_enable(**CHECKPOINTING)
