@@ -8,7 +8,8 @@
 Nothing is installed: this repository and the wheels are laid out in a temporary folder that the steps import from.
 Each step is a process of its own with a time limit; one that fails is written down with its last words and with what it
 had measured so far, and the others go on. What is done already, as OUT says, is not done again; `--again` forgets it.
-Where tests fail the table says so before all figures, and the exit code is 1, as after any step that fails.
+Where the tests failed, or have not run, the table has no figures and says why, and the JSON keeps them; the exit code
+is 1, as after any step that fails.
 """
 
 import argparse
@@ -186,25 +187,35 @@ def run_step(
 def as_table(report: dict) -> str:
     """What the steps found, as Markdown: the paper's tables 3 and 8 beside ours, then the rest."""
     results = {name: step["result"] for name, step in report["steps"].items() if "result" in step}
-    rows = [row for name, result in results.items() if name.startswith("train") for row in result["rows"]]
     machine = next((result["machine"]["device"] for result in results.values() if "machine" in result), "nothing yet")
     lines = [f"# Measured on {machine}", ""]
     tests = report["steps"].get("tests")
     if tests is None or not tests["ok"]:
         why = "the tests have not run" if tests is None else "tests failed"
-        lines += [f"**Not to be trusted: {why}.**", ""]
+        lines += [f"**No figures: {why}. The JSON keeps what was measured.**", ""]
         lines += ["```", *tests.get("output", tests.get("errors", "")).splitlines()[-20:], "```", ""] if tests else []
+    else:
+        lines += _figures(results)
     lines += _markdown(
+        "steps", ("step", "ended", "seconds"),
+        [(name, "well" if step["ok"] else "FAILED", _show(step["seconds"])) for name, step in report["steps"].items()],
+    )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _figures(results: dict) -> list[str]:
+    rows = [row for name, result in results.items() if name.startswith("train") for row in result["rows"]]
+    lines = _markdown(
         "Training, beside the paper's tables 3 (GB over weights and gradients) and 8 (tokens a second, A100)",
         ("tokens", "method", "GB", "planned", "paper", "planner's error", "tokens/s", "paper's"),
         [_train_row(row) for row in sorted(rows, key=lambda row: (row["tokens"], row["method"]))],
     )
     for name, columns in (
         ("launches", ("tokens", "forward", "forward_backward", "with_recompute", "planned")),
-        ("decode", ("way", "tokens_per_s")),
+        ("decode", ("way", "tokens_per_s", "s_per_new_token_p20", "s_per_new_token_p80")),
         ("watch", ("vision_chunk_size", "frames_per_s")),
-        ("offload", ("tokens", "step_s", "offload_step_s", "ratio")),
-        ("generate", ("context_tokens", "prefill_tokens_per_s", "s_per_new_token")),
+        ("offload", ("tokens", "step_s", "step_s_p20", "step_s_p80", "offload_step_s", "ratio")),
+        ("generate", ("context_tokens", "prefill_tokens_per_s", "s_per_new_token", "s_per_new_token_p80")),
         ("scan", ("row", "size", "dtype", "pass", "times_faster", "memory_ratio", "over_floor")),
         ("core", ("size", "pass", "times_faster", "memory_ratio")),
         ("memory", ("tokens", "method", "measured_bytes", "predicted_bytes")),
@@ -212,11 +223,7 @@ def as_table(report: dict) -> str:
         if name in results:
             cells = [[_show(row.get(column)) for column in columns] for row in results[name]["rows"]]
             lines += _markdown(name, columns, cells)
-    lines += _markdown(
-        "steps", ("step", "ended", "seconds"),
-        [(name, "well" if step["ok"] else "FAILED", _show(step["seconds"])) for name, step in report["steps"].items()],
-    )  # fmt: skip
-    return "\n".join(lines)
+    return lines
 
 
 def _train_row(row: dict) -> list[str]:

@@ -1,5 +1,6 @@
 """What someone typed: options are checked, a model is found and loaded by its name; errors say what to do."""
 
+import argparse
 import functools
 import json
 import math
@@ -8,7 +9,7 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +32,19 @@ def named(names: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
-def check_positive(args: Any, *names: str) -> None:
-    """Refuse numbers that are not above zero, alone or in lists; None says nothing.
+def natural(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not re.fullmatch(r"\+?\d+", text.strip()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
 
-    Raises:
-        ValueError: names the option.
-    """
-    for name in names:
-        value = getattr(args, name)
-        given = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
-        if not all(one > 0 and math.isfinite(one) for one in given):
-            least = "a positive number" if any(isinstance(one, float) for one in given) else "at least 1"
-            raise ValueError(f"{named([name])} must be {least}, got {value}")
+
+def positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
 
 
 def named_model(name: str) -> str:

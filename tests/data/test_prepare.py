@@ -212,9 +212,9 @@ def test_the_command_stores_frames_that_training_then_reads(tmp_path, media, mod
     ("options", "message"),
     [
         (["--format", "webvids"], "--format webvids: known are llava, messages"),
-        (["--max-hours", "0"], "--max-hours must be a positive number"),
-        (["--cache-frames", "raw", "--fps", "-1"], "--fps must be a positive number"),
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--max-hours", "0"], "--max-hours: must be a number above 0"),
+        (["--cache-frames", "raw", "--fps", "-1"], "--fps: must be a number above 0"),
+        (["--workers", "0"], "--workers: must be a whole number of at least 1, got 0"),
         (["--rows-per-file", "5"], "--rows-per-file is for --parquet"),
     ],
 )

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from video_ma2mba.benchmark import generate
+from video_ma2mba.benchmark.machine import timing
 from video_ma2mba.cli import main
 
 
@@ -32,6 +34,15 @@ def test_generate_measures_every_context(capsys):
     # the whole memory of the model, whatever the length
     assert report["rows"][0]["cache_bytes"] == report["rows"][1]["cache_bytes"] > 0
     assert report["frames_per_s"] > 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 24])
+def test_how_far_repeated_runs_are_apart(count):
+    seconds = np.random.default_rng(count).uniform(size=count).tolist()
+    nearest = np.quantile(seconds, [0.2, 0.8], method="nearest")
+    found = timing("step_s", seconds)
+    assert (found["step_s_p20"], found["step_s_p80"]) == tuple(nearest)
+    assert found["step_s"] == np.median(seconds)
 
 
 def test_generate_refuses_nonsense(capsys):

@@ -1,6 +1,7 @@
 """The command's frame: exit codes, tracebacks on request, benchmarks."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -30,10 +31,23 @@ def test_help_names_every_command(capsys):
     "arguments", [[], ["sing"], ["ask"], ["ask", "a.mp4", "Why?", "--device", "tpu"], ["bench", "nothing"]]
 )
 def test_misuse_exits_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    assert stopped.value.code == cli.EXIT_USER_ERROR
-    assert "usage: video-ma2mba" in capsys.readouterr().err
+    assert cli.main(arguments) == cli.EXIT_USER_ERROR
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: ")
+    assert re.search(r"; `video-ma2mba( ask| bench)? --help` lists the options\n$", err)
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "nan", "many", ""])
+def test_what_is_counted_is_at_least_one(given, capsys):
+    assert cli.main(["bench", "decode", "--repeats", given]) == cli.EXIT_USER_ERROR
+    assert f"argument --repeats: must be a whole number of at least 1, got {given}; " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "many", ""])
+def test_what_is_measured_is_above_zero(given, capsys):
+    assert cli.main(["bench", "decode", "--minutes", given]) == cli.EXIT_USER_ERROR
+    assert f"argument --minutes: must be a number above 0, got {given}; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ValueError("not so"), OSError("not so")])

@@ -229,7 +229,7 @@ def test_truncated_is_watched_as_far_as_it_goes(run, tmp_path):
 
 @pytest.mark.parametrize("fps", ["0", "-1", "nan", "inf"])
 def test_bad_fps(run, video, fps):
-    assert_refused(run(video, QUESTION, "--fps", fps), "fps", "positive")
+    assert_refused(run(video, QUESTION, "--fps", fps), "--fps", "above 0")
 
 
 def test_a_rate_above_the_videos_own_is_said(run, video):
@@ -249,7 +249,7 @@ def test_end_before_start(run, video):
 
 
 def test_no_frames_wanted(run, video):
-    assert_refused(run(video, QUESTION, "--max-frames", "0"), "max_frames")
+    assert_refused(run(video, QUESTION, "--max-frames", "0"), "--max-frames", "at least 1")
 
 
 def test_empty_question(run, video):

@@ -47,9 +47,7 @@ def test_what_is_not_a_size(text):
 
 @pytest.mark.parametrize("text", ["24", "1024", "0.5"])
 def test_a_size_without_a_unit_is_asked_back(capsys, text):
-    with pytest.raises(SystemExit) as exit:
-        main(["plan", "--model", "0.7b", "--hours", "1", "--gpu-memory", text])
-    assert exit.value.code == 2
+    assert main(["plan", "--model", "0.7b", "--hours", "1", "--gpu-memory", text]) == 2
     assert f"'{text}' has no unit: for gigabytes write {text}GiB" in capsys.readouterr().err
 
 

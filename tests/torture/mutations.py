@@ -251,8 +251,6 @@ def try_one(command: list[str], codes: tuple[int, ...] = (0, 2)) -> str | None:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
             code = main(command)
-    except SystemExit as error:
-        code = error.code
     except BaseException:
         return traceback.format_exc()
     finally:

@@ -21,6 +21,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from ..loading import natural, positive
 from ..processing import video_reader
 from .machine import clock, describe, said_by
 
@@ -46,9 +47,9 @@ print(json.dumps({"frames": len(kept), "kept_bytes": kept.nbytes, "peak_bytes": 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=10.0, help="length of the short clip (default: 10)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each reader (default: 5)")
-    parser.add_argument("--side", type=int, default=224, help="side of the frames kept, in pixels (default: 224)")
+    parser.add_argument("--minutes", type=positive, default=10.0, help="length of the short clip (default: 10)")
+    parser.add_argument("--repeats", type=natural, default=5, help="runs of each reader (default: 5)")
+    parser.add_argument("--side", type=natural, default=224, help="side of the frames kept, in pixels (default: 224)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,16 +12,15 @@ On a CPU a small model goes through the same, where all operators count as launc
 
 import argparse
 import importlib
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..loading import TINY_MODEL, check_positive, choose_device
+from ..loading import TINY_MODEL, choose_device, natural
 from ..modeling.checkpoint_costs import LAUNCHES
-from .machine import clock, describe
+from .machine import clock, describe, timing
 from .train import add_model_arguments, backbone_config, make_model, random_text, training_step
 
 WHAT = ("launches", "decode", "watch", "offload")
@@ -31,14 +30,13 @@ MAMBA_SSM = "mamba_ssm.models.mixer_seq_simple"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=WHAT)
     add_model_arguments(parser)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 24576], help="of launches and offload")
-    parser.add_argument("--new-tokens", type=int, default=100, help="of decode (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=256, help="of watch (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=natural, nargs="+", default=[2048, 24576], help="of launches and offload")
+    parser.add_argument("--new-tokens", type=natural, default=100, help="of decode (default: %(default)s)")
+    parser.add_argument("--frames", type=natural, default=256, help="of watch (default: %(default)s)")
+    parser.add_argument("--repeats", type=natural, default=3)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    check_positive(args, "tokens", "new_tokens", "frames", "repeats")
     device = choose_device(args.device)
     measured = {"launches": _launches, "decode": _decode, "watch": _watch, "offload": _offload}[args.what](args, device)
     return {"benchmark": "device", "what": args.what, "model": args.model, **measured, "machine": describe(device.type)}
@@ -103,7 +101,8 @@ def _decode(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for _ in range(3):
             step()
         times = [clock(step, device.type).seconds for _ in range(args.new_tokens)]
-        rows.append({"way": name, "tokens_per_s": 1 / statistics.median(times)})
+        taken = timing("s_per_new_token", times)
+        rows.append({"way": name, "tokens_per_s": 1 / taken["s_per_new_token"], **taken})
     return {"rows": rows, "failures": failures}
 
 
@@ -194,8 +193,6 @@ def _offload(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 step_s, _ = training_step(model, ids, labels)
                 if turn:
                     seconds[offload].append(step_s)
-        without, with_offload = (statistics.median(times) for times in seconds.values())
-        rows.append(
-            {"tokens": tokens, "step_s": without, "offload_step_s": with_offload, "ratio": with_offload / without}
-        )
+        taken = timing("step_s", seconds[False]) | timing("offload_step_s", seconds[True])
+        rows.append({"tokens": tokens, **taken, "ratio": taken["offload_step_s"] / taken["step_s"]})
     return {"rows": rows}

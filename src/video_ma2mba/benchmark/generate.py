@@ -6,27 +6,27 @@ their median is given.
 """
 
 import argparse
-import statistics
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..loading import check_positive
-from .machine import clock, describe
+from ..loading import natural
+from .machine import clock, describe, timing
 from .train import add_model_arguments, make_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2**10, 2**14], metavar="TOKENS")
-    parser.add_argument("--new-tokens", type=int, default=50, help="timed after each context (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=16, help="through the tower (default: %(default)s)")
+    parser.add_argument("--contexts", type=natural, nargs="+", default=[2**10, 2**14], metavar="TOKENS")
+    parser.add_argument(
+        "--new-tokens", type=natural, default=50, help="timed after each context (default: %(default)s)"
+    )
+    parser.add_argument("--frames", type=natural, default=16, help="through the tower (default: %(default)s)")
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    check_positive(args, "contexts", "new_tokens", "frames")
     model = make_model(args).eval()
     rows, caches = [], {}
     for context in args.contexts:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if turn >= 3:
                 times[context].append(took.seconds)
     for row in rows:
-        row["s_per_new_token"] = statistics.median(times[row["context_tokens"]])
+        row |= timing("s_per_new_token", times[row["context_tokens"]])
         row["cache_bytes"] = caches[row["context_tokens"]].num_bytes
     size = 1, args.frames, 3, *2 * [model.config.vision_config.image_size]
     pixels = torch.randint(0, 256, size, dtype=torch.uint8, device=args.device)

@@ -4,10 +4,11 @@ import ctypes
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -49,6 +50,13 @@ def clock(work: Callable[[], Any], device: str) -> Clocked:
     if device == "cuda":
         torch.cuda.synchronize()
     return Clocked(time.perf_counter() - start, time.process_time() - cpu_start, result)
+
+
+def timing(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    """Of repeated runs: `name`, the median, and NAME_p20 and NAME_p80, which a fifth of them lie below and above."""
+    ordered = sorted(seconds)
+    low, high = (ordered[round(part * (len(ordered) - 1))] for part in (0.2, 0.8))
+    return {name: statistics.median(ordered), f"{name}_p20": low, f"{name}_p80": high}
 
 
 def allocated_peak_bytes(function: Callable[[], Any]) -> int:

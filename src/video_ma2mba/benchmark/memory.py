@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..files import new_figure, write_json, write_png
-from ..loading import check_positive
+from ..loading import natural
 from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
 from ..modeling.checkpointing import run_checkpointed
@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["meta", "cpu", "cuda"], default="meta", help="meta: count (default)")
     parser.add_argument("--models", nargs="+", choices=PRESETS, default=list(PRESETS), help="what to count")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--lengths", nargs="+", type=int, metavar="TOKENS", help="default: 2**10 ... 2**22 to count")
+    parser.add_argument(
+        "--lengths", nargs="+", type=natural, metavar="TOKENS", help="default: 2**10 ... 2**22 to count"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file given with -o has")
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="draw memory against length, beside the paper's table 3"
@@ -74,7 +76,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     output = getattr(args, "output", None)
     if args.resume and output is None:
         raise ValueError("--resume needs the file to go on with: name it with -o")
-    check_positive(args, "lengths")
     if args.device != "meta":
         from . import resident
 

@@ -21,7 +21,7 @@ import torch
 from .. import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor, VideoMemory
 from ..data.synthetic import make_story
 from ..files import new_figure, write_png
-from ..loading import TINY_MODEL, check_positive
+from ..loading import TINY_MODEL, natural
 from ..planning.measured import peak_bytes, restart_peak
 from .machine import clock, describe, in_measured_process, one_thread
 from .train import small_config
@@ -33,14 +33,15 @@ OVERLAP_MINUTES = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: the tiny model)")
-    parser.add_argument("--minutes", type=int, nargs="+", default=[1, 5, 15, 30, 60])
-    parser.add_argument("--repeats", type=int, default=21, help="timed questions of each, after one that is not timed")
-    parser.add_argument("--size", type=int, default=320, help="pixels of a frame of the video for the overlap")
+    parser.add_argument("--minutes", type=natural, nargs="+", default=[1, 5, 15, 30, 60])
+    parser.add_argument(
+        "--repeats", type=natural, default=21, help="timed questions of each, after one that is not timed"
+    )
+    parser.add_argument("--size", type=natural, default=320, help="pixels of a frame of the video for the overlap")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw bytes and seconds against minutes")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    check_positive(args, "repeats", "minutes")
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(args.model).eval()
     processor = VideoMa2mbaProcessor.from_pretrained(args.model)
     with tempfile.TemporaryDirectory() as folder:

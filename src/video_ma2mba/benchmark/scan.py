@@ -17,17 +17,16 @@ mamba_ssm's fused function, which has no convolution state.
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..loading import check_positive, choose_device
+from ..loading import choose_device, natural
 from ..modeling.segment_sizes import SCAN_CHUNK, SEGMENT
 from ..planning.measured import peak_bytes, restart_peak
-from .machine import allocated_peak_bytes, clock, describe, resident_peak_bytes
+from .machine import allocated_peak_bytes, clock, describe, resident_peak_bytes, timing
 from .peers import ROWS, SIZES, Pair, make_pair
 
 PASSES = ("forward", "forward_backward")
@@ -39,18 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", choices=["tiny", *SIZES], default=list(SIZES), help="of the backbone")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
-    parser.add_argument("--layers", type=int, default=2, help="of the rows model and decode (default: %(default)s)")
+    parser.add_argument("--tokens", type=natural, nargs="+", default=[2048])
+    parser.add_argument("--layers", type=natural, default=2, help="of the rows model and decode (default: %(default)s)")
     parser.add_argument(
-        "--their-chunks", type=int, nargs="+", default=[64, 128, 256], help="chunk sizes of theirs to choose among"
+        "--their-chunks", type=natural, nargs="+", default=[64, 128, 256], help="chunk sizes of theirs to choose among"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each, after one that is not timed")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if left out")
+    parser.add_argument("--repeats", type=natural, default=5, help="timed runs of each, after one that is not timed")
+    parser.add_argument("--threads", type=natural, help="CPU threads; torch's choice if left out")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    check_positive(args, "tokens", "layers", "their_chunks", "repeats")
     device = choose_device(args.device).type
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -94,8 +92,8 @@ def measure(pair: Pair, name: str, repeats: int, device: str) -> dict[str, Any]:
             cpu_times[key].append(cpu_seconds)
     measured: dict[str, dict[str, Any]] = {
         key: {
-            "median_s": statistics.median(times[key]),
-            "median_cpu_s": statistics.median(cpu_times[key]),
+            **timing("median_s", times[key]),
+            **timing("median_cpu_s", cpu_times[key]),
             "times_s": times[key],
             **({} if key == "floor" else _peaks(partial(step, function), device)),
         }

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.synthetic import make_story
-from ..loading import TINY_MODEL, check_positive
+from ..loading import TINY_MODEL, natural
 from .machine import clock, describe, one_thread, said_by
 
 QUESTIONS = ("What colour was the circle?", "Which shape came first of all?", "Did a red square ever appear?")
@@ -31,18 +31,17 @@ LONGER = 60.0  # seconds that a server may take to start, or to watch a minute o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(TINY_MODEL), help="folder or Hub id (default: the tiny model)")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--tokens", type=int, default=32, help="of each answer (default: 32)")
-    parser.add_argument("--requests", type=int, default=256, help="at each number of clients (default: 256)")
-    parser.add_argument("--minutes", type=int, nargs="+", default=[1, 60], help="of the videos asked about")
-    parser.add_argument("--repeats", type=int, default=40, help="first tokens timed for each video")
+    parser.add_argument("--clients", type=natural, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--tokens", type=natural, default=32, help="of each answer (default: 32)")
+    parser.add_argument("--requests", type=natural, default=256, help="at each number of clients (default: 256)")
+    parser.add_argument("--minutes", type=natural, nargs="+", default=[1, 60], help="of the videos asked about")
+    parser.add_argument("--repeats", type=natural, default=40, help="first tokens timed for each video")
     parser.add_argument(
-        "--attention-requests", type=int, default=64, help="the same of the attention model (default: 64)"
+        "--attention-requests", type=natural, default=64, help="the same of the attention model (default: 64)"
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    check_positive(args, "clients", "minutes", "tokens", "requests", "repeats", "attention_requests")
     with tempfile.TemporaryDirectory() as folder:
         videos = {m: make_story(seed=1, duration_s=60 * m).render(Path(folder) / f"{m}.mp4") for m in args.minutes}
         slots, memories, longest = str(max(args.clients)), f"{folder}/memories", args.minutes[-1]

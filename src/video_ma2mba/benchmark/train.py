@@ -7,36 +7,34 @@ memory is reported as such and the others go on. The paper's Table 8 is the same
 
 import argparse
 import gc
-import statistics
 from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, Mamba2Config
 
 from ..files import write_json
-from ..loading import check_positive, choose_device, choose_dtype
+from ..loading import choose_device, choose_dtype, natural
 from ..modeling import VideoMa2mbaConfig, VideoMa2mbaForConditionalGeneration
 from ..modeling.checkpoint_plan import peak_bytes_without
 from ..modeling.configuration_video_ma2mba import PRESETS
 from ..planning.fitting import METHODS, Sizes, Training
 from ..planning.measured import peak_bytes, restart_peak
-from .machine import clock, describe
+from .machine import clock, describe, timing
 
 NUM_SUPERVISED = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192], metavar="TOKENS")
+    parser.add_argument("--lengths", type=natural, nargs="+", default=[8192], metavar="TOKENS")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument(
-        "--repeats", type=int, default=5, help="timed steps of each method, after one that is not timed"
+        "--repeats", type=natural, default=5, help="timed steps of each method, after one that is not timed"
     )
     parser.add_argument("--once", action="store_true", help="no untimed step first: for lengths that take minutes")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    check_positive(args, "repeats", "lengths")
     model = make_model(args)
     result: dict[str, Any] = {
         "benchmark": "train",
@@ -120,7 +118,7 @@ def _measure(model: VideoMa2mbaForConditionalGeneration, length: int, args: argp
             row["plan"] = str(model.checkpoint_plan(1, length))
         row |= _planned(model, name, length)
         if name in times:
-            row["step_s"] = statistics.median(times[name])
+            row |= timing("step_s", times[name])
             row["tokens_per_s"] = length / row["step_s"]
             if model.device.type == "cuda":
                 row["peak_bytes"] = peaks[name]

@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments without the program's name; None: those of the process.
     """
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         with warnings.catch_warnings():
             # where it arose is left out
             warnings.showwarning = lambda message, *place, **more: print(f"warning: {message}", file=sys.stderr)

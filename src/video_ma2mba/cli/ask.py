@@ -8,7 +8,7 @@ import json
 import time
 from pathlib import Path
 
-from ..loading import find_model
+from ..loading import find_model, natural
 from . import watching
 
 HELP = "answer questions about a video"
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", metavar="QUESTION", nargs="+", help="in quotes; each is answered on its own")
     watching.add_arguments(parser, snapshots=False)
     parser.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens of an answer (default: 128)"
+        "--max-new-tokens", type=natural, default=128, metavar="N", help="most tokens of an answer (default: 128)"
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object with answers, tokens, seconds, bytes"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..loading import natural
 from . import watching
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server", metavar="URL", help="let a `video-ma2mba serve` watch and answer")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key of the server, in its first line")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="most tokens of an answer (default: 128)"
+        "--max-new-tokens", type=natural, default=128, metavar="N", help="most tokens of an answer (default: 128)"
     )
 
 

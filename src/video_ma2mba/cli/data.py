@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from ..loading import check_positive
+from ..loading import natural, positive
 from ..processes import Share
 from .parser import parse_share
 from .progress import progress_bars
@@ -30,17 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write")
     prepare.add_argument("--format", metavar="NAME", help="format of the files (default: told from each file)")
     prepare.add_argument(
-        "--max-hours", type=float, default=24.0, metavar="HOURS", help="leave out videos that are longer (default: 24)"
+        "--max-hours",
+        type=positive,
+        default=24.0,
+        metavar="HOURS",
+        help="leave out videos that are longer (default: 24)",
     )
     prepare.add_argument("--parquet", action="store_true", help="write Parquet instead of JSON lines")
     prepare.add_argument(
         "--rows-per-file",
-        type=int,
+        type=natural,
         metavar="N",
         help="with --parquet: rows of a file, for sets that are streamed (default: all)",
     )
     prepare.add_argument(
-        "--workers", type=int, metavar="N", help="videos opened or decoded at a time (default: the machine's cores)"
+        "--workers", type=natural, metavar="N", help="videos opened or decoded at a time (default: the machine's cores)"
     )
     prepare.add_argument(
         "--shard",
@@ -54,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="raw|jpeg",
         help="store the frames too, so that training decodes no video",
     )
-    prepare.add_argument("--fps", type=float, metavar="N", help="stored frames per second of video (default: 1)")
+    prepare.add_argument("--fps", type=positive, metavar="N", help="stored frames per second of video (default: 1)")
     prepare.add_argument(
         "--model",
         metavar="DIR_OR_HUB_ID",
@@ -73,7 +77,6 @@ def run(args: argparse.Namespace) -> None:
             "data prepare uses all cores of a machine by itself: start it without torchrun, with --workers N; several "
             "machines share the work by --shard I/N"
         )
-    check_positive(args, "workers", "rows_per_file", "max_hours", "fps")
     if args.rows_per_file and not args.parquet:
         raise ValueError("--rows-per-file is for --parquet: JSON lines are one file")
     for name in ("fps", "model"):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_json, write_text
-from ..loading import check_positive, find_model, named
+from ..loading import find_model, named, natural, positive
 from ..processes import Ranks, Share, files_of, launched
 from . import watching
 from .parser import parse_share
@@ -59,10 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: evaluation/MODEL/TASK")
     watching.add_loading_arguments(parser)
     frames = parser.add_mutually_exclusive_group()
-    frames.add_argument("--fps", type=float, help="frames per second of video (default: the model's, usually 1)")
-    frames.add_argument("--frames", type=int, metavar="N", help="at most N frames, spread evenly")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions of a video at once")
+    frames.add_argument("--fps", type=positive, help="frames per second of video (default: the model's, usually 1)")
+    frames.add_argument("--frames", type=natural, metavar="N", help="at most N frames, spread evenly")
+    parser.add_argument("--limit", type=natural, metavar="N", help="the first N questions only")
+    parser.add_argument("--batch-size", type=natural, default=16, metavar="N", help="questions of a video at once")
     parser.add_argument("--by-likelihood", action="store_true", help="multiple choice: take the likeliest letter")
     parser.add_argument("--resume", action="store_true", help="go on after the answers that stand in the output")
     parser.add_argument(
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     niah = parser.add_argument_group("niah")
     niah.add_argument(
         "--minutes",
-        type=float,
+        type=positive,
         nargs="+",
         default=[1, 5, 15, 60, 120, 240],
         help="lengths of the haystacks (default: 1 5 15 60 120 240)",
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[0.0, 0.25, 0.5, 0.75, 1.0],
         help="where a needle lies, from 0, before everything, to 1 (default: 0 0.25 0.5 0.75 1)",
     )
-    niah.add_argument("--haystacks", type=int, metavar="N", help="of each length (default: one for each needle)")
+    niah.add_argument("--haystacks", type=natural, metavar="N", help="of each length (default: one for each needle)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -100,7 +100,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"one model at a time: what is {args.folders[0]}? Folders follow `eval merge` alone")
     if args.task is None:
         raise ValueError(f"--task must be given; there are {', '.join(TASK_NAMES)}")
-    check_positive(args, "limit", "batch_size", "frames")
     if args.task == "own" and args.data is None:
         raise ValueError("--task own: name the file of your questions with --data")
     share = args.shard or Share()
@@ -291,10 +290,12 @@ def _niah(args: argparse.Namespace, output: Path, ranks: Ranks) -> None:
 
     model, processor = watching.load_model_and_processor(args)
     lengths = [round(60 * minutes) for minutes in args.minutes]
-    if min(lengths) < 1 or not all(0 <= depth <= 1 for depth in args.depths):
-        raise ValueError("--minutes must be positive, and --depths lie between 0 and 1")
-    if args.haystacks is not None and (args.haystacks < 1 or args.data):
-        raise ValueError("--haystacks must be positive, and --data has one haystack")
+    if min(lengths) < 1:
+        raise ValueError("--minutes: a haystack lasts at least a second")
+    if not all(0 <= depth <= 1 for depth in args.depths):
+        raise ValueError("--depths lie between 0 and 1")
+    if args.haystacks is not None and args.data:
+        raise ValueError("--haystacks: --data has one haystack")
     if args.data:
         folder = Path(args.data)
         needles = niah.read_needles(folder, processor)

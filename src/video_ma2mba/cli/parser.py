@@ -3,16 +3,19 @@
 import argparse
 import re
 import textwrap
-from typing import Any
+from typing import Any, NoReturn
 
 from ..processes import Share
 
 
 class Parser(argparse.ArgumentParser):
-    """As argparse's; its subcommands are parsers of this kind, too."""
+    """As argparse's, but for the help and that an error is one line; its subcommands are parsers of this kind, too."""
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=_Formatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `{self.prog} --help` lists the options")
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -9,7 +9,7 @@ import json
 import math
 from typing import Any
 
-from ..loading import check_positive, named
+from ..loading import named, natural, positive
 from ..planning.fitting import (
     ENGINES,
     FRAGMENTATION,
@@ -32,21 +32,23 @@ NOTHING_FITS = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="SIZE_OR_DIR", help="0.7b, 1.8b, 3.1b, or a model folder")
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--hours", type=float, help="length of the video")
-    length.add_argument("--frames", type=int, help="the length as frames, at any --fps")
-    length.add_argument("--tokens", type=int, help="the length as tokens, text and frames together")
-    parser.add_argument("--fps", type=float, default=1.0, help="frames per second (default: 1)")
+    length.add_argument("--hours", type=positive, help="length of the video")
+    length.add_argument("--frames", type=natural, help="the length as frames, at any --fps")
+    length.add_argument("--tokens", type=natural, help="the length as tokens, text and frames together")
+    parser.add_argument("--fps", type=positive, default=1.0, help="frames per second (default: 1)")
     parser.add_argument("--gpu-memory", type=parse_bytes, metavar="SIZE", help="as 80GiB (default: of the GPU here)")
     parser.add_argument("--host-memory", type=parse_bytes, metavar="SIZE", help="bounds what offload may hold")
     parser.add_argument("--inference", action="store_true", help="watching and answering, without training")
     parser.add_argument("--optimizer", choices=OPTIMIZER_BYTES, help="default: adamw")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "nf4"), default="bfloat16", help="of the weights")
-    parser.add_argument("--batch", type=int, default=1, help="videos per device (default: 1)")
-    parser.add_argument("--accumulation", type=int, default=1, metavar="N", help="batches that make up a step")
-    parser.add_argument("--devices", type=int, metavar="N", help="GPUs that train together (default: R)")
+    parser.add_argument("--batch", type=natural, default=1, help="videos per device (default: 1)")
+    parser.add_argument("--accumulation", type=natural, default=1, metavar="N", help="batches that make up a step")
+    parser.add_argument("--devices", type=natural, metavar="N", help="GPUs that train together (default: R)")
     parser.add_argument("--engine", choices=ENGINES, help="default: ddp for several devices")
-    parser.add_argument("--sequence-parallel", type=int, default=1, metavar="R", help="GPUs that share each video")
-    parser.add_argument("--gradient-horizon", type=int, metavar="TOKENS", help="gradients for the last tokens alone")
+    parser.add_argument("--sequence-parallel", type=natural, default=1, metavar="R", help="GPUs that share each video")
+    parser.add_argument(
+        "--gradient-horizon", type=natural, metavar="TOKENS", help="gradients for the last tokens alone"
+    )
     parser.add_argument("--offload", action="store_true", help="let states and embeddings wait in host memory")
     parser.add_argument("--scan-backend", choices=("torch", "mamba_ssm"), default="torch", help="default: torch")
     parser.add_argument("--compare", action="store_true", help="all checkpointing methods, and what each can reach")
@@ -104,8 +106,6 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: names the option.
     """
-    check_positive(args, "hours", "frames", "tokens", "fps", "batch", "gradient_horizon", "accumulation", "devices")
-    check_positive(args, "sequence_parallel")
     ranks = args.sequence_parallel
     if ranks > 1 and args.gradient_horizon is not None:
         raise ValueError(

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..loading import check_positive, find_model, named
+from ..loading import find_model, named, natural, positive
 from . import watching
 from .parser import parse_bytes
 
@@ -53,13 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-upload", type=parse_bytes, default="2gb", metavar="SIZE", help="of a file (default: 2gb)"
     )
     parser.add_argument(
-        "--max-duration", type=float, default=86400.0, metavar="SECONDS", help="of a video (default: 86400, a day)"
+        "--max-duration", type=positive, default=86400.0, metavar="SECONDS", help="of a video (default: 86400, a day)"
     )
-    parser.add_argument("--slots", type=int, default=32, metavar="N", help="answers written at once (default: 32)")
+    parser.add_argument("--slots", type=natural, default=32, metavar="N", help="answers written at once (default: 32)")
     parser.add_argument(
-        "--max-waiting", type=int, default=256, metavar="N", help="answers that may wait (default: 256)"
+        "--max-waiting", type=natural, default=256, metavar="N", help="answers that may wait (default: 256)"
     )
-    parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="of a request (default: 300)")
+    parser.add_argument(
+        "--timeout", type=positive, default=300.0, metavar="SECONDS", help="of a request (default: 300)"
+    )
 
 
 def read_keys(path: Path | None, host: str) -> tuple[str, ...]:
@@ -101,7 +103,6 @@ def run(args: argparse.Namespace) -> None:
         os.execv(command[0], command)
     if args.engine_options:
         raise ValueError("--engine-options: they are for --engine vllm")
-    check_positive(args, "slots", "max_waiting", "timeout", "max_duration")
     for folder in args.allow_media:
         if not folder.is_dir():
             raise ValueError(f"--allow-media {folder}: there is no such folder")

@@ -7,7 +7,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..loading import TINY, check_weights, choose_device, choose_dtype, find_model, load, load_model, named
+from ..loading import (
+    TINY,
+    check_weights,
+    choose_device,
+    choose_dtype,
+    find_model,
+    load,
+    load_model,
+    named,
+    natural,
+    positive,
+)
 from .progress import progress_bars
 
 if TYPE_CHECKING:
@@ -45,14 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser, snapshots: bool = True) -> No
     """The options of every command that watches a video; `snapshots` for those that can go back to one."""
     add_model_arguments(parser)
     parser.add_argument(
-        "--fps", type=float, metavar="N", help="frames to watch per second of video (default: the model's, usually 1)"
+        "--fps",
+        type=positive,
+        metavar="N",
+        help="frames to watch per second of video (default: the model's, usually 1)",
     )
-    parser.add_argument("--max-frames", type=int, metavar="N", help="watch at most N frames, spread evenly")
+    parser.add_argument("--max-frames", type=natural, metavar="N", help="watch at most N frames, spread evenly")
     parser.add_argument(
         "--start", type=float, default=0.0, metavar="SECONDS", help="where in the video to begin (default: 0)"
     )
     parser.add_argument("--end", type=float, metavar="SECONDS", help="where to stop (default: the end)")
-    parser.add_argument("--max-duration", type=float, metavar="SECONDS", help="watch at most this much of the video")
+    parser.add_argument("--max-duration", type=positive, metavar="SECONDS", help="watch at most this much of the video")
     if snapshots:
         parser.add_argument(
             "--snapshots", type=float, nargs="+", default=[], metavar="SECONDS",
