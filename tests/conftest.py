@@ -22,6 +22,12 @@ def seeded():
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty fills with NaN, or the largest integer
 
 
+@pytest.fixture
+def ending_streams(monkeypatch):
+    """A pass over streamed Parquet ends at once: datasets waits five seconds for threads that may outlive the process."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
 @pytest.fixture(scope="session")
 def processor() -> VideoMa2mbaProcessor:
     return VideoMa2mbaProcessor(byte_tokenizer(), VideoMa2mbaVideoProcessor(size=28), patch_size=14)

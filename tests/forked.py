@@ -1,7 +1,7 @@
 """Commands and modules in processes of their own, forked from one that has imported what they need: seconds less each.
 
 That one has done nothing else, so no command meets what another left behind. Where it matters who ends the others of a
-process, in `tests/distributed`, and once in `tests/training/test_trainer.py`, they are started as users do.
+process, in `tests/distributed`, they are started as users do.
 """
 
 import multiprocessing

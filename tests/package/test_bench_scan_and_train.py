@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from video_ma2mba import VideoMa2mbaConfig
-from video_ma2mba.benchmark import scan, train
+from video_ma2mba.benchmark import resident, scan, train
 from video_ma2mba.benchmark.machine import Clocked, allocated_peak_bytes, in_measured_process, resident_peak_bytes
 from video_ma2mba.cli import main
+
+from ..forked import MODULE
+from ..forked import run as run_forked
 
 SCAN = ["scan", "--sizes", "tiny", "--tokens", "70", "--their-chunks", "16", "--repeats", "1"]
 
@@ -93,7 +96,13 @@ def test_a_method_that_runs_out_of_memory_is_left_out_and_the_others_go_on(capsy
     assert "ratio_to_off" not in ours
 
 
-def test_memory_that_is_measured_comes_with_the_same_losses(capsys):
+def test_memory_that_is_measured_comes_with_the_same_losses(capsys, monkeypatch):
+    def forked(module, *words):
+        codes, out, err = run_forked(MODULE, [module, *words])
+        assert codes == [0], err
+        return json.loads(out.splitlines()[-1])
+
+    monkeypatch.setattr(resident, "in_measured_process", forked)
     report = run(capsys, "memory", "--device", "cpu", "--lengths", "1024")
     off, ours = report["rows"]
     assert (off["method"], ours["method"], ours["tokens"]) == ("off", "MA-GC", 1024)
@@ -108,11 +117,11 @@ def test_memory_that_is_measured_comes_with_the_same_losses(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["scan", "--tokens", "0"], "--tokens must be at least 1"),
-        (["scan", "--their-chunks", "64", "0"], "--their-chunks must be at least 1"),
-        (["train", "--repeats", "0"], "must be at least 1"),
-        (["memory", "--lengths", "0"], "--lengths must be at least 1"),
-        (["memory-of-video", "--repeats", "0"], "must be at least 1"),
+        (["scan", "--tokens", "0"], "--tokens: must be a whole number of at least 1"),
+        (["scan", "--their-chunks", "64", "0"], "--their-chunks: must be a whole number of at least 1"),
+        (["train", "--repeats", "0"], "--repeats: must be a whole"),
+        (["memory", "--lengths", "0"], "--lengths: must be a whole number of at least 1"),
+        (["memory-of-video", "--repeats", "0"], "--repeats: must be a whole"),
         (["study", "fps", "--scale", "2"], "--scale must lie between 0 and 1"),
     ],
 )

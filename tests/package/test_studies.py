@@ -168,7 +168,7 @@ def test_max_length_is_what_the_plan_command_says(tmp_path, capsys):
 def test_stability_compares_two_runs_of_one_beginning(tmp_path):
     result = run("stability", tmp_path)
     losses = result["loss"]
-    assert len(losses["on"]) == len(losses["off"]) == 30
+    assert len(losses["on"]) == len(losses["off"]) == 24
     assert losses["on"][0] == pytest.approx(losses["off"][0], rel=1e-5)
     assert losses["off"][0] > losses["off"][-1]
     # the first step apart by rounding alone, and never by nothing: otherwise checkpointing was not on

@@ -29,6 +29,13 @@ def example():
         sys.path.remove(str(EXAMPLES))
 
 
+@pytest.fixture(scope="module")
+def bank(example, tmp_path_factory):
+    model = VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL)
+    processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
+    return example.Bank(model, processor, 60, tmp_path_factory.mktemp("bank") / "bank.safetensors")
+
+
 def test_what_a_head_keeps_is_the_gradient_of_its_state_across_a_gap(example):
     """In one layer there is no other path, so it is all of the gradient."""
     model = tiny_model(torch.float64, text={"num_hidden_layers": 1})
@@ -49,10 +56,9 @@ def test_what_a_head_keeps_is_the_gradient_of_its_state_across_a_gap(example):
     assert not model.model.language_model.layers[0].mixer.in_proj._forward_hooks
 
 
-def test_a_story_of_the_bank_knows_what_was_true_when(example, tmp_path):
+def test_a_story_of_the_bank_knows_what_was_true_when(example, bank):
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL)
     processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
-    bank = example.Bank(model, processor, 60, tmp_path / "bank.safetensors")
     rng = np.random.default_rng(0)
     story = make_story(5, 40)
     tape = example.Tape(5, 40, bank, rng, needle=False, plain=False)
@@ -87,7 +93,7 @@ def test_a_story_of_the_bank_knows_what_was_true_when(example, tmp_path):
     assert all(len(tape.rows) == 30 for tape in tapes)
 
 
-def test_every_kind_of_step_teaches(example, tmp_path, monkeypatch):
+def test_every_kind_of_step_teaches(example, bank, monkeypatch):
     sizes = {
         "NUM_STREAMS": 2, "STREAMS_S": ((1.0, 60, 90),), "WINDOWS": ((1.0, 16, 2),), "SHORT": ((1.0, 8, 12, 2),),
         "GAPS": ((16, 2),), "GAP_STORY_S": (60, 90), "NEEDLE_SHARE": 0.5, "PLAIN_SHARE": 0.5,
@@ -96,7 +102,6 @@ def test_every_kind_of_step_teaches(example, tmp_path, monkeypatch):
         monkeypatch.setattr(example, name, value)
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL)
     processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
-    bank = example.Bank(model, processor, 60, tmp_path / "bank.safetensors")
     teacher = example.Teacher(model, processor, bank, np.random.default_rng(0), 10**10)
     for kind in ("short", "gap", "stream"):
         model.zero_grad()
@@ -107,10 +112,9 @@ def test_every_kind_of_step_teaches(example, tmp_path, monkeypatch):
     assert {stream["at"] for stream in teacher.streams} != {0}
 
 
-def test_a_gate_opens_for_circles_alone(example, tmp_path):
+def test_a_gate_opens_for_circles_alone(example, bank):
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(TINY_MODEL)
     processor = VideoMa2mbaProcessor.from_pretrained(TINY_MODEL)
-    bank = example.Bank(model, processor, 100, tmp_path / "bank.safetensors")
     example.open_for_circles(model, bank)
     layer = model.model.language_model.layers[0]
     story = make_story(11, 60)

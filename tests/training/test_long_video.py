@@ -1,13 +1,12 @@
 """Half an hour of video through one whole step of training, in a process of its own whose memory is looked at."""
 
 import json
-import os
-import subprocess
-import sys
 
 from video_ma2mba.data.prepare import prepare
 from video_ma2mba.data.synthetic import make_story
 from video_ma2mba.loading import TINY_MODEL
+
+from ..forked import run_well
 
 
 def test_half_an_hour_of_video_trains_within_four_gib(tmp_path):
@@ -23,9 +22,7 @@ def test_half_an_hour_of_video_trains_within_four_gib(tmp_path):
             "global_batch_size": 1, "logging_steps": 1, "gradient_checkpointing": checkpointing,
         }  # fmt: skip
         options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
-        command = [sys.executable, "-m", "video_ma2mba.cli", "train", "finetune", *options]
-        done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run_well(["train", "finetune", *options])
         report = json.loads((tmp_path / name / "train_report.json").read_text())
         assert report["tokens"] > 1800
         peaks[name] = report["peak_bytes"]

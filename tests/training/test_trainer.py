@@ -1,9 +1,7 @@
 """Runs of the command: counts, samples that fail, losses that are no number, checkpoints, two processes."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,20 +21,9 @@ from video_ma2mba.training.trainer import NonFiniteLoss, VideoMa2mbaTrainer, las
 
 from ..forked import run_killed, run_well
 
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
 
 def command(changes, *more):
     return ["train", "finetune", *(word for change in changes for word in ("--set", change)), *more]
-
-
-def run_launched(arguments):
-    """The command in two processes as `torchrun` starts them, which must succeed."""
-    done = subprocess.run(
-        [sys.executable, *LAUNCHER, "-m", "video_ma2mba.cli", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def report_of(folder):
@@ -163,10 +150,10 @@ def test_a_checkpoint_that_is_not_whole_is_removed(tmp_path):
 
 
 def test_two_processes_equal_one(changes, stories, tmp_path):
-    for name, start in (("one", run_well), ("two", run_launched)):
+    for count, name in enumerate(("one", "two"), start=1):
         # with nothing to go on from, --resume begins
         more = {"output": str(tmp_path / name), "evaluation_data": str(stories)}
-        start(command(changes(**more), "--resume"))
+        run_well(command(changes(**more), "--resume"), count)
     one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
     assert (one["devices"], two["devices"]) == (1, 2)
     assert one["samples"] == two["samples"] == 16
@@ -191,6 +178,7 @@ def test_two_processes_go_on_where_one_has_only_text_or_only_bad_samples(changes
     assert report["skipped_samples"] >= 1
 
 
+@pytest.mark.usefixtures("ending_streams")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stream_is_gone_on_with_exactly_and_what_was_trained_is_not_decoded_again(
     changes, stories, tmp_path, monkeypatch, num_workers

@@ -12,7 +12,7 @@ LEARNING_RATE = 2e-3
 
 def shortened(steps: int, scale: float) -> int:
     """A share of the steps of a study; not fewer than let the rate rise and fall."""
-    return max(30, round(steps * scale))
+    return max(24, round(steps * scale))
 
 
 def train_side_by_side(
