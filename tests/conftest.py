@@ -24,7 +24,7 @@ def seeded():
 
 @pytest.fixture
 def ending_streams(monkeypatch):
-    """A pass over streamed Parquet ends at once: datasets waits five seconds for threads that may outlive the process."""
+    """A pass over streamed Parquet ends at once: datasets waits five seconds for threads that may outlive it."""
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 

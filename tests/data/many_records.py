@@ -1,7 +1,7 @@
 """Prepares made-up conversations, so many and then so many more, and prints the peak of memory after each, in MiB.
 
-`many_records.py FOLDER NUM...`: FOLDER holds a video `good.mp4` of six seconds; each conversation is about a clip of it,
-so each becomes a sample.
+`many_records.py FOLDER NUM...`: FOLDER holds a video `good.mp4` of six seconds; each conversation is about a clip of
+it, so each becomes a sample.
 """
 
 import json
