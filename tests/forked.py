@@ -4,6 +4,7 @@ That one has done nothing else, so no command meets what another left behind. Wh
 process, in `tests/distributed`, they are started as users do.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -51,8 +52,8 @@ def run(code, words, count=1, timeout_s=None, where=None, **environment):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
     until = None if timeout_s is None else time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as folder:
-        said = [str(Path(folder) / name) for name in ("out", "err")]
-        given = {"where": str(where or Path.cwd()), "said": said, "words": list(map(str, words)), "code": code}
+        paths = [str(Path(folder) / name) for name in ("out", "err")]
+        given = {"where": str(where or Path.cwd()), "said": paths, "words": list(map(str, words)), "code": code}
         started, late = [], False
         for rank in range(count):
             own = {**together, "RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
@@ -66,7 +67,7 @@ def run(code, words, count=1, timeout_s=None, where=None, **environment):
                 for process in alive:
                     process.kill() if late else process.terminate()
         codes = [process.exitcode for process in started]
-        out, err = (Path(path).read_text(errors="replace") for path in said)
+        out, err = (Path(path).read_text(errors="replace") for path in paths)
         return codes, out, f"{err}\nstill running after {timeout_s} s" if late else err
 
 
@@ -78,6 +79,18 @@ def run_killed(arguments, *places, after):
     """
     codes, _, said = run(CODE, [after, ",".join(places), *arguments])
     assert codes == [-signal.SIGKILL], said[-3000:]
+
+
+def said(code, *words, **environment):
+    """What code that must succeed printed."""
+    codes, out, err = run(code, words, **environment)
+    assert codes == [0], err[-3000:]
+    return out
+
+
+def run_measured(module, *words):
+    """In place of `benchmark.machine.in_measured_process`, where the figures themselves do not matter."""
+    return json.loads(said(MODULE, module, *words).splitlines()[-1])
 
 
 def run_well(arguments, count=1):

@@ -4,9 +4,12 @@ import argparse
 
 from video_ma2mba.benchmark import memory_of_video
 
+from ..forked import run_measured
+
 
 def test_bytes_are_those_of_the_formula(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_of_video, "OVERLAP_MINUTES", 1)
+    monkeypatch.setattr(memory_of_video, "in_measured_process", run_measured)
     parser = argparse.ArgumentParser()
     memory_of_video.add_arguments(parser)
     plot = tmp_path / "plot.png"

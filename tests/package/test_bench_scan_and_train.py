@@ -10,8 +10,7 @@ from video_ma2mba.benchmark import resident, scan, train
 from video_ma2mba.benchmark.machine import Clocked, allocated_peak_bytes, in_measured_process, resident_peak_bytes
 from video_ma2mba.cli import main
 
-from ..forked import MODULE
-from ..forked import run as run_forked
+from ..forked import run_measured
 
 SCAN = ["scan", "--sizes", "tiny", "--tokens", "70", "--their-chunks", "16", "--repeats", "1"]
 
@@ -97,12 +96,7 @@ def test_a_method_that_runs_out_of_memory_is_left_out_and_the_others_go_on(capsy
 
 
 def test_memory_that_is_measured_comes_with_the_same_losses(capsys, monkeypatch):
-    def forked(module, *words):
-        codes, out, err = run_forked(MODULE, [module, *words])
-        assert codes == [0], err
-        return json.loads(out.splitlines()[-1])
-
-    monkeypatch.setattr(resident, "in_measured_process", forked)
+    monkeypatch.setattr(resident, "in_measured_process", run_measured)
     report = run(capsys, "memory", "--device", "cpu", "--lengths", "1024")
     off, ours = report["rows"]
     assert (off["method"], ours["method"], ours["tokens"]) == ("off", "MA-GC", 1024)
@@ -136,5 +130,5 @@ def test_a_function_that_allocates_nothing_is_not_measured():
 
 
 def test_a_measured_process_that_fails_says_why():
-    with pytest.raises(OSError, match=r"benchmark\.resident cpu many off failed:\n"):
-        in_measured_process("video_ma2mba.benchmark.resident", "cpu", "many", "off")
+    with pytest.raises(OSError, match=r"(?s)^json\.tool no\.json failed:\n.*No such file or directory"):
+        in_measured_process("json.tool", "no.json")

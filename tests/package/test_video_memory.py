@@ -3,8 +3,6 @@
 import copy
 import errno
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,8 @@ from video_ma2mba import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcess
 from video_ma2mba.data.synthetic import make_story
 from video_ma2mba.loading import TINY_MODEL
 from video_ma2mba.modeling import video_memory_answers, video_memory_files
+
+from ..forked import said
 
 QUESTIONS = [
     "What colour was the circle?", "Which shape came first of all?", "Which shape came last of all?",
@@ -146,8 +146,7 @@ memory = VideoMemory.from_pretrained(
 ids = [row.tolist() for row in memory.generate({QUESTIONS!r}, max_new_tokens=8)]
 print(json.dumps([ids, memory.num_frames, memory.timestamps_s, memory.dialogue, memory.sources]))
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    ids, *rest = json.loads(done.stdout.splitlines()[-1])
+    ids, *rest = json.loads(said(code).splitlines()[-1])
     assert ids == [row.tolist() for row in memory.generate(QUESTIONS, max_new_tokens=8)]
     assert rest == [memory.num_frames, memory.timestamps_s, memory.dialogue, memory.sources]
 

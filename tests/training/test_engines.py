@@ -1,9 +1,6 @@
 """What configurations for several devices are refused, and that all processes must see one output."""
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +11,8 @@ from video_ma2mba.cli import main
 from video_ma2mba.training import engines
 from video_ma2mba.training.engines import check_engine, engine_arguments
 from video_ma2mba.training.recipe import Recipe
+
+from ..forked import run
 
 CHECK_SHARED = """
 import sys
@@ -117,13 +116,9 @@ def test_what_accelerate_was_configured_to_is_looked_at_too():
 
 
 def test_processes_that_do_not_see_one_output_all_end_and_name_who_is_blind(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "--no-python", sys.executable, "-P", "-c", CHECK_SHARED, str(tmp_path)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, _, err = run(CHECK_SHARED, [tmp_path], 2, timeout_s=300)
+    assert codes == [0, 0], err[-3000:]
     for rank in range(2):
-        said = (tmp_path / str(rank) / "said").read_text()
-        assert "is not the same folder for all processes (rank 1 does not see what rank 0 writes)" in said
+        told = (tmp_path / str(rank) / "said").read_text()
+        assert "is not the same folder for all processes (rank 1 does not see what rank 0 writes)" in told
     assert sorted(path.name for path in tmp_path.glob("**/*")) == ["0", "1", "said", "said"]  # nothing is left behind

@@ -10,7 +10,7 @@ from ..forked import run_well
 
 
 def test_half_an_hour_of_video_trains_within_four_gib(tmp_path):
-    make_story(seed=0, duration_s=1800).render(tmp_path / "long.mp4")
+    make_story(seed=0, duration_s=1800, source_fps=1).render(tmp_path / "long.mp4")
     content = [{"type": "video", "path": "long.mp4"}, {"type": "text", "text": "What colour was the circle?"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": "long", "messages": messages}))
