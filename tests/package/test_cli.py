@@ -35,7 +35,7 @@ def test_misuse_exits_with_2(arguments, capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("error: ")
-    assert re.search(r"; `video-ma2mba( ask| bench)? --help` lists the options\n$", err)
+    assert re.search(r"; see `video-ma2mba( ask| bench)? --help`\n$", err)
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "1.5", "nan", "many", ""])

@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; `{self.prog} --help` lists the options")
+        raise ValueError(f"{message}; see `{self.prog} --help`")
 
 
 class _Formatter(argparse.HelpFormatter):
