@@ -12,6 +12,7 @@ Frames and text stand in the order of the chat template: an answer is what `gene
 import math
 import os
 import time
+import warnings
 from contextlib import contextmanager
 from itertools import islice, pairwise
 
@@ -311,7 +312,11 @@ class VideoMemory(VideoMemoryAnswers):
         # these states are replaced and not written in place, so keeping the old ones takes no copy
         self._cache, self.timestamps_s = self._cache.copy(), list(self.timestamps_s)
         self._snapshots = dict(self._snapshots)
-        waiting = sorted(float(time_s) for time_s in snapshots_s)
+        wanted = sorted({float(time_s) for time_s in snapshots_s})
+        if not all(math.isfinite(time_s) and time_s >= 0 for time_s in wanted):
+            raise ValueError(f"snapshots_s must be finite and not below 0, got {wanted}")
+        begun_s = max(self.timestamps_s, default=0.0)
+        waiting = [time_s for time_s in wanted if time_s >= begun_s]
 
         def absorb(pixels, timestamps_s):
             while waiting and waiting[0] < timestamps_s[-1]:
@@ -330,6 +335,11 @@ class VideoMemory(VideoMemoryAnswers):
         except BaseException:
             self._cache, self.timestamps_s, self._snapshots, self.sources = before
             raise
+        if missed := [f"{time_s:g}" for time_s in wanted if time_s not in self._snapshots]:
+            warnings.warn(
+                f"no snapshot at {', '.join(missed)} s: watched were {begun_s:g} to {self.timestamps_s[-1]:g} s",
+                stacklevel=4,
+            )
 
     @torch.no_grad()
     def _absorb(self, pixels, timestamps_s):

@@ -26,6 +26,19 @@ _INCIDENTAL = {
 }  # fmt: skip
 
 
+def check_place(folder):
+    """Refuse a folder that a memory cannot be written to.
+
+    Raises:
+        FileExistsError: it holds something else.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder / CONFIG_NAME).is_file():
+        return
+    if not folder.is_dir() or set(folder.iterdir()) - set(_states_in(folder)):
+        raise FileExistsError(f"{folder}: holds something other than a video memory; choose another folder")
+
+
 def write_memory(folder, model, processor, *, caches, timestamps_s, described):
     """Write the states under a name of their own, and then the JSON that names them, in one stroke.
 
@@ -36,15 +49,16 @@ def write_memory(folder, model, processor, *, caches, timestamps_s, described):
         OSError: it cannot be written; what was in `folder` is still there.
     """
     folder = Path(folder)
-    is_new, is_memory = not folder.exists(), (folder / CONFIG_NAME).is_file()
-    if not (is_new or is_memory) and (not folder.is_dir() or set(folder.iterdir()) - set(_states_in(folder))):
-        raise FileExistsError(f"{folder}: holds something other than a video memory; choose another folder")
-    tensors = {
-        f"{name}.{layer}.{field}": getattr(state, field).contiguous()
-        for name, cache in caches.items()
-        for layer, state in enumerate(cache.layers)
-        for field in LayerState._fields
-    }
+    check_place(folder)
+    is_new, tensors, places = not folder.exists(), {}, set()
+    for name, cache in caches.items():
+        for layer, state in enumerate(cache.layers):
+            for field in LayerState._fields:
+                tensor = getattr(state, field).contiguous()
+                place = tensor.untyped_storage().data_ptr()
+                # a snapshot after which nothing was watched has the very states of the memory; files have each once
+                tensors[f"{name}.{layer}.{field}"] = tensor.clone() if place in places else tensor
+                places.add(place)
     tensors["timestamps_s"] = torch.tensor(timestamps_s, dtype=torch.float64)
     partial = folder / f".partial-{os.getpid()}"
     try:

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import json
-import math
 import re
 import ssl
 import urllib.error
@@ -34,17 +33,17 @@ def named(names: Iterable[str]) -> str:
 
 def natural(text: str) -> int:
     """A whole number of at least 1, for argparse."""
-    if not re.fullmatch(r"\+?\d+", text.strip()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 and at most 12 digits, got {text[:40]}")
     return int(text)
 
 
 def positive(text: str) -> float:
     """A number above 0, for argparse."""
     with suppress(ValueError):
-        if 0 < float(text) < math.inf:
+        if text.isascii() and "_" not in text and 1e-9 <= float(text) <= 1e9:
             return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    raise argparse.ArgumentTypeError(f"must be a number above 0, from 1e-9 to 1e9, got {text[:40]}")
 
 
 def named_model(name: str) -> str:

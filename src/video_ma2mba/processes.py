@@ -44,7 +44,7 @@ class Share:
         Raises:
             ValueError: It is not of this form.
         """
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
             raise ValueError(f"a shard is written i/n with i from 1 to n, as in 1/4; got {text!r}")
         return cls(int(found[1]) - 1, int(found[2]))

@@ -29,7 +29,7 @@ def run(model_folder, tmp_path, capsys):
 def test_numbers_below_one(run, option):
     code, _, err = run("videomme", option, "0")
     assert code == 2
-    assert err.startswith(f"error: argument {option}: must be a whole number of at least 1, got 0")
+    assert err.startswith(f"error: argument {option}: must be a whole number of at least 1 and")
 
 
 def test_questions_of_the_hub_need_the_folder_of_the_videos(run):
@@ -80,6 +80,7 @@ def test_needles_of_ones_own_in_a_haystack_of_ones_own(run, tmp_path):
         (["--minutes", "0"], "--minutes: must be a number above 0"),
         (["--minutes", "0.001"], "--minutes: a haystack lasts at least a second"),
         (["--depths", "1.5"], "--depths lie between 0 and 1"),
+        (["--limit", "3", "--by-likelihood"], "--limit, --by-likelihood: not for --task niah"),
     ],
 )
 def test_haystacks_and_places_that_are_none(run, wrong, said):

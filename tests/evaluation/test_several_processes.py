@@ -86,7 +86,8 @@ def test_shards_of_different_runs_are_not_merged(command, tmp_path, capsys):
     ("arguments", "said"),
     [
         (["eval", "MODEL", "more", "--task", "videomme"], "one model at a time: what is more?"),
-        (["eval", "merge", "out", "--media-root", "x"], "--media-root is for the runs of the shards"),
+        (["eval", "compare", "a", "b", "--limit", "3"], "--limit: for runs, and these are over"),
+        (["eval", "merge", "out", "--media-root", "x"], "--media-root: for runs, and these are over"),
         (["eval", "MODEL"], "--task must be given; there are own, videomme"),
         (["eval", "MODEL", "--task", "niah", "--shard", "1/2"], "give each machine --minutes and -o of its own"),
     ],

@@ -38,16 +38,30 @@ def test_misuse_exits_with_2(arguments, capsys):
     assert re.search(r"; see `video-ma2mba( ask| bench)? --help`\n$", err)
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "1.5", "nan", "many", ""])
+def test_an_option_that_a_command_has_not(capsys):
+    assert cli.main(["plan", "--model", "3.1b", "--hours", "2", "--foo"]) == cli.EXIT_USER_ERROR
+    assert capsys.readouterr().err == "error: --foo: no such option; see `video-ma2mba plan --help`\n"
+
+
+def test_a_closed_stdout_is_no_failure(monkeypatch):
+    monkeypatch.setattr(cli.ask, "run", lambda args: None)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["ask", "a.mp4", "Why?"]) == 0
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "nan", "many", "", "1_000", "\u0663", "9" * 30])
 def test_what_is_counted_is_at_least_one(given, capsys):
     assert cli.main(["bench", "decode", "--repeats", given]) == cli.EXIT_USER_ERROR
-    assert f"argument --repeats: must be a whole number of at least 1, got {given}; " in capsys.readouterr().err
+    assert (
+        f"argument --repeats: must be a whole number of at least 1 and at most 12 digits, got {given}; "
+        in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "many", ""])
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "many", "", "1_0", "\u0663", "1e308", "1e-320"])
 def test_what_is_measured_is_above_zero(given, capsys):
     assert cli.main(["bench", "decode", "--minutes", given]) == cli.EXIT_USER_ERROR
-    assert f"argument --minutes: must be a number above 0, got {given}; " in capsys.readouterr().err
+    assert f"argument --minutes: must be a number above 0, from 1e-9 to 1e9, got {given}; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ValueError("not so"), OSError("not so")])

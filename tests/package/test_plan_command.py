@@ -39,9 +39,9 @@ def test_sizes(text, num_bytes):
     assert parse_bytes(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "many", "-3GiB", "0", "3 bananas"])
+@pytest.mark.parametrize("text", ["", "many", "-3GiB", "0", "3 bananas", "0.0000000001KB", f"{'9' * 400}GiB"])
 def test_what_is_not_a_size(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="80GiB"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"no size that a memory has|80GiB"):
         parse_bytes(text)
 
 
@@ -258,8 +258,9 @@ def test_tokens_of_a_model_in_a_folder(capsys, model_folder):
     assert (report["tokens"], report["frames"]) == (1001, 1001)  # one token a frame
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+@pytest.mark.parametrize("more", [["--json"], []], ids=["json", "table"])
+def test_a_reader_that_has_seen_enough_is_no_error(more):
     gone = "import os; end, begin = os.pipe(); os.close(end); os.dup2(begin, 1)"
-    codes, _, err = run(f"{gone}\n{WELL}", [*ASK, "--json"])
+    codes, _, err = run(f"{gone}\n{WELL}", [*ASK, *more])
     assert codes == [0]
     assert "Traceback" not in err

@@ -151,6 +151,32 @@ print(json.dumps([ids, memory.num_frames, memory.timestamps_s, memory.dialogue, 
     assert rest == [memory.num_frames, memory.timestamps_s, memory.dialogue, memory.sources]
 
 
+@pytest.mark.parametrize("times_s", [[9.0], [1.0, 1.5, 9.0], [4, 4]])
+def test_a_snapshot_with_the_states_of_another_or_of_the_end_is_saved(model, processor, video, tmp_path, times_s):
+    memory = VideoMemory(model, processor)
+    memory.watch(video, snapshots_s=times_s)
+    memory.save_pretrained(tmp_path / "memory")
+    again = VideoMemory.from_pretrained(tmp_path / "memory", model, processor)
+    assert again.snapshot_times_s == sorted(set(times_s))
+    for time_s in times_s:
+        for mine, other in zip(memory.at(time_s)._cache.layers, again.at(time_s)._cache.layers, strict=True):
+            assert torch.equal(mine.ssm_state, other.ssm_state)
+            assert torch.equal(mine.conv_state, other.conv_state)
+
+
+def test_snapshots_that_cannot_be_are_refused_or_said(model, processor, video):
+    memory = VideoMemory(model, processor)
+    for wrong in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="snapshots_s must be finite and not below 0"):
+            memory.watch(video, snapshots_s=[3.0, wrong])
+        assert memory.num_frames == 0
+    with pytest.warns(UserWarning, match="no snapshot at 50 s: watched were 0 to 9 s"):
+        memory.watch(video, snapshots_s=[3.0, 50])
+    with pytest.warns(UserWarning, match="no snapshot at 2 s: watched were 9 to 19 s"):
+        memory.watch(video, snapshots_s=[2.0, 3.0, 12])  # 3 s is there already
+    assert memory.snapshot_times_s == [3.0, 12.0]
+
+
 def test_size_does_not_grow_with_the_video(model, processor, tmp_path):
     sizes, files = [], []
     for minutes in (1, 3):

@@ -78,6 +78,8 @@ def test_the_examples_ask_a_server(server, video, model, processor, example):
 def test_a_server_that_is_not_there_is_named(tmp_path, capsys, video):
     assert main(["chat", video, "--server", "http://127.0.0.1:9"]) == 2
     assert "http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+    assert main(["chat", video, "--server", "http://127.0.0.1:9", "--device", "cpu"]) == 2
+    assert "--device: with --server" in capsys.readouterr().err
     assert main(["chat", video, "--server", "somewhere"]) == 2
     assert "looks like http://" in capsys.readouterr().err
     assert main(["chat", video, "--server", "http://127.0.0.1:9", "--model", "x", "--start", "3"]) == 2

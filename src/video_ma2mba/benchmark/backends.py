@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..loading import choose_device
 from ..modeling.configuration_video_ma2mba import PRESETS, VideoMa2mbaConfig
 from ..modeling.mamba2 import Mamba2Mixer
 from ..modeling.scan_backends import why_not_causal_conv1d, why_not_mamba_ssm
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device or "auto").type
     dtype = getattr(torch, args.dtype)
     with torch.device("meta"):
         mixer = Mamba2Mixer(VideoMa2mbaConfig.from_preset(args.model).text_config)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_text
-from ..loading import TINY_MODEL
+from ..loading import TINY_MODEL, find_model
 from ..processing.video_reader import read_frames
 from .machine import describe
 
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    args.model = find_model(args.model)
     rows = []
     tasks = [args.clips.name] if args.clips else args.tasks
     with tempfile.TemporaryDirectory() as root:

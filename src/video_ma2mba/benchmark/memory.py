@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..files import new_figure, write_json, write_png
-from ..loading import natural
+from ..loading import choose_device, natural
 from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
 from ..modeling.checkpointing import run_checkpointed
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.device != "meta":
         from . import resident
 
-        return resident.measure(args.device, args.lengths or [2**n for n in range(13, 17)])
+        return resident.measure(choose_device(args.device).type, args.lengths or [2**n for n in range(13, 17)])
     if args.plot is not None and not args.plot.parent.is_dir():
         raise ValueError(f"cannot write {args.plot}: create the folder {args.plot.parent} first")
     rows = json.loads(output.read_text())["rows"] if args.resume and output is not None and output.is_file() else []

@@ -21,7 +21,7 @@ import torch
 from .. import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor, VideoMemory
 from ..data.synthetic import make_story
 from ..files import new_figure, write_png
-from ..loading import TINY_MODEL, natural
+from ..loading import TINY_MODEL, find_model, natural
 from ..planning.measured import peak_bytes, restart_peak
 from .machine import clock, describe, in_measured_process, one_thread
 from .train import small_config
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    args.model = find_model(args.model)
     model = VideoMa2mbaForConditionalGeneration.from_pretrained(args.model).eval()
     processor = VideoMa2mbaProcessor.from_pretrained(args.model)
     with tempfile.TemporaryDirectory() as folder:

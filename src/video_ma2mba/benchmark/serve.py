@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.synthetic import make_story
-from ..loading import TINY_MODEL, natural
+from ..loading import TINY_MODEL, find_model, natural
 from .machine import clock, describe, one_thread, said_by
 
 QUESTIONS = ("What colour was the circle?", "Which shape came first of all?", "Did a red square ever appear?")
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    args.model = find_model(args.model)
     with tempfile.TemporaryDirectory() as folder:
         videos = {m: make_story(seed=1, duration_s=60 * m).render(Path(folder) / f"{m}.mp4") for m in args.minutes}
         slots, memories, longest = str(max(args.clients)), f"{folder}/memories", args.minutes[-1]

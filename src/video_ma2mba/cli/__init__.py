@@ -49,14 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments without the program's name; None: those of the process.
     """
     try:
-        args = build_parser().parse_args(argv)
+        args, unknown = build_parser().parse_known_args(argv)
+        if unknown:
+            raise ValueError(f"{' '.join(unknown)}: no such option; see `video-ma2mba {args.command} --help`")
         with warnings.catch_warnings():
             # where it arose is left out
             warnings.showwarning = lambda message, *place, **more: print(f"warning: {message}", file=sys.stderr)
             silence_other_libraries()
             import_module("video_ma2mba.registration")  # `__init__` leaves it to us, so that --help is instant
             code = COMMANDS[args.command].run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed
+            sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: this needs {package}: pip install 'video-ma2mba[{EXTRAS[package]}]'", file=sys.stderr)
         return EXIT_USER_ERROR
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         if os.environ.get("VIDEO_MA2MBA_TRACEBACK") == "1":
             raise
         print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)

@@ -38,6 +38,9 @@ HELP = "score a model on your own questions, or on a benchmark"
 TASK_NAMES = ("own", "videomme", "longvideobench", "mvbench", "activitynetqa", "videochatgpt", "nextqa", "niah")
 SETTINGS = "settings.json"
 MERGE, COMPARE = "merge", "compare"
+# Options that niah alone has, and those that all other tasks have, with their defaults
+OF_NIAH = {"minutes": [1, 5, 15, 60, 120, 240], "depths": [0.0, 0.25, 0.5, 0.75, 1.0], "haystacks": None}
+OF_QUESTIONS = {"limit": None, "by_likelihood": False, "media_root": None, "judge": None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folders",
         nargs="*",
+        default=[],
         type=Path,
         metavar="OUTPUT",
         help="after `merge`: where the shards are; after `compare`: two",
@@ -76,14 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=positive,
         nargs="+",
-        default=[1, 5, 15, 60, 120, 240],
+        default=OF_NIAH["minutes"],
         help="lengths of the haystacks (default: 1 5 15 60 120 240)",
     )
     niah.add_argument(
         "--depths",
         type=float,
         nargs="+",
-        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        default=OF_NIAH["depths"],
         help="where a needle lies, from 0, before everything, to 1 (default: 0 0.25 0.5 0.75 1)",
     )
     niah.add_argument("--haystacks", type=natural, metavar="N", help="of each length (default: one for each needle)")
@@ -102,6 +106,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--task must be given; there are {', '.join(TASK_NAMES)}")
     if args.task == "own" and args.data is None:
         raise ValueError("--task own: name the file of your questions with --data")
+    others = OF_QUESTIONS if args.task == "niah" else OF_NIAH
+    if given := [name for name, default in others.items() if getattr(args, name) != default]:
+        raise ValueError(f"{named(given)}: not for --task {args.task}; leave it out")
     share = args.shard or Share()
     if args.task == "niah" and share.count > 1:
         raise ValueError("--shard deals videos, and niah has one: give each machine --minutes and -o of its own")
@@ -221,13 +228,17 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path,
         print(f"shard {share}: {len(answers)} questions about {len(videos or ())} videos; when all are done: {whole}")
 
 
+def _refuse_options_of_runs(args: argparse.Namespace) -> None:
+    names = ("task", "data", "media_root", "adapter", "fps", "frames", "limit", "by_likelihood", "resume", "shard")
+    if given := [name for name in names if getattr(args, name)]:
+        raise ValueError(f"{named(given)}: for runs, and these are over; leave it out")
+
+
 def _merge(args: argparse.Namespace) -> None:
     from ..evaluation.run import ANSWERS, collect, read_found
     from ..evaluation.tasks import TASKS
 
-    for name in ("task", "data", "media_root", "adapter", "fps", "frames", "limit", "by_likelihood", "resume", "shard"):
-        if getattr(args, name):
-            raise ValueError(f"{named([name])} is for the runs of the shards, which are over; leave it out")
+    _refuse_options_of_runs(args)
     places = args.folders or ([args.output] if args.output else [])
     shards = [shard for place in places for shard in sorted(place.glob("shard-*-of-*"))]
     if not shards:
@@ -249,6 +260,7 @@ def _compare(args: argparse.Namespace) -> None:
 
     if len(args.folders) != 2:
         raise ValueError("eval compare BEFORE AFTER: name the outputs of two runs over the same questions")
+    _refuse_options_of_runs(args)
     report = compare(*args.folders)
     page = markdown(report)
     if args.output is not None:

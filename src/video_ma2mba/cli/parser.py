@@ -44,7 +44,10 @@ def parse_bytes(text: str) -> int:
     if not unit and float(match[1]) < 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} has no unit: for gigabytes write {match[1]}GiB")
     base = 1024 if unit.endswith("i") else 1000
-    return int(float(match[1]) * base ** " kmgt".index(unit[:1] or " "))
+    num_bytes = float(match[1]) * base ** " kmgt".index(unit[:1] or " ")
+    if not 1 <= num_bytes < 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no size that a memory has")
+    return int(num_bytes)
 
 
 def parse_share(text: str) -> Share:

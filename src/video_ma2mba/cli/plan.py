@@ -24,6 +24,7 @@ from ..planning.fitting import (
 )
 from ..planning.remedies import remedies
 from .parser import parse_bytes
+from .progress import make_console
 
 HELP = "what training on a long video, or watching it, takes, and whether it fits"
 NOTHING_FITS = 1
@@ -126,7 +127,6 @@ def check(args: argparse.Namespace) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..modeling.checkpoint_plan import format_bytes
@@ -137,7 +137,7 @@ def print_report(report: dict[str, Any]) -> None:
         f"({report['hours']:.2f} h), {report['optimizer'] or 'watching and answering'}, {format_bytes(gpu_bytes)} of "
         "GPU memory"
     )
-    console = Console(width=150, highlight=False)
+    console = make_console(width=150, highlight=False)
     console.print(title, soft_wrap=True)
     table = Table()
     table.add_column("")

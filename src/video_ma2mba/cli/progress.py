@@ -2,12 +2,26 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def make_console(**options: Any) -> "Console":
+    """rich's, but that a reader that has seen enough is no failure: `main` ends well then, as after `print`."""
+    from rich.console import Console
+
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Piped(**options)
 
 
 @contextmanager
 def progress_bars(in_bytes: bool = False) -> Iterator[Callable[[str, float, float | None], None]]:
     """Gives `show(what, done, total)`: a bar for each `what`; a total of None is one that nobody knows (yet)."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -20,7 +34,7 @@ def progress_bars(in_bytes: bool = False) -> Iterator[Callable[[str, float, floa
 
     amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
     columns = TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()
-    bars = Progress(*columns, console=Console(stderr=True))
+    bars = Progress(*columns, console=make_console(stderr=True))
     tasks: dict[str, TaskID] = {}
 
     def show(what: str, done: float, total: float | None) -> None:

@@ -108,9 +108,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--allow-media {folder}: there is no such folder")
     keys = read_keys(args.api_key_file, args.host)
 
-    from ..serving.app import Settings, build_app, serve
+    from ..serving.app import Settings, build_app, listening_socket, serve
     from ..serving.media import MediaRules
 
+    listening_socket(args.host, args.port).close()  # a port that is taken is said before the model is loaded
     model, processor = watching.load_model_and_processor(args)
     rules = MediaRules(
         tuple(folder.resolve() for folder in args.allow_media), args.allow_urls or args.allow_private_urls,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..loading import find_model, named_model
 from ..planning.fitting import Sizes, Training, gpu_at_hand_bytes, needed_bytes, on_meta, planned
 from .parser import parse_bytes
+from .progress import make_console
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         dry_run(recipe, args.gpu_memory)
         return
+    if args.gpu_memory is not None:
+        raise ValueError("--gpu-memory: for --dry-run alone; leave it out")
     find_model(recipe.model)
     for key in ("data", "evaluation_data"):
         for folder in getattr(recipe, key):
@@ -154,7 +157,6 @@ def _batch_line(recipe: "Recipe") -> str:
 
 def dry_run(recipe: "Recipe", gpu_bytes: int | None) -> None:
     """Print parameter groups, steps, the checkpoint plan of the longest sample, and whether it fits."""
-    from rich.console import Console
     from rich.table import Table
 
     from ..training.parameters import parameter_groups
@@ -166,7 +168,7 @@ def dry_run(recipe: "Recipe", gpu_bytes: int | None) -> None:
     model = make_trainable(on_meta(config, str(recipe.dtype)), recipe)
     assert recipe.learning_rate is not None
     groups = parameter_groups(model, recipe.learning_rate, recipe.vision_learning_rate, recipe.weight_decay)
-    console = Console(highlight=False, width=100)
+    console = make_console(highlight=False, width=100)
     table = Table(title="what trains")
     for name in ("group", "tensors", "parameters", "learning rate", "weight decay"):
         table.add_column(name, justify="left" if name == "group" else "right")

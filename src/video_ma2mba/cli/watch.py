@@ -32,18 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not args.output.absolute().parent.is_dir():
+    place = args.output.resolve()
+    if not place.parent.is_dir():
         raise ValueError(f"cannot write {args.output}: create the folder {args.output.parent} first")
-    unfinished = args.output.with_name(f".{args.output.name}.unfinished")
+    unfinished = place.parent / f".{place.name}.unfinished"
     if args.resume and not watching.is_memory(unfinished):
         raise ValueError(f"--resume: no interrupted call for {args.output} was found; leave the option out")
     if watching.is_memory(unfinished) and not (args.resume or args.restart):
         raise ValueError(
             f"{args.output}: an interrupted call has watched part of it; --resume goes on there, --restart begins anew"
         )
-    model, processor = watching.load_model_and_processor(args, args.video)
 
     from .. import VideoMemory
+    from ..modeling.video_memory_files import check_place
+
+    check_place(place)
+    model, processor = watching.load_model_and_processor(args, args.video)
 
     memory, start_s = VideoMemory(model, processor), args.start
     if args.resume:

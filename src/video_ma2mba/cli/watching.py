@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser, snapshots: bool = True) -> No
     if snapshots:
         parser.add_argument(
             "--snapshots", type=float, nargs="+", default=[], metavar="SECONDS",
-            help="times of the video at which the memory is kept too, for `/seek` of `chat`",
+            help="times, from --start on, at which the memory is kept too, for `/seek` of `chat`",
         )  # fmt: skip
 
 
@@ -82,8 +82,8 @@ def open_server(args: argparse.Namespace) -> "Server":
     """
     from ..serving.client import Server
 
-    elsewhere = ("model", "adapter", "max_frames", "end", "max_duration", "snapshots", "start")
-    if given := [name for name in elsewhere if getattr(args, name, None)]:
+    elsewhere = ("model", "adapter", "max_frames", "end", "max_duration", "snapshots", "start", "device", "dtype")
+    if given := [name for name in elsewhere if getattr(args, name, None) not in (None, "auto", 0.0, [])]:
         raise ValueError(f"{named(given)}: with --server the server's model watches whole videos; leave it out")
     key = None
     if args.api_key_file is not None:

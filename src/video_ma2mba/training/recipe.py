@@ -330,7 +330,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not YAML: {error}") from error
+        raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def _make(cls: Any, values: dict[str, Any], where: str, said: dict[str, str], prefix: str = "") -> Any:
