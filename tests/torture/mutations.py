@@ -220,8 +220,10 @@ def put_wrong(data: bytes, rng: random.Random) -> bytes | None:
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
     """Some bytes flipped, cut off, inserted, zeroed, or a word of a text or a value of a JSON put wrong."""
+    if not data:
+        return rng.randbytes(rng.randint(1, 16))
     kind = rng.choice(("flip", "flip", "cut", "insert", "zero", "word", "value", "value"))
-    at = rng.randrange(max(1, len(data)))
+    at = rng.randrange(len(data))
     if kind == "flip":
         changed = bytearray(data)
         for _ in range(rng.randint(1, 8)):
