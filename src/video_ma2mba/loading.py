@@ -57,6 +57,8 @@ def find_model(name: str | None) -> str:
     Raises:
         ValueError: `name` is no such folder; the message says what to do.
     """
+    if name == "":
+        raise ValueError("the name of the model is empty: name a folder or a Hub id")
     name = named_model(TINY if name is None else name)
     folder = Path(name).expanduser()
     if folder.is_dir():

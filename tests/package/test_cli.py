@@ -38,6 +38,16 @@ def test_misuse_exits_with_2(arguments, capsys):
     assert re.search(r"; see `video-ma2mba( ask| bench)? --help`\n$", err)
 
 
+def test_a_bench_whose_output_is_a_folder_does_not_run(tmp_path, capsys):
+    assert cli.main(["bench", "backends", "-o", str(tmp_path)]) == cli.EXIT_USER_ERROR
+    assert capsys.readouterr() == ("", f"error: cannot write {tmp_path}: it is a folder; name a file\n")
+
+
+def test_an_empty_name_of_a_model(capsys):
+    assert cli.main(["ask", "a.mp4", "Why?", "--model", ""]) == cli.EXIT_USER_ERROR
+    assert capsys.readouterr().err.startswith("error: the name of the model is empty")
+
+
 def test_an_option_that_a_command_has_not(capsys):
     assert cli.main(["plan", "--model", "3.1b", "--hours", "2", "--foo"]) == cli.EXIT_USER_ERROR
     assert capsys.readouterr().err == "error: --foo: no such option; see `video-ma2mba plan --help`\n"

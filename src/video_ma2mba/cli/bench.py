@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
     options = parser_of(args.name).parse_args(args.options)
     if options.output is not None and not options.output.parent.is_dir():
         raise ValueError(f"cannot write {options.output}: create the folder {options.output.parent} first")
+    if options.output is not None and options.output.is_dir():
+        raise ValueError(f"cannot write {options.output}: it is a folder; name a file")
     result = load(args.name).run(options)
     print(json.dumps(result, indent=2))
     if options.output is not None:

@@ -300,14 +300,16 @@ def _judge(args: argparse.Namespace, output: Path) -> Any:
 def _niah(args: argparse.Namespace, output: Path, ranks: Ranks) -> None:
     from ..evaluation import niah
 
-    model, processor = watching.load_model_and_processor(args)
     lengths = [round(60 * minutes) for minutes in args.minutes]
-    if min(lengths) < 1:
-        raise ValueError("--minutes: a haystack lasts at least a second")
+    if not 1 <= min(lengths) <= max(lengths) <= 1000 * 3600:
+        raise ValueError("--minutes: a haystack lasts at least a second and at most 1,000 hours")
     if not all(0 <= depth <= 1 for depth in args.depths):
         raise ValueError("--depths lie between 0 and 1")
     if args.haystacks is not None and args.data:
         raise ValueError("--haystacks: --data has one haystack")
+    if (args.haystacks or 1) > 1000:
+        raise ValueError("--haystacks: at most 1,000 of each length")
+    model, processor = watching.load_model_and_processor(args)
     if args.data:
         folder = Path(args.data)
         needles = niah.read_needles(folder, processor)
