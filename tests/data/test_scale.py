@@ -143,9 +143,9 @@ class interrupting:  # noqa: N801
 def test_memory_does_not_grow_with_the_number_of_records(tmp_path, media):
     root = media("good.mp4")
     script = Path(__file__).with_name("many_records.py")
-    command = [sys.executable, str(script), str(root), "4000", "16000"]
+    command = [sys.executable, str(script), str(root), "4000", "20000"]
     few, many = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    # 12,000 more records are 15 MB of text, and were 75 MB of objects
+    # 16,000 more records are 20 MB of text, and were 100 MB of objects
     assert many - few < 24
 
 

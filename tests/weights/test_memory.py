@@ -21,8 +21,8 @@ print(json.dumps(full_size.convert(Path(sys.argv[2]), Path(sys.argv[3]), shard_b
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc/self/status")
 def test_no_more_than_shards_are_resident(tmp_path):
-    source_bytes = full_size.write_source(tmp_path / "source", 512, 24)
-    assert source_bytes > 400e6
+    source_bytes = full_size.write_source(tmp_path / "source", 512, 40)
+    assert source_bytes > 600e6
     done = subprocess.run(
         [sys.executable, "-c", CODE, full_size.__file__, str(tmp_path / "source"), str(tmp_path / "out")],
         stdout=subprocess.PIPE, text=True, check=True,

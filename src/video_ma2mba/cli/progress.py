@@ -22,6 +22,7 @@ def make_console(**options: Any) -> "Console":
 @contextmanager
 def progress_bars(in_bytes: bool = False) -> Iterator[Callable[[str, float, float | None], None]]:
     """Gives `show(what, done, total)`: a bar for each `what`; a total of None is one that nobody knows (yet)."""
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -34,7 +35,7 @@ def progress_bars(in_bytes: bool = False) -> Iterator[Callable[[str, float, floa
 
     amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
     columns = TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()
-    bars = Progress(*columns, console=make_console(stderr=True))
+    bars = Progress(*columns, console=Console(stderr=True))
     tasks: dict[str, TaskID] = {}
 
     def show(what: str, done: float, total: float | None) -> None:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from .. import VideoMemory
     from ..modeling.video_memory_files import check_place
 
-    check_place(place)
+    check_place(args.output)
     model, processor = watching.load_model_and_processor(args, args.video)
 
     memory, start_s = VideoMemory(model, processor), args.start
