@@ -177,8 +177,8 @@ def read_frames(
         info = _info(source)
         if start >= source.duration:
             error = VideoReadError(
-                f"{source.name}: start_s={start_s} lies beyond the end of the video, which lasts {info.duration_s:.3f} "
-                "s. Choose an earlier start."
+                f"{source.name}: a start at {start_s:g} s lies beyond the end of the video, which lasts "
+                f"{info.duration_s:.3f} s. Choose an earlier one."
             )
             error.beyond_the_end = True
             raise error

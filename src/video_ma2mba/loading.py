@@ -7,7 +7,7 @@ import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,19 +31,39 @@ def named(names: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
-def natural(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 and at most 12 digits, got {text[:40]}")
-    return int(text)
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A whole number from `least` to `most`, for argparse."""
+
+    def read(text: str) -> int:
+        if re.fullmatch(r"[0-9]{1,12}", text) and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least:,} to {most:,}, got {text[:40]}")
+
+    return read
 
 
-def positive(text: str) -> float:
-    """A number above 0, for argparse."""
-    with suppress(ValueError):
-        if text.isascii() and "_" not in text and 1e-9 <= float(text) <= 1e9:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number above 0, from 1e-9 to 1e9, got {text[:40]}")
+def number(least: float, most: float) -> Callable[[str], float]:
+    """A number from `least` to `most`, for argparse."""
+
+    def read(text: str) -> float:
+        with suppress(ValueError):
+            if text.isascii() and "_" not in text and least <= float(text) <= most:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"must be a number from {least:g} to {most:g}, got {text[:40]}")
+
+    return read
+
+
+natural, positive, seconds = whole(1, 10**12 - 1), number(1e-9, 1e9), number(0, 1e9)
+port_number, seed_number = whole(0, 2**16 - 1), whole(0, 2**32 - 1)
+frame_rate = number(1e-9, 1000)  # each picture once or more often, but a video's reading ends
+
+
+def output_folder(text: str) -> Path:
+    """A folder that is there or can be made, for argparse."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
+    return Path(text)
 
 
 def named_model(name: str) -> str:
@@ -57,7 +77,7 @@ def find_model(name: str | None) -> str:
     Raises:
         ValueError: `name` is no such folder; the message says what to do.
     """
-    if name == "":
+    if name is not None and not name.strip():
         raise ValueError("the name of the model is empty: name a folder or a Hub id")
     name = named_model(TINY if name is None else name)
     folder = Path(name).expanduser()

@@ -212,9 +212,9 @@ def test_the_command_stores_frames_that_training_then_reads(tmp_path, media, mod
     ("options", "message"),
     [
         (["--format", "webvids"], "--format webvids: known are llava, messages"),
-        (["--max-hours", "0"], "--max-hours: must be a number above 0"),
-        (["--cache-frames", "raw", "--fps", "-1"], "--fps: must be a number above 0"),
-        (["--workers", "0"], "--workers: must be a whole number of at least 1"),
+        (["--max-hours", "0"], "--max-hours: must be a number from 1e-09"),
+        (["--cache-frames", "raw", "--fps", "-1"], "--fps: must be a number from 1e-09 to 1000"),
+        (["--workers", "0"], "--workers: must be a whole number from 1"),
         (["--rows-per-file", "5"], "--rows-per-file is for --parquet"),
     ],
 )

@@ -29,7 +29,7 @@ def run(model_folder, tmp_path, capsys):
 def test_numbers_below_one(run, option):
     code, _, err = run("videomme", option, "0")
     assert code == 2
-    assert err.startswith(f"error: argument {option}: must be a whole number of at least 1 and")
+    assert err.startswith(f"error: argument {option}: must be a whole number from 1 to ")
 
 
 def test_questions_of_the_hub_need_the_folder_of_the_videos(run):
@@ -75,13 +75,13 @@ def test_needles_of_ones_own_in_a_haystack_of_ones_own(run, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--haystacks", "0"], "--haystacks: must be a whole number of at least 1"),
+        (["--haystacks", "0"], "--haystacks: must be a whole number from 1"),
         (["--haystacks", "2", "--data", "folder"], "--haystacks: --data has one haystack"),
-        (["--minutes", "0"], "--minutes: must be a number above 0"),
+        (["--minutes", "0"], "--minutes: must be a number from 1e-09"),
         (["--haystacks", "1001"], "--haystacks: at most 1,000 of each length"),
         (["--minutes", "0.001"], "--minutes: a haystack lasts at least a second"),
         (["--minutes", "5", "1e9"], "at most 1,000 hours"),
-        (["--depths", "1.5"], "--depths lie between 0 and 1"),
+        (["--depths", "1.5"], "--depths: must be a number from 0 to 1"),
         (["--limit", "3", "--by-likelihood"], "--limit, --by-likelihood: not for --task niah"),
     ],
 )

@@ -37,4 +37,4 @@ def test_watching_and_offload(capsys):
 
 def test_nonsense_is_refused(capsys):
     assert main(["bench", "device", "watch", "--frames", "0"]) == 2
-    assert "--frames: must be a whole number of at least 1" in capsys.readouterr().err
+    assert "--frames: must be a whole number from 1" in capsys.readouterr().err

@@ -111,10 +111,10 @@ def test_memory_that_is_measured_comes_with_the_same_losses(capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["scan", "--tokens", "0"], "--tokens: must be a whole number of at least 1"),
-        (["scan", "--their-chunks", "64", "0"], "--their-chunks: must be a whole number of at least 1"),
+        (["scan", "--tokens", "0"], "--tokens: must be a whole number from 1"),
+        (["scan", "--their-chunks", "64", "0"], "--their-chunks: must be a whole number from 1"),
         (["train", "--repeats", "0"], "--repeats: must be a whole"),
-        (["memory", "--lengths", "0"], "--lengths: must be a whole number of at least 1"),
+        (["memory", "--lengths", "0"], "--lengths: must be a whole number from 1"),
         (["memory-of-video", "--repeats", "0"], "--repeats: must be a whole"),
         (["study", "fps", "--scale", "2"], "--scale must lie between 0 and 1"),
     ],

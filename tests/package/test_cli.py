@@ -44,7 +44,7 @@ def test_a_bench_whose_output_is_a_folder_does_not_run(tmp_path, capsys):
 
 
 def test_an_empty_name_of_a_model(capsys):
-    assert cli.main(["ask", "a.mp4", "Why?", "--model", ""]) == cli.EXIT_USER_ERROR
+    assert cli.main(["eval", " ", "--task", "niah"]) == cli.EXIT_USER_ERROR
     assert capsys.readouterr().err.startswith("error: the name of the model is empty")
 
 
@@ -59,19 +59,19 @@ def test_a_closed_stdout_is_no_failure(monkeypatch):
     assert cli.main(["ask", "a.mp4", "Why?"]) == 0
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "1.5", "nan", "many", "", "1_000", "\u0663", "9" * 30])
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "nan", "many", "1_000", "\u0663", "9" * 30])
 def test_what_is_counted_is_at_least_one(given, capsys):
     assert cli.main(["bench", "decode", "--repeats", given]) == cli.EXIT_USER_ERROR
     assert (
-        f"argument --repeats: must be a whole number of at least 1 and at most 12 digits, got {given}; "
+        f"argument --repeats: must be a whole number from 1 to 999,999,999,999, got {given}; "
         in capsys.readouterr().err
     )
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "many", "", "1_0", "\u0663", "1e308", "1e-320"])
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "many", "1_0", "\u0663", "1e308", "1e-320"])
 def test_what_is_measured_is_above_zero(given, capsys):
     assert cli.main(["bench", "decode", "--minutes", given]) == cli.EXIT_USER_ERROR
-    assert f"argument --minutes: must be a number above 0, from 1e-9 to 1e9, got {given}; " in capsys.readouterr().err
+    assert f"argument --minutes: must be a number from 1e-09 to 1e+09, got {given}; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ValueError("not so"), OSError("not so")])

@@ -12,10 +12,10 @@ import time
 import pytest
 
 from video_ma2mba import VideoMemory
-from video_ma2mba.cli import main, watch
+from video_ma2mba.cli import EXIT_UNREAD, main, watch, watching
 from video_ma2mba.data.synthetic import make_story
 
-from ..forked import run_killed
+from ..forked import run, run_killed
 
 COMMAND = [sys.executable, "-m", "video_ma2mba.cli"]
 
@@ -24,6 +24,29 @@ COMMAND = [sys.executable, "-m", "video_ma2mba.cli"]
 def longer(tmp_path_factory):
     """Forty seconds."""
     return str(make_story(seed=8, duration_s=40).render(tmp_path_factory.mktemp("longer") / "story.mp4"))
+
+
+UNREAD = """
+import os, sys
+from video_ma2mba.cli import main
+
+reader, writer = os.pipe()
+os.close(reader)
+for stream in sys.argv.pop(1).split(","):
+    os.dup2(writer, int(stream))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("stream", ["1", "1,2"])
+def test_what_nobody_reads_any_more(stream, longer, model_folder, tmp_path):
+    plan = ["plan", "--model", "3.1b", "--hours", "1", "--gpu-memory", "80GiB"]
+    assert run(UNREAD, [stream, *plan])[0] == [EXIT_UNREAD]
+    ask = ["ask", longer, "What is it?", "--model", model_folder]
+    assert run(UNREAD, [stream, *ask])[0] == [EXIT_UNREAD]
+    codes, _, err = run(UNREAD, [stream, "watch", longer, "-o", tmp_path / "kept", "--model", model_folder])
+    assert codes == [EXIT_UNREAD if "2" in stream else 0], err
+    assert watching.is_memory(tmp_path / "kept")  # all the same: what was said last told of it
 
 
 def test_an_interrupted_watch_is_taken_up_again(longer, model, processor, model_folder, tmp_path, monkeypatch, capsys):

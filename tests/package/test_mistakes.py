@@ -84,10 +84,42 @@ MISTAKES = [
     Mistake(
         "written into its own data", (*PREPARE, "{data}", "-o", "{data}"), "{data} holds the data", "another output"
     ),
+    Mistake(
+        "an empty option", ("ask", "{video}", QUESTION, "--model", ""), "after --model is empty", "leave the option"
+    ),
+    Mistake("more pictures than a video has", ("ask", "{video}", QUESTION, "--fps", "1e9"), "--fps", "to 1000"),
+    Mistake(
+        "an end before the start", ("ask", "{video}", QUESTION, "--start", "5", "--end", "3"), "--end 3", "--start 5"
+    ),
+    Mistake(
+        "a key without a server", ("chat", "{video}", "--api-key-file", "{text}"), "--api-key-file", "leave it out"
+    ),
+    Mistake(
+        "an address that is none",
+        ("chat", "{video}", "--server", "http://localhost:99999"),
+        "localhost:99999",
+        "like http:",
+    ),
+    Mistake(
+        "adapters that are not there", ("merge", "nope", "-o", "m"), "nope: there is no adapter", "`train finetune"
+    ),
+    Mistake(
+        "a file as the output", ("eval", "{model}", "--task", "niah", "-o", "{text}"), "{text} is a file", "a folder"
+    ),
+    Mistake(
+        "the likeliest option of none",
+        ("eval", "{model}", "--task", "own", "--data", "{free}", "--media-root", "{media}", "--by-likelihood"),
+        "--by-likelihood is for multiple choice",
+        "1 have no options; the first: {free}",
+    ),
     Mistake("no size", ("plan", "--model", "3.1b", "--hours", "1", "--gpu-memory", "x24"), "x24", "80GiB"),
 ]
 TRAINING = [
     Mistake("a typo in a recipe", ("train", "finetune_lora"), "finetune_lora: no such recipe", "mean finetune-lora?"),
+    Mistake("keys of one recipe", ("train", "finetune", "--keys"), "--keys", "leave finetune out"),
+    Mistake(
+        "a dry run that goes on", ("train", "finetune", "--dry-run", "--resume"), "--resume", "leave one of them out"
+    ),
     Mistake("a typo in a key", ("train", "finetune", "--set", "modle=x"), "--set modle", "did you mean 'model'?"),
     Mistake(
         "data that are not prepared",
@@ -96,7 +128,11 @@ TRAINING = [
         "video-ma2mba data prepare",
     ),
 ]
-SERVING = [Mistake("a port that is taken", ("serve", "{model}", "--port", "{port}"), "--port {port}", "name another")]
+SERVING = [
+    Mistake("a port that is taken", ("serve", "{model}", "--port", "{port}"), "--port {port}", "name another"),
+    Mistake("no such port", ("serve", "{model}", "--port", "99999"), "--port", "from 0 to 65,535"),
+    Mistake("no such file of keys", ("serve", "{model}", "--api-key-file", "nope"), "error: nope: ", "No such file"),
+]
 
 
 @pytest.fixture
@@ -115,13 +151,15 @@ def places(model_folder, video, model, processor, tmp_path, monkeypatch):
     row = json.dumps({"video": "gone.mp4", "question": "What?", "answer": "Nothing."}) + "\n"
     for file in (tmp_path / "questions.jsonl", tmp_path / "data" / "questions.jsonl"):
         file.write_text(row)
+    free = {"video": Path(video).name, "question": "What?", "answer": "Nothing."}
+    (tmp_path / "free.jsonl").write_text(json.dumps(free) + "\n")
     memory = VideoMemory(model, processor)
     memory.watch(video)
     memory.save_pretrained(tmp_path / "memory")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         yield {
             "video": video, "model": model_folder, "text": "text.mp4", "questions": "questions.jsonl",
-            "port": taken.getsockname()[1], "memory": "memory",
+            "port": taken.getsockname()[1], "memory": "memory", "free": "free.jsonl", "media": Path(video).parent,
             **{name: name for name in ("empty", "used", "card", "adapters", "data")},
         }  # fmt: skip
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_text
-from ..loading import TINY_MODEL, find_model
+from ..loading import TINY_MODEL, find_model, seed_number
 from ..processing.video_reader import read_frames
 from .machine import describe
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clips", type=Path, metavar="DIR", help="in place of tasks: train/ and held/ with clips and questions.jsonl"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     parser.add_argument("--stored", action="store_true", help="train from stored frames too, and compare the times")
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ..loading import choose_device, natural
+from ..loading import choose_device, natural, seed_number, whole
 from ..modeling.segment_sizes import SCAN_CHUNK, SEGMENT
 from ..planning.measured import peak_bytes, restart_peak
 from .machine import allocated_peak_bytes, clock, describe, resident_peak_bytes, timing
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--their-chunks", type=natural, nargs="+", default=[64, 128, 256], help="chunk sizes of theirs to choose among"
     )
     parser.add_argument("--repeats", type=natural, default=5, help="timed runs of each, after one that is not timed")
-    parser.add_argument("--threads", type=natural, help="CPU threads; torch's choice if left out")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=whole(1, 4096), help="CPU threads; torch's choice if left out")
+    parser.add_argument("--seed", type=seed_number, default=0)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

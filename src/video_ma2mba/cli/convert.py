@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..loading import seed_number
 from .progress import progress_bars
 
 HELP = "make a model of weights in other formats"
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a CLIP or SigLIP, such as openai/clip-vit-large-patch14-336",
     )
     init.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="for the projector's random weights (default: 0)"
+        "--seed", type=seed_number, default=0, metavar="N", help="for the projector's random weights (default: 0)"
     )
 
     llava = sources.add_parser(

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from ..loading import natural, positive
+from ..loading import frame_rate, natural, output_folder, positive
 from ..processes import Share
 from .parser import parse_share
 from .progress import progress_bars
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument(
         "--media-root", type=Path, required=True, metavar="DIR", help="folder in which the paths of its media begin"
     )
-    prepare.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write")
+    prepare.add_argument("-o", "--output", type=output_folder, required=True, metavar="OUT", help="folder to write")
     prepare.add_argument("--format", metavar="NAME", help="format of the files (default: told from each file)")
     prepare.add_argument(
         "--max-hours",
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="raw|jpeg",
         help="store the frames too, so that training decodes no video",
     )
-    prepare.add_argument("--fps", type=positive, metavar="N", help="stored frames per second of video (default: 1)")
+    prepare.add_argument("--fps", type=frame_rate, metavar="N", help="stored frames per second of video (default: 1)")
     prepare.add_argument(
         "--model",
         metavar="DIR_OR_HUB_ID",

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_json, write_text
-from ..loading import find_model, named, natural, positive
+from ..loading import find_model, frame_rate, named, natural, number, output_folder, positive
 from ..processes import Ranks, Share, files_of, launched
 from . import watching
 from .parser import parse_share
@@ -60,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="FILE_DIR_OR_HUB_ID", help="the questions, as published (default: the task's on the Hub)"
     )
     parser.add_argument("--media-root", type=Path, metavar="DIR", help="the videos (default: the folder of --data)")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: evaluation/MODEL/TASK")
+    parser.add_argument("-o", "--output", type=output_folder, metavar="DIR", help="default: evaluation/MODEL/TASK")
     watching.add_loading_arguments(parser)
     frames = parser.add_mutually_exclusive_group()
-    frames.add_argument("--fps", type=positive, help="frames per second of video (default: the model's, usually 1)")
+    frames.add_argument("--fps", type=frame_rate, help="frames per second of video (default: the model's, usually 1)")
     frames.add_argument("--frames", type=natural, metavar="N", help="at most N frames, spread evenly")
     parser.add_argument("--limit", type=natural, metavar="N", help="the first N questions only")
     parser.add_argument("--batch-size", type=natural, default=16, metavar="N", help="questions of a video at once")
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     niah.add_argument(
         "--depths",
-        type=float,
+        type=number(0, 1),
         nargs="+",
         default=OF_NIAH["depths"],
         help="where a needle lies, from 0, before everything, to 1 (default: 0 0.25 0.5 0.75 1)",
@@ -209,6 +209,10 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path,
         write_found(output, found)
     ranks.after_first("questions")
     found = read_found(output)
+    if args.by_likelihood and (free := [one.where for one in found.questions if not one.options]):
+        raise ValueError(
+            f"--by-likelihood is for multiple choice, but {len(free)} have no options; the first: {free[0]}"
+        )
     videos = share.of(found.durations_s) if share.count > 1 else None
     is_judged = task.read_answer is None or (args.judge and any(one.dimension for one in found.questions))
     judge = _judge(args, output) if ranks.is_first and share.count == 1 and is_judged else None
@@ -303,8 +307,6 @@ def _niah(args: argparse.Namespace, output: Path, ranks: Ranks) -> None:
     lengths = [round(60 * minutes) for minutes in args.minutes]
     if not 1 <= min(lengths) <= max(lengths) <= 1000 * 3600:
         raise ValueError("--minutes: a haystack lasts at least a second and at most 1,000 hours")
-    if not all(0 <= depth <= 1 for depth in args.depths):
-        raise ValueError("--depths lie between 0 and 1")
     if args.haystacks is not None and args.data:
         raise ValueError("--haystacks: --data has one haystack")
     if (args.haystacks or 1) > 1000:

@@ -9,12 +9,14 @@ if TYPE_CHECKING:
 
 
 def make_console(**options: Any) -> "Console":
-    """rich's, but that a reader that has seen enough is no failure: `main` ends well then, as after `print`."""
+    """rich's, but that a reader who is gone is met as by `print`; by bars not at all, since the work matters."""
     from rich.console import Console
 
     class Piped(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
+            if not self.stderr:
+                raise BrokenPipeError
+            self.quiet = True
 
     return Piped(**options)
 
@@ -22,7 +24,6 @@ def make_console(**options: Any) -> "Console":
 @contextmanager
 def progress_bars(in_bytes: bool = False) -> Iterator[Callable[[str, float, float | None], None]]:
     """Gives `show(what, done, total)`: a bar for each `what`; a total of None is one that nobody knows (yet)."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -35,7 +36,7 @@ def progress_bars(in_bytes: bool = False) -> Iterator[Callable[[str, float, floa
 
     amount = DownloadColumn() if in_bytes else MofNCompleteColumn()
     columns = TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()
-    bars = Progress(*columns, console=Console(stderr=True))
+    bars = Progress(*columns, console=make_console(stderr=True))
     tasks: dict[str, TaskID] = {}
 
     def show(what: str, done: float, total: float | None) -> None:

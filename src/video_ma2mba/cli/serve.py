@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..loading import find_model, named, natural, positive
+from ..loading import find_model, named, natural, output_folder, port_number, positive
 from . import watching
 from .parser import parse_bytes
 
@@ -39,9 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for vLLM's server: --engine-options='--max-model-len 100000'",
     )
     watching.add_loading_arguments(parser)
-    parser.add_argument("--memories", type=Path, metavar="DIR", help="where memories are kept (default: until it ends)")
+    parser.add_argument(
+        "--memories", type=output_folder, metavar="DIR", help="where memories are kept (default: until it ends)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
+    parser.add_argument("--port", type=port_number, default=8000, help="default: 8000; 0 takes a free one")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key a line; clients must send one")
     parser.add_argument(
         "--allow-media", type=Path, nargs="+", action="extend", default=[], metavar="DIR",
@@ -91,7 +93,10 @@ def vllm_command(args: argparse.Namespace) -> list[str]:
     command += ["--enable-prefix-caching", "--dtype", args.dtype]
     if args.allow_media:
         command += ["--allowed-local-media-path", str(args.allow_media[0].resolve())]
-    return command + shlex.split(args.engine_options)
+    try:
+        return command + shlex.split(args.engine_options)
+    except ValueError as error:
+        raise ValueError(f"--engine-options: not as a shell would read it, {error}") from None
 
 
 def run(args: argparse.Namespace) -> None:

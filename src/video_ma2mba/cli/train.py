@@ -47,10 +47,14 @@ def run(args: argparse.Namespace) -> None:
     from ..training.recipe import read_recipe, recipe_names
 
     if args.keys:
+        if args.recipe is not None:
+            raise ValueError(f"--keys lists those of every recipe: leave {args.recipe} out")
         _print_keys()
         return
     if args.recipe is None:
         raise ValueError(f"name a recipe: {', '.join(recipe_names())}, or a .yaml file")
+    if args.dry_run and args.resume:
+        raise ValueError("--resume: a --dry-run trains nothing; leave one of them out")
     recipe = read_recipe(args.recipe, [*args.changes, *(["strict=true"] if args.strict else [])])
     recipe = replace(recipe, model=named_model(recipe.model))
     if args.dry_run:

@@ -6,6 +6,7 @@ The page is served by the memory server of `video-ma2mba serve`, in this process
 import argparse
 from pathlib import Path
 
+from ..loading import output_folder, port_number
 from . import watching
 from .parser import parse_bytes
 from .serve import LOOPBACK, read_keys
@@ -17,11 +18,11 @@ TINY_NAME = "video-ma2mba-tiny"  # wherever it is installed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     watching.add_model_arguments(parser)
     parser.add_argument(
-        "--memories", type=Path, default=Path("memories"),
+        "--memories", type=output_folder, default=Path("memories"),
         help="folder of memories, and of the videos they are of (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
-    parser.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes a free one")
+    parser.add_argument("--port", type=port_number, default=7860, help="default: 7860; 0 takes a free one")
     parser.add_argument("--server", metavar="URL", help="let a `video-ma2mba serve` watch, answer and keep memories")
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE",

@@ -13,11 +13,13 @@ from ..loading import (
     choose_device,
     choose_dtype,
     find_model,
+    frame_rate,
     load,
     load_model,
     named,
     natural,
     positive,
+    seconds,
 )
 from .progress import progress_bars
 
@@ -57,19 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser, snapshots: bool = True) -> No
     add_model_arguments(parser)
     parser.add_argument(
         "--fps",
-        type=positive,
+        type=frame_rate,
         metavar="N",
         help="frames to watch per second of video (default: the model's, usually 1)",
     )
     parser.add_argument("--max-frames", type=natural, metavar="N", help="watch at most N frames, spread evenly")
     parser.add_argument(
-        "--start", type=float, default=0.0, metavar="SECONDS", help="where in the video to begin (default: 0)"
+        "--start", type=seconds, default=0.0, metavar="SECONDS", help="where in the video to begin (default: 0)"
     )
-    parser.add_argument("--end", type=float, metavar="SECONDS", help="where to stop (default: the end)")
+    parser.add_argument("--end", type=positive, metavar="SECONDS", help="where to stop (default: the end)")
     parser.add_argument("--max-duration", type=positive, metavar="SECONDS", help="watch at most this much of the video")
     if snapshots:
         parser.add_argument(
-            "--snapshots", type=float, nargs="+", default=[], metavar="SECONDS",
+            "--snapshots", type=seconds, nargs="+", default=[], metavar="SECONDS",
             help="times, from --start on, at which the memory is kept too, for `/seek` of `chat`",
         )  # fmt: skip
 
@@ -111,6 +113,8 @@ def load_model_and_processor(args: argparse.Namespace, video: str | None = None)
     from .. import VideoMa2mbaProcessor
     from ..data.synthetic import is_story
 
+    if video is not None and args.end is not None and args.end <= args.start:
+        raise ValueError(f"--end {args.end:g}: it must lie after --start {args.start:g}")
     name = find_model(args.model)
     device = choose_device(args.device)
     processor = load(VideoMa2mbaProcessor, name)

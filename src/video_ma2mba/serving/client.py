@@ -28,8 +28,13 @@ class Server:
     """
 
     def __init__(self, url: str, key: str | None = None):
-        self.parts, self.key = urlsplit(url), key
-        if self.parts.scheme not in ("http", "https") or not self.parts.hostname:
+        self.key = key
+        try:
+            self.parts = urlsplit(url)
+            is_one = self.parts.scheme in ("http", "https") and self.parts.hostname and self.parts.port != 0
+        except ValueError:  # what stands for the host or the port is none
+            is_one = False
+        if not is_one:
             raise ValueError(f"{url}: the address of a server looks like http://127.0.0.1:8000")
 
     def remember(self, **fields: Any) -> dict[str, Any]:

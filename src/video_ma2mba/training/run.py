@@ -323,6 +323,8 @@ def train(prepared: Prepared, *, resume: bool = False) -> dict[str, Any]:
             last_checkpoint(checkpoints)  # removes what was cut off, before the others look
         trainer.accelerator.wait_for_everyone()
         checkpoint = last_checkpoint(checkpoints)
+        if checkpoint is None and first:
+            print(f"{checkpoints} holds no checkpoint to go on from: the training begins", file=sys.stderr)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
     held_out = _watch_held_out(trainer, prepared, output, step)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

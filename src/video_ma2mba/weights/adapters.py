@@ -67,13 +67,12 @@ def base_model(adapter: str) -> str:
     """
     if is_hub_id(adapter):
         fetch_adapter(adapter)
+    elif not is_adapter(Path(adapter)):
+        raise ValueError(f"{adapter}: there is no {CONFIG}; `train finetune-lora` writes one")
     from peft import PeftConfig
 
     with reading(adapter, "adapters"):
-        try:
-            name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-        except ValueError as error:  # PEFT looks on the Hub for a folder that is not there
-            raise ValueError(f"{adapter}: there is no {CONFIG}; `train finetune-lora` writes one") from error
+        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if not name:
         raise ValueError(f"{adapter}: the adapters do not name their model; say it with --model")
     return name
