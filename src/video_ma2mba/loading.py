@@ -66,6 +66,20 @@ def output_folder(text: str) -> Path:
     return Path(text)
 
 
+def output(text: str) -> Path:
+    """A file or folder to write into a folder that is there, for argparse."""
+    if not Path(text).resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text}: create the folder {Path(text).parent} first")
+    return Path(text)
+
+
+def output_file(text: str) -> Path:
+    """As `output`, but a file."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text}: it is a folder; name a file")
+    return output(text)
+
+
 def named_model(name: str) -> str:
     """The folder of the tiny model for "tiny", unless there is a folder of that name here; any other name as it is."""
     return str(TINY_MODEL) if name == TINY and not Path(name).exists() else name

@@ -115,10 +115,9 @@ def test_bench_without_a_file(parse):
     assert row["device_bytes"] > 0
 
 
-@pytest.mark.parametrize("arguments", [["--resume"], ["--plot", "no/such/folder.png"]])
-def test_bench_refuses(parse, arguments):
-    with pytest.raises(ValueError, match=r"--resume|no/such"):
-        memory.run(parse(arguments))
+def test_bench_refuses(parse):
+    with pytest.raises(ValueError, match="--resume"):
+        memory.run(parse(["--resume"]))
 
 
 # --- the results that are kept ---

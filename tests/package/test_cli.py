@@ -40,7 +40,19 @@ def test_misuse_exits_with_2(arguments, capsys):
 
 def test_a_bench_whose_output_is_a_folder_does_not_run(tmp_path, capsys):
     assert cli.main(["bench", "backends", "-o", str(tmp_path)]) == cli.EXIT_USER_ERROR
-    assert capsys.readouterr() == ("", f"error: cannot write {tmp_path}: it is a folder; name a file\n")
+    said = f"cannot write {tmp_path}: it is a folder; name a file; see `video-ma2mba bench backends --help`"
+    assert capsys.readouterr() == ("", f"error: argument -o/--output: {said}\n")
+
+
+@pytest.mark.parametrize("bench", ["study stability", "memory", "memory-of-video"])
+def test_a_picture_that_could_not_be_written_is_told_before_it_runs(bench, capsys):
+    assert cli.main(["bench", *bench.split(), "--plot", "no/such.png"]) == cli.EXIT_USER_ERROR
+    assert "argument --plot: cannot write no/such.png: create the folder no first" in capsys.readouterr().err
+
+
+def test_a_measured_memory_refuses_what_is_for_counting(capsys):
+    assert cli.main(["bench", "memory", "--device", "cpu", "--plot", "a.png", "--resume", "-o", "a.json"]) == 2
+    assert "--plot, --resume: of what is counted; with --device cpu leave it out" in capsys.readouterr().err
 
 
 def test_an_empty_name_of_a_model(capsys):

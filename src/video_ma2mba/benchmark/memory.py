@@ -12,13 +12,12 @@ import gc
 import json
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..files import new_figure, write_json, write_png
-from ..loading import choose_device, natural
+from ..loading import choose_device, named, natural, output_file
 from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
 from ..modeling.checkpointing import run_checkpointed
@@ -68,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file given with -o has")
     parser.add_argument(
-        "--plot", type=Path, metavar="PNG", help="draw memory against length, beside the paper's table 3"
+        "--plot", type=output_file, metavar="PNG", help="draw memory against length, beside the paper's table 3"
     )
 
 
@@ -77,11 +76,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.resume and output is None:
         raise ValueError("--resume needs the file to go on with: name it with -o")
     if args.device != "meta":
+        counted = {"models": list(PRESETS), "methods": list(METHODS), "plot": None, "resume": False}
+        if given := [name for name, default in counted.items() if getattr(args, name) != default]:
+            raise ValueError(f"{named(given)}: of what is counted; with --device {args.device} leave it out")
         from . import resident
 
         return resident.measure(choose_device(args.device).type, args.lengths or [2**n for n in range(13, 17)])
-    if args.plot is not None and not args.plot.parent.is_dir():
-        raise ValueError(f"cannot write {args.plot}: create the folder {args.plot.parent} first")
     rows = json.loads(output.read_text())["rows"] if args.resume and output is not None and output.is_file() else []
     done = {(row["model"], row["method"], row["tokens"]) for row in rows}
     for num_tokens in args.lengths or [2**n for n in range(10, 23)]:

@@ -21,7 +21,7 @@ import torch
 from .. import VideoMa2mbaForConditionalGeneration, VideoMa2mbaProcessor, VideoMa2mbaVideoProcessor, VideoMemory
 from ..data.synthetic import make_story
 from ..files import new_figure, write_png
-from ..loading import TINY_MODEL, find_model, natural
+from ..loading import TINY_MODEL, find_model, natural, output_file
 from ..planning.measured import peak_bytes, restart_peak
 from .machine import clock, describe, in_measured_process, one_thread
 from .train import small_config
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=natural, default=21, help="timed questions of each, after one that is not timed"
     )
     parser.add_argument("--size", type=natural, default=320, help="pixels of a frame of the video for the overlap")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw bytes and seconds against minutes")
+    parser.add_argument("--plot", type=output_file, metavar="PNG", help="draw bytes and seconds against minutes")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ..files import write_png
+from ..loading import number, output_file
 from .machine import describe
 
 STUDIES = ("backbone", "fps", "intervals", "length", "max-length", "stability")
@@ -22,20 +23,14 @@ STUDIES = ("backbone", "fps", "intervals", "length", "max-length", "stability")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what was found")
-    parser.add_argument("--scale", type=float, default=1.0, help="of steps and repeats: 0.01 tries a study out")
+    parser.add_argument("--plot", type=output_file, metavar="PNG", help="draw what was found")
+    parser.add_argument("--scale", type=number(1e-9, 1), default=1.0, help="of steps and repeats: 0.01 tries it out")
     parser.add_argument(
-        "--keep",
-        type=Path,
-        default=Path("out/studies"),
-        metavar="DIR",
-        help="trained backbones, which two studies share",
+        "--keep", type=Path, default=Path("out/studies"), metavar="DIR", help="trained backbones, shared by two studies"
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    if not 0 < args.scale <= 1:
-        raise ValueError(f"--scale must lie between 0 and 1, got {args.scale}")
     study = load(args.study)
     found = study.run(args.scale, args.keep)
     result = {"study": args.study, "scale": args.scale, **found, "machine": describe("cpu")}

@@ -3,10 +3,10 @@
 import argparse
 import importlib
 import json
-from pathlib import Path
 from types import ModuleType
 
 from ..files import write_json
+from ..loading import output_file
 from .parser import Parser
 
 HELP = "run a benchmark and print its figures as JSON"
@@ -47,16 +47,12 @@ def parser_of(name: str) -> Parser:
     module = load(name)
     parser = Parser(prog=f"video-ma2mba bench {name}", description=module.__doc__)
     module.add_arguments(parser)
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the JSON here as well")
+    parser.add_argument("-o", "--output", type=output_file, metavar="FILE", help="write the JSON here as well")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     options = parser_of(args.name).parse_args(args.options)
-    if options.output is not None and not options.output.parent.is_dir():
-        raise ValueError(f"cannot write {options.output}: create the folder {options.output.parent} first")
-    if options.output is not None and options.output.is_dir():
-        raise ValueError(f"cannot write {options.output}: it is a folder; name a file")
     result = load(args.name).run(options)
     print(json.dumps(result, indent=2))
     if options.output is not None:

@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from ..loading import find_model, load, load_model
+from ..loading import find_model, load, load_model, output
 from .progress import progress_bars
 
 HELP = "merge LoRA adapters into the weights of their model"
@@ -13,7 +12,7 @@ HELP = "merge LoRA adapters into the weights of their model"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id, as `train finetune-lora` wrote it")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write, which must be new or empty"
+        "-o", "--output", type=output, required=True, metavar="DIR", help="folder to write, which must be new or empty"
     )
     parser.add_argument(
         "--model", metavar="DIR_OR_HUB_ID", help="what they were trained on (default: what the adapters name)"
@@ -26,8 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"{args.output}: is there already; remove it or choose another folder")
-    if not args.output.absolute().parent.is_dir():
-        raise ValueError(f"cannot write {args.output}: create the folder {args.output.parent} first")
     import torch
 
     from ..files import whole_folder

@@ -108,9 +108,8 @@ def run(args: argparse.Namespace) -> None:
         os.execv(command[0], command)
     if args.engine_options:
         raise ValueError("--engine-options: they are for --engine vllm")
-    for folder in args.allow_media:
-        if not folder.is_dir():
-            raise ValueError(f"--allow-media {folder}: there is no such folder")
+    if absent := [folder for folder in args.allow_media if not folder.is_dir()]:
+        raise ValueError(f"--allow-media {absent[0]}: there is no such folder")
     keys = read_keys(args.api_key_file, args.host)
 
     from ..serving.app import Settings, build_app, listening_socket, serve

@@ -7,8 +7,8 @@ appears, or is replaced, only when the video is watched to its end.
 import argparse
 import shutil
 import sys
-from pathlib import Path
 
+from ..loading import output
 from . import watching
 
 HELP = "watch a video and keep its memory, to be asked later"
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=output,
         required=True,
         metavar="MEMORY",
         help="folder of the memory; one that is there is replaced",
@@ -33,8 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     place = args.output.resolve()
-    if not place.parent.is_dir():
-        raise ValueError(f"cannot write {args.output}: create the folder {args.output.parent} first")
     unfinished = place.parent / f".{place.name}.unfinished"
     if args.resume and not watching.is_memory(unfinished):
         raise ValueError(f"--resume: no interrupted call for {args.output} was found; leave the option out")
