@@ -7,7 +7,7 @@ second, and a frame that asks for 10 ms or less lasts 100, as browsers and FFmpe
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -82,6 +82,21 @@ def check_picture(location: MediaLocation) -> None:
         source.close()
 
 
+class _Bounded:
+    """A file of which no more is read than it has: PIL asks for what a length in it says, and memory is had first."""
+
+    def __init__(self, file: Any):
+        self._file, self._size = file, file.seek(0, 2)
+        file.seek(0)
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._size - self._file.tell(), 0)
+        return self._file.read(min(size, left) if size >= 0 else left)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 class PictureSource:
     """An open picture file.
 
@@ -101,18 +116,18 @@ class PictureSource:
         if location.is_url:
             location = fetch(location)
         self.name, self.path = location.name, location.path
-        with self.reading(), warnings.catch_warnings():
+        with ExitStack() as opened, self.reading(), warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            self.image = Image.open(location.target)
+            is_path = isinstance(location.target, str)
+            file = opened.enter_context(open(location.target, "rb")) if is_path else location.target
+            self.image = opened.enter_context(Image.open(_Bounded(file)))
             animated = self.image.format in _ANIMATED and getattr(self.image, "n_frames", 1) > 1
             self.num_frames = self.image.n_frames if animated else 1  # type: ignore[attr-defined]
             self._first = int(animated and bool(getattr(self.image, "default_image", False)))
             self.num_frames -= self._first  # a PNG's still for those who cannot show animations
+            self.close = opened.pop_all().close
         self.holes: list[tuple[int, int]] = []
         self.origin = self.end = 0
-
-    def close(self) -> None:
-        self.image.close()
 
     # --- as VideoSource ---
 

@@ -7,7 +7,7 @@ import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,12 @@ HUB_TIMEOUT_S = 5
 def named(names: Iterable[str]) -> str:
     """Options as one types them: "--max-frames, --fps"."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def refuse(args: argparse.Namespace, defaults: Mapping[str, Any], why: str) -> None:
+    """Raises a ValueError where options that nothing here would follow have another value than their default."""
+    if given := [name for name, default in defaults.items() if getattr(args, name, default) != default]:
+        raise ValueError(f"{named(given)}: {why}")
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
@@ -91,8 +97,6 @@ def find_model(name: str | None) -> str:
     Raises:
         ValueError: `name` is no such folder; the message says what to do.
     """
-    if name is not None and not name.strip():
-        raise ValueError("the name of the model is empty: name a folder or a Hub id")
     name = named_model(TINY if name is None else name)
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -215,7 +215,7 @@ def test_the_command_stores_frames_that_training_then_reads(tmp_path, media, mod
         (["--max-hours", "0"], "--max-hours: must be a number from 1e-09"),
         (["--cache-frames", "raw", "--fps", "-1"], "--fps: must be a number from 1e-09 to 1000"),
         (["--workers", "0"], "--workers: must be a whole number from 1"),
-        (["--rows-per-file", "5"], "--rows-per-file is for --parquet"),
+        (["--rows-per-file", "5"], "--rows-per-file: for --parquet"),
     ],
 )
 def test_the_command_refuses_nonsense(tmp_path, media, capsys, options, message):

@@ -116,7 +116,7 @@ def test_memory_that_is_measured_comes_with_the_same_losses(capsys, monkeypatch)
         (["train", "--repeats", "0"], "--repeats: must be a whole"),
         (["memory", "--lengths", "0"], "--lengths: must be a whole number from 1"),
         (["memory-of-video", "--repeats", "0"], "--repeats: must be a whole"),
-        (["study", "fps", "--scale", "2"], "--scale must lie between 0 and 1"),
+        (["study", "fps", "--scale", "2"], "--scale: must be a number from 1e-09 to 1,"),
     ],
 )
 def test_nonsense_is_refused(capsys, arguments, message):

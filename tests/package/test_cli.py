@@ -55,11 +55,6 @@ def test_a_measured_memory_refuses_what_is_for_counting(capsys):
     assert "--plot, --resume: of what is counted; with --device cpu leave it out" in capsys.readouterr().err
 
 
-def test_an_empty_name_of_a_model(capsys):
-    assert cli.main(["eval", " ", "--task", "niah"]) == cli.EXIT_USER_ERROR
-    assert capsys.readouterr().err.startswith("error: the name of the model is empty")
-
-
 def test_an_option_that_a_command_has_not(capsys):
     assert cli.main(["plan", "--model", "3.1b", "--hours", "2", "--foo"]) == cli.EXIT_USER_ERROR
     assert capsys.readouterr().err == "error: --foo: no such option; see `video-ma2mba plan --help`\n"

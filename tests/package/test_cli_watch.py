@@ -40,8 +40,6 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize("stream", ["1", "1,2"])
 def test_what_nobody_reads_any_more(stream, longer, model_folder, tmp_path):
-    plan = ["plan", "--model", "3.1b", "--hours", "1", "--gpu-memory", "80GiB"]
-    assert run(UNREAD, [stream, *plan])[0] == [EXIT_UNREAD]
     ask = ["ask", longer, "What is it?", "--model", model_folder]
     assert run(UNREAD, [stream, *ask])[0] == [EXIT_UNREAD]
     codes, _, err = run(UNREAD, [stream, "watch", longer, "-o", tmp_path / "kept", "--model", model_folder])

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from video_ma2mba import VideoMa2mbaConfig
-from video_ma2mba.cli import main
+from video_ma2mba.cli import EXIT_UNREAD, main
 from video_ma2mba.cli import plan as plan_command
 from video_ma2mba.cli.parser import parse_bytes
 from video_ma2mba.modeling.checkpoint_plan import format_bytes, plan_checkpoints
@@ -259,8 +259,8 @@ def test_tokens_of_a_model_in_a_folder(capsys, model_folder):
 
 
 @pytest.mark.parametrize("more", [["--json"], []], ids=["json", "table"])
-def test_a_reader_that_has_seen_enough_is_no_error(more):
+def test_a_reader_that_has_seen_enough_is_told_from_no_fit(more):
     gone = "import os; end, begin = os.pipe(); os.close(end); os.dup2(begin, 1)"
     codes, _, err = run(f"{gone}\n{WELL}", [*ASK, *more])
-    assert codes == [0]
+    assert codes == [EXIT_UNREAD]
     assert "Traceback" not in err

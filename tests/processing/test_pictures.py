@@ -1,7 +1,11 @@
 """Pictures and animations, against PIL; frames in memory, the same from every door."""
 
 import io
+import struct
+import tracemalloc
 import warnings
+from contextlib import suppress
+from zlib import compress, crc32
 
 import av
 import numpy as np
@@ -193,6 +197,30 @@ def test_no_room_is_made_for_a_declared_length(monkeypatch):
     assert loaded.frames.shape == (600, 3, 8, 8)
     assert loaded.frames[:, 0, 0, 0].tolist() == [number % 256 for number in range(600)]
     assert loaded.timestamps_s == list(range(600))
+
+
+def chunk(kind, data, length=None):
+    """A piece of a PNG that says it is `length` bytes long."""
+    return (
+        struct.pack(">I", len(data) if length is None else length) + kind + data + struct.pack(">I", crc32(kind + data))
+    )
+
+
+def test_no_more_is_read_than_there_is(tmp_path, processor):
+    """Python makes room for what it is asked to read; a PNG of some hundred bytes says that two gigabytes follow."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 48, 8, 2, 0, 0, 0))
+    pixels = compress(b"".join(b"\0" + bytes(3 * 64) for _ in range(48)))
+    path = tmp_path / "long.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", pixels, length=2**31 - 8))
+    for door in (processor.load, processor.load_image):
+        with open(path, "rb") as file:
+            for given in (path, path.read_bytes(), file):
+                tracemalloc.start()
+                with suppress(VideoReadError):  # PIL may take it: all pixels are there
+                    door(given)
+                _, peak = tracemalloc.get_traced_memory()
+                tracemalloc.stop()
+                assert peak < 50e6
 
 
 def test_an_image_of_a_still_says_nothing(tmp_path, processor):

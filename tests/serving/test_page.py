@@ -130,7 +130,7 @@ def test_a_port_that_is_taken_is_named(capsys):
             said = f"error: --port {port}: another program has it; name another one, or 0 for any\n"
             assert capsys.readouterr().err == said
     assert main(["ui", "--port", "70000"]) == 2
-    assert "--port 70000" in capsys.readouterr().err
+    assert "--port: must be a whole number from 0 to 65,535, got 70000" in capsys.readouterr().err
     assert main(["ui", "--host", "0.0.0.0"]) == 2
     assert "name an --api-key-file" in capsys.readouterr().err
     assert main(["ui", "--server", "http://127.0.0.1:9", "--model", "x/y", "--port", "0"]) == 2

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..files import new_figure, write_json, write_png
-from ..loading import choose_device, named, natural, output_file
+from ..loading import choose_device, natural, output_file, refuse
 from ..modeling.checkpoint_plan import CheckpointPlan, peak_bytes_without, plan_checkpoints
 from ..modeling.checkpoint_plan import smallest_intervals as possible_intervals
 from ..modeling.checkpointing import run_checkpointed
@@ -77,8 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--resume needs the file to go on with: name it with -o")
     if args.device != "meta":
         counted = {"models": list(PRESETS), "methods": list(METHODS), "plot": None, "resume": False}
-        if given := [name for name, default in counted.items() if getattr(args, name) != default]:
-            raise ValueError(f"{named(given)}: of what is counted; with --device {args.device} leave it out")
+        refuse(args, counted, f"of what is counted; with --device {args.device} leave it out")
         from . import resident
 
         return resident.measure(choose_device(args.device).type, args.lengths or [2**n for n in range(13, 17)])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..loading import natural
+from ..loading import natural, refuse
 from . import watching
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.api_key_file is not None and not args.server:
-        raise ValueError("--api-key-file: it holds the key of a --server; name that, or leave it out")
+    if not args.server:
+        refuse(args, {"api_key_file": None}, "it holds the key of a --server; name that, or leave it out")
     memory: Any = watching.remote_memory(args) if args.server else watching.open_memory(args)[0]
     talk = Talk(memory, args.max_new_tokens)
     in_terminal = sys.stdin.isatty()

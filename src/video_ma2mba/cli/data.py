@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from ..loading import frame_rate, natural, output_folder, positive
+from ..loading import frame_rate, natural, output_folder, positive, refuse
 from ..processes import Share
 from .parser import parse_share
 from .progress import progress_bars
@@ -77,11 +77,10 @@ def run(args: argparse.Namespace) -> None:
             "data prepare uses all cores of a machine by itself: start it without torchrun, with --workers N; several "
             "machines share the work by --shard I/N"
         )
-    if args.rows_per_file and not args.parquet:
-        raise ValueError("--rows-per-file is for --parquet: JSON lines are one file")
-    for name in ("fps", "model"):
-        if getattr(args, name) is not None and not args.cache_frames:
-            raise ValueError(f"--{name} is for --cache-frames: leave it out, or store the frames")
+    if not args.parquet:
+        refuse(args, {"rows_per_file": None}, "for --parquet; JSON lines are one file")
+    if not args.cache_frames:
+        refuse(args, {"fps": None, "model": None}, "for --cache-frames; leave it out, or store the frames")
     share = args.shard or Share()
     cache = None
     if args.cache_frames:

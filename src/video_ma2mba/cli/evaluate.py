@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_json, write_text
-from ..loading import find_model, frame_rate, named, natural, number, output_folder, whole
+from ..loading import find_model, frame_rate, natural, number, output_folder, refuse, whole
 from ..processes import Ranks, Share, files_of, launched
 from . import watching
 from .parser import parse_share
@@ -40,6 +40,8 @@ SETTINGS = "settings.json"
 MERGE, COMPARE = "merge", "compare"
 # Options that niah alone has, and those that all other tasks have, with their defaults
 OF_NIAH = {"minutes": [1, 5, 15, 60, 120, 240], "depths": [0.0, 0.25, 0.5, 0.75, 1.0], "haystacks": None}
+OF_RUNS = {**dict.fromkeys(("task", "data", "media_root", "adapter", "fps", "frames", "limit", "shard")),
+           "by_likelihood": False, "resume": False}  # fmt: skip
 OF_QUESTIONS = {"limit": None, "by_likelihood": False, "media_root": None, "judge": None}
 
 
@@ -106,9 +108,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--task must be given; there are {', '.join(TASK_NAMES)}")
     if args.task == "own" and args.data is None:
         raise ValueError("--task own: name the file of your questions with --data")
-    others = OF_QUESTIONS if args.task == "niah" else OF_NIAH
-    if given := [name for name, default in others.items() if getattr(args, name) != default]:
-        raise ValueError(f"{named(given)}: not for --task {args.task}; leave it out")
+    refuse(args, OF_QUESTIONS if args.task == "niah" else OF_NIAH, f"not for --task {args.task}; leave it out")
     share = args.shard or Share()
     if args.task == "niah" and share.count > 1:
         raise ValueError("--shard deals videos, and niah has one: give each machine --minutes and -o of its own")
@@ -232,17 +232,11 @@ def _benchmark(args: argparse.Namespace, settings: dict[str, Any], output: Path,
         print(f"shard {share}: {len(answers)} questions about {len(videos or ())} videos; when all are done: {whole}")
 
 
-def _refuse_options_of_runs(args: argparse.Namespace) -> None:
-    names = ("task", "data", "media_root", "adapter", "fps", "frames", "limit", "by_likelihood", "resume", "shard")
-    if given := [name for name in names if getattr(args, name)]:
-        raise ValueError(f"{named(given)}: for runs, and these are over; leave it out")
-
-
 def _merge(args: argparse.Namespace) -> None:
     from ..evaluation.run import ANSWERS, collect, read_found
     from ..evaluation.tasks import TASKS
 
-    _refuse_options_of_runs(args)
+    refuse(args, OF_RUNS, "for runs, and these are over; leave it out")
     places = args.folders or ([args.output] if args.output else [])
     shards = [shard for place in places for shard in sorted(place.glob("shard-*-of-*"))]
     if not shards:
@@ -264,7 +258,7 @@ def _compare(args: argparse.Namespace) -> None:
 
     if len(args.folders) != 2:
         raise ValueError("eval compare BEFORE AFTER: name the outputs of two runs over the same questions")
-    _refuse_options_of_runs(args)
+    refuse(args, OF_RUNS, "for runs, and these are over; leave it out")
     report = compare(*args.folders)
     page = markdown(report)
     if args.output is not None:

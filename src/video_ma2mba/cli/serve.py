@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..loading import find_model, named, natural, output_folder, port_number, positive
+from ..loading import find_model, natural, output_folder, port_number, positive, refuse
 from . import watching
 from .parser import parse_bytes
 
@@ -84,8 +84,7 @@ def vllm_command(args: argparse.Namespace) -> list[str]:
     Raises:
         ValueError: there are options that vLLM's server has no place for.
     """
-    if given := [name for name, default in OWN.items() if getattr(args, name) != default]:
-        raise ValueError(f"{named(given)}: for the memory server alone; vLLM's server has its own: --engine-options")
+    refuse(args, OWN, "for the memory server alone; vLLM's server has its own: --engine-options")
     if len(args.allow_media) > 1:
         raise ValueError("--allow-media: vLLM's server takes one folder")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", find_model(args.model)]
@@ -106,8 +105,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError("--engine vllm needs vLLM, in an environment of its own: pip install 'video-ma2mba[vllm]'")
         sys.stdout.flush()
         os.execv(command[0], command)
-    if args.engine_options:
-        raise ValueError("--engine-options: they are for --engine vllm")
+    refuse(args, {"engine_options": ""}, "they are for --engine vllm")
     if absent := [folder for folder in args.allow_media if not folder.is_dir()]:
         raise ValueError(f"--allow-media {absent[0]}: there is no such folder")
     keys = read_keys(args.api_key_file, args.host)

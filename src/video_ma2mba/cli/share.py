@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..loading import named
+from ..loading import refuse
 
 LICENCE = "apache-2.0"
 HELP = "write a model's card and upload the model to the Hub"
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
         )
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", args.repo):
         raise ValueError(f"--repo {args.repo}: a repository of the Hub looks like owner/name")
-    if args.private and args.card_only:
-        raise ValueError("--private: --card-only makes no repository; leave one of them out")
+    if args.card_only:
+        refuse(args, {"private": False}, "--card-only makes no repository; leave one of them out")
 
     import shutil
 
@@ -57,20 +57,15 @@ def run(args: argparse.Namespace) -> None:
 
     written, card = has_card(folder) and not args.card_only, folder / "README.md"
     if written:
-        if given := [
-            name for name in ("license", "base_model", "training", "evaluation") if getattr(args, name) is not None
-        ]:
-            raise ValueError(
-                f"{named(given)}: {card} is written already and stays as it is; --card-only writes it anew"
-            )
+        of_card = dict.fromkeys(("license", "base_model", "training", "evaluation"))
+        refuse(args, of_card, f"{card} is written already and stays as it is; --card-only writes it anew")
         text = card.read_text(encoding="utf-8")
     else:
         options: dict[str, Any] = {
             "licence": args.license or LICENCE, "base_models": args.base_model, "training": read_report(args.training),
         }  # fmt: skip
         if is_adapter(folder):
-            if args.evaluation is not None:
-                raise ValueError("--evaluation: a card of adapters has no table of results; leave the option out")
+            refuse(args, {"evaluation": None}, "a card of adapters has no table of results; leave the option out")
             rendered = render_adapter_card(folder, args.repo, **options)
         else:
             rendered = render_card(folder, args.repo, **options, evaluation=read_report(args.evaluation))

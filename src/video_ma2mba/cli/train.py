@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..loading import find_model, named_model
+from ..loading import find_model, named_model, refuse
 from ..planning.fitting import Sizes, Training, gpu_at_hand_bytes, needed_bytes, on_meta, planned
 from .parser import parse_bytes
 from .progress import make_console
@@ -53,15 +53,15 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.recipe is None:
         raise ValueError(f"name a recipe: {', '.join(recipe_names())}, or a .yaml file")
-    if args.dry_run and args.resume:
-        raise ValueError("--resume: a --dry-run trains nothing; leave one of them out")
+    if args.dry_run:
+        refuse(args, {"resume": False}, "a --dry-run trains nothing; leave one of them out")
+    else:
+        refuse(args, {"gpu_memory": None}, "for --dry-run alone; leave it out")
     recipe = read_recipe(args.recipe, [*args.changes, *(["strict=true"] if args.strict else [])])
     recipe = replace(recipe, model=named_model(recipe.model))
     if args.dry_run:
         dry_run(recipe, args.gpu_memory)
         return
-    if args.gpu_memory is not None:
-        raise ValueError("--gpu-memory: for --dry-run alone; leave it out")
     find_model(recipe.model)
     for key in ("data", "evaluation_data"):
         for folder in getattr(recipe, key):

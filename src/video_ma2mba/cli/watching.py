@@ -16,9 +16,9 @@ from ..loading import (
     frame_rate,
     load,
     load_model,
-    named,
     natural,
     positive,
+    refuse,
     seconds,
 )
 from .progress import progress_bars
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ..serving.client import RemoteMemory, Server
 
 
+# What part of a video is watched, and its defaults
+OF_WATCHING: dict[str, Any] = {"max_frames": None, "start": 0.0, "end": None, "max_duration": None, "snapshots": []}
 ABOVE_OWN_RATE = 1.1  # rates are averages, and rounded
 TINY_KNOWS = "which knows videos of coloured shapes and nothing else"
 
@@ -84,9 +86,8 @@ def open_server(args: argparse.Namespace) -> "Server":
     """
     from ..serving.client import Server
 
-    elsewhere = ("model", "adapter", "max_frames", "end", "max_duration", "snapshots", "start", "device", "dtype")
-    if given := [name for name in elsewhere if getattr(args, name, None) not in (None, "auto", 0.0, [])]:
-        raise ValueError(f"{named(given)}: with --server the server's model watches whole videos; leave it out")
+    elsewhere = {"model": None, "adapter": None, "device": "auto", "dtype": "auto", **OF_WATCHING}
+    refuse(args, elsewhere, "with --server the server's model watches whole videos; leave it out")
     key = None
     if args.api_key_file is not None:
         key = next(iter(args.api_key_file.read_text(encoding="utf-8").split()), None)
@@ -149,9 +150,7 @@ def open_memory(args: argparse.Namespace) -> tuple["VideoMemory", dict[str, Any]
     from .. import VideoMemory
 
     if is_memory(args.video):
-        for name in ("fps", "max_frames", "start", "end", "max_duration", "snapshots"):
-            if getattr(args, name, None):
-                raise ValueError(f"{named([name])}: {args.video} is a memory, watched already; leave the option out")
+        refuse(args, {"fps": None, **OF_WATCHING}, f"{args.video} is a memory, watched already; leave the option out")
         model, processor = load_model_and_processor(args)
         return VideoMemory.from_pretrained(args.video, model, processor), {"decode_s": 0.0, "encode_s": 0.0}
     memory = VideoMemory(*load_model_and_processor(args, args.video))
