@@ -56,19 +56,19 @@ demo: .venv/.ready
 	.venv/bin/python examples/demo.py $(if $(SEED),--seed $(SEED))
 
 test: .venv/.ready
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --dist worksteal
 
 coverage: .venv/.ready
-	.venv/bin/pytest -n 2 --cov --cov-report=term-missing:skip-covered
+	.venv/bin/pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered
 
 test-oldest: .venv-oldest/.ready
-	.venv-oldest/bin/pytest -n 2
+	.venv-oldest/bin/pytest -n 2 --dist worksteal
 
 test-before: .venv-before/.ready
-	.venv-before/bin/pytest -n 2
+	.venv-before/bin/pytest -n 2 --dist worksteal
 
 test-contract: .venv-oldest/.ready .venv-before/.ready
-	for versions in .venv-oldest .venv-before; do $$versions/bin/pytest -n 2 \
+	for versions in .venv-oldest .venv-before; do $$versions/bin/pytest -n 2 --dist worksteal \
 		tests/modeling tests/processing tests/training/test_lora.py tests/training/test_trainer_options.py \
 		tests/package/test_remote_code.py tests/package/test_public_names.py || exit 1; done
 
