@@ -173,7 +173,7 @@ class PictureSource:
         if tuple(size) == (height, width):
             return picture.pixels
         with self.reading():
-            return np.asarray(Image.fromarray(picture.pixels).resize(size[::-1], Image.Resampling.BICUBIC))
+            return np.array(Image.fromarray(picture.pixels).resize(size[::-1], Image.Resampling.BICUBIC))
 
     # --- PIL ---
 

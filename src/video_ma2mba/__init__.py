@@ -3,7 +3,7 @@
 Importing the package registers its classes with transformers' Auto classes (see `registration`), so that
 `AutoModelForImageTextToText.from_pretrained` and `AutoProcessor.from_pretrained` know them. That takes the seconds
 that torch and transformers take. The `video-ma2mba` command alone puts it off until a command runs, so that `--help`
-is instant.
+is instant and what other libraries say of themselves is left out.
 """
 
 import sys
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = version("video-ma2mba")
 
-if TYPE_CHECKING or PurePath(sys.argv[0] if sys.argv else "").stem != "video-ma2mba":
+# of `python -m video_ma2mba.cli`, as torchrun starts it, sys.argv has the -m alone while the module is looked for
+_called = sys.orig_argv if sys.argv[:1] == ["-m"] else [PurePath(*sys.argv[:1]).stem]
+if TYPE_CHECKING or not {"video-ma2mba", "video_ma2mba.cli"} & set(_called):
     from .registration import *  # noqa: F403 - the public names, which `registration` lists
     from .registration import __all__ as __all__
 else:

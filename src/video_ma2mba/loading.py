@@ -60,9 +60,8 @@ def number(least: float, most: float) -> Callable[[str], float]:
     return read
 
 
-natural, positive, seconds = whole(1, 10**12 - 1), number(1e-9, 1e9), number(0, 1e9)
-port_number, seed_number = whole(0, 2**16 - 1), whole(0, 2**32 - 1)
-frame_rate = number(1e-9, 1000)  # each picture once or more often, but a video's reading ends
+natural, port_number, seed_number = whole(1, 10**12 - 1), whole(0, 2**16 - 1), whole(0, 2**32 - 1)
+positive, seconds, frame_rate = number(1e-9, 1e9), number(0, 1e9), number(1e-9, 1000)  # so that a video's reading ends
 
 
 def output_folder(text: str) -> Path:

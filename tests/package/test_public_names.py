@@ -43,6 +43,16 @@ def test_auto_config_and_processors():
         assert video_processors[config_class] is video_ma2mba.VideoMa2mbaVideoProcessor
 
 
+def test_the_module_starts_without_torch():
+    """As `torchrun -m video_ma2mba.cli` starts it."""
+    command = [sys.executable, "-X", "importtime", "-m", "video_ma2mba.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"video-ma2mba {video_ma2mba.__version__}\n"
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "video_ma2mba.cli.parser" in imported
+    assert not {"torch", "transformers"} & imported
+
+
 def test_command_line_starts_without_torch():
     code = """
 import sys

@@ -228,3 +228,11 @@ def test_an_image_of_a_still_says_nothing(tmp_path, processor):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         processor.load_image(tmp_path / "still.png")
+
+
+@pytest.mark.parametrize("resize", [None, (16, 24)])
+def test_pixels_of_a_picture_may_be_written(tmp_path, resize):
+    """As those of a video: torch warns of others, in the middle of a watch."""
+    Image.fromarray(quarters()).save(tmp_path / "still.png")
+    (frame,) = read_frames(tmp_path / "still.png", resize=resize)
+    assert frame.pixels.flags.writeable
