@@ -29,7 +29,7 @@ help:
 	@echo "  make test-install build the wheel and the sdist, and walk through the README with each, in empty environments"
 	@echo "Is a change right?"
 	@echo "  make lint         style with ruff, types with mypy"
-	@echo "  make test         all tests on the pinned versions, in random order: 9 minutes on two slow cores"
+	@echo "  make test         all tests on the pinned versions, in random order: 9 to 12 minutes on two slow cores"
 	@echo "  make coverage     the same, slower, and what they do not cover"
 	@echo "  make docs         the pages of docs/ and an API reference into build/docs; a warning is an error"
 	@echo "Does it hold with other versions and libraries? Each in an environment of its own."
