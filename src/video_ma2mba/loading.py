@@ -98,7 +98,7 @@ def find_model(name: str | None) -> str:
     """
     name = named_model(TINY if name is None else name)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():  # Path("") is the folder one is in
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
             raise ValueError(
                 f"{name}: these are LoRA adapters and no model; name the model they were trained on, and give them "

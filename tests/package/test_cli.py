@@ -10,6 +10,7 @@ import pytest
 from video_ma2mba import cli
 from video_ma2mba.cli import bench
 from video_ma2mba.files import write_json
+from video_ma2mba.loading import find_model
 
 
 def fail_with(error):
@@ -42,6 +43,12 @@ def test_a_bench_whose_output_is_a_folder_does_not_run(tmp_path, capsys):
     assert cli.main(["bench", "backends", "-o", str(tmp_path)]) == cli.EXIT_USER_ERROR
     said = f"cannot write {tmp_path}: it is a folder; name a file; see `video-ma2mba bench backends --help`"
     assert capsys.readouterr() == ("", f"error: argument -o/--output: {said}\n")
+
+
+def test_an_empty_name_is_no_model():
+    """As a recipe may have it."""
+    with pytest.raises(ValueError, match="there is no such folder, and a Hub id looks like owner/name"):
+        find_model("")
 
 
 @pytest.mark.parametrize("bench", ["study stability", "memory", "memory-of-video"])
